@@ -1,0 +1,1 @@
+"""Text → tokens → shards → batches."""

@@ -1,0 +1,145 @@
+"""The file format of tokens on disk: one `manifest.json` and shards of uint16 in llm.c's layout.
+
+A shard is a header of 256 int32 (20240520, version 1, count of tokens) and the tokens. Documents
+are whole and each is led by `<|endoftext|>`. The manifest names every file with its SHA-256, so
+that what was prepared is what is trained on.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rekindle import storage
+from rekindle.errors import UserError
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a set, as the manifest describes it."""
+
+    name: str
+    split: str  # "train" or "val"
+    tokens: int
+    documents: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds and where it came from."""
+
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    source: dict[str, Any]  # name, revision, licence, ...
+    shards: tuple[Shard, ...] = field(default=())
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the tokens themselves, wherever the folder lies. Hex of a SHA-256."""
+        lines = [self.tokenizer_sha256, *(f"{s.split} {s.sha256}" for s in self.shards)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def split(self, name: str) -> list[Shard]:
+        return [shard for shard in self.shards if shard.split == name]
+
+    def tokens(self, split: str) -> int:
+        return sum(shard.tokens for shard in self.split(split))
+
+    def write(self, folder: Path) -> None:
+        storage.write_json(folder / MANIFEST, {"format": 1, **asdict(self)})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder/manifest.json`. Raises `UserError` if it is missing or malformed."""
+    if not folder.is_dir():
+        raise UserError(f"there is no data folder {folder}: make one with `rekindle prepare`")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no {MANIFEST}: finish `rekindle prepare --out {folder}` first "
+            "(for shards made elsewhere: `rekindle prepare --shards`)"
+        )
+    try:
+        raw = dict(storage.read_json(path))
+        if raw.pop("format") != 1:
+            raise UserError(f"{path} is of a newer format: update Rekindle")
+        shards = tuple(Shard(**entry) for entry in raw.pop("shards"))
+        manifest = Manifest(**raw, shards=shards)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a manifest of shards ({error}): prepare again") from None
+    for shard in shards:
+        if Path(shard.name).name != shard.name or shard.split not in ("train", "val"):
+            raise UserError(f"{path} names {shard.name!r}, which is no shard of this folder")
+    return manifest
+
+
+def write_shard(path: Path, pieces: Iterable[np.ndarray]) -> tuple[int, str]:
+    """Write tokens (uint16 pieces, in order) as one shard; return their count and the SHA-256."""
+    pieces = [np.ascontiguousarray(piece, dtype="<u2") for piece in pieces]
+    count = sum(map(len, pieces))
+    header = np.zeros(HEADER_BYTES // 4, "<i4")
+    header[:3] = MAGIC, VERSION, count
+    return count, storage.write_file(path, [header, *pieces])
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, memory-mapped: (count,) uint16. Raises `UserError` if the header or
+    the length is wrong; the content is checked by `verify`."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
+    except FileNotFoundError:
+        raise UserError(f"the shard {path} is missing: run `rekindle prepare` again") from None
+    if len(header) < HEADER_BYTES // 4 or tuple(header[:2]) != (MAGIC, VERSION):
+        raise UserError(f"{path} does not start with the header of a token shard: prepare it again")
+    count = int(header[2])
+    if size != HEADER_BYTES + 2 * count:
+        raise UserError(
+            f"{path} holds {size} bytes where its header promises {HEADER_BYTES + 2 * count}: "
+            "it is damaged or cut short; prepare it again"
+        )
+    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(count,))
+
+
+def open_split(folder: Path, manifest: Manifest, split: str) -> list[np.ndarray]:
+    """Memory-map the shards of one split, in the manifest's order."""
+    return [open_shard(folder / shard.name) for shard in manifest.split(split)]
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Read every shard once, on all cores: its hash is the manifest's, its ids are in the
+    vocabulary. Raises `UserError` that names the file."""
+
+    def check(shard: Shard) -> None:
+        path = folder / shard.name
+        tokens = open_shard(path)
+        if len(tokens) != shard.tokens:
+            raise UserError(f"{path} holds {len(tokens)} tokens, its manifest says {shard.tokens}")
+        if len(tokens) and (largest := int(tokens.max())) >= manifest.vocab_size:
+            offset = int(np.argmax(tokens >= manifest.vocab_size))
+            raise UserError(
+                f"{path} holds the id {largest} beyond the vocabulary of {manifest.vocab_size} "
+                f"(first at token {offset}): prepare it again"
+            )
+        if storage.file_sha256(path) != shard.sha256:
+            raise UserError(f"{path} is not what was prepared (its SHA-256 differs): make it again")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(check, manifest.shards))
+
+
+def describe_shard(path: Path, split: str, end_of_text: int) -> Shard:
+    """A manifest entry for a shard made elsewhere, read from the file itself."""
+    tokens = open_shard(path)
+    documents = int(np.count_nonzero(tokens == end_of_text))
+    return Shard(path.name, split, len(tokens), documents, storage.file_sha256(path))
