@@ -40,6 +40,14 @@ def write_json(path: Path, value: Any) -> str:
     return write_file(path, [json.dumps(value, indent=2).encode() + b"\n"])
 
 
+def move_file(source: Path, path: Path) -> None:
+    """Give a finished file, on the same disk, its lasting name, once its content is on disk."""
+    with open(source, "rb+") as file:
+        _flush(file.fileno())
+    os.replace(source, path)
+    _flush_folder(path.parent)
+
+
 class Folder:
     """A folder being written; `new_folder` renames it into place when all of it is on disk."""
 

@@ -20,6 +20,7 @@ from rekindle.errors import UserError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 MANIFEST = "manifest.json"
+UNFINISHED, STATE = ".progress", "state.json"  # folder of a preparation under way, and its file
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,14 @@ class Manifest:
 
     def tokens(self, split: str) -> int:
         return sum(shard.tokens for shard in self.split(split))
+
+    def summary(self) -> str:
+        """The set in one line."""
+        documents = sum(shard.documents for shard in self.shards)
+        return (
+            f"{self.tokens('train'):,} tokens to train on and {self.tokens('val'):,} for "
+            f"validation, {documents:,} documents, {len(self.shards)} shards"
+        )
 
     def write(self, folder: Path) -> None:
         storage.write_json(folder / MANIFEST, {"format": 1, **asdict(self)})
@@ -116,6 +125,14 @@ def open_split(folder: Path, manifest: Manifest, split: str) -> list[np.ndarray]
     return [open_shard(folder / shard.name) for shard in manifest.split(split)]
 
 
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Every shard is there in its full length; `verify` also reads them. Raises `UserError`."""
+    for shard in manifest.shards:
+        path = folder / shard.name
+        if (count := len(open_shard(path))) != shard.tokens:
+            raise UserError(f"{path} holds {count} tokens, its manifest says {shard.tokens}")
+
+
 def verify(folder: Path, manifest: Manifest) -> None:
     """Read every shard once, on all cores: its hash is the manifest's, its ids are in the
     vocabulary. Raises `UserError` that names the file."""
@@ -125,12 +142,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
         tokens = open_shard(path)
         if len(tokens) != shard.tokens:
             raise UserError(f"{path} holds {len(tokens)} tokens, its manifest says {shard.tokens}")
-        if len(tokens) and (largest := int(tokens.max())) >= manifest.vocab_size:
-            offset = int(np.argmax(tokens >= manifest.vocab_size))
-            raise UserError(
-                f"{path} holds the id {largest} beyond the vocabulary of {manifest.vocab_size} "
-                f"(first at token {offset}): prepare it again"
-            )
+        _check_ids(path, tokens, manifest.vocab_size)
         if storage.file_sha256(path) != shard.sha256:
             raise UserError(f"{path} is not what was prepared (its SHA-256 differs): make it again")
 
@@ -138,8 +150,18 @@ def verify(folder: Path, manifest: Manifest) -> None:
         list(pool.map(check, manifest.shards))
 
 
-def describe_shard(path: Path, split: str, end_of_text: int) -> Shard:
-    """A manifest entry for a shard made elsewhere, read from the file itself."""
+def describe_shard(path: Path, split: str, end_of_text: int, vocab_size: int) -> Shard:
+    """A manifest entry for a shard made elsewhere, read from the file itself and checked."""
     tokens = open_shard(path)
+    _check_ids(path, tokens, vocab_size)
     documents = int(np.count_nonzero(tokens == end_of_text))
     return Shard(path.name, split, len(tokens), documents, storage.file_sha256(path))
+
+
+def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    if len(tokens) and (largest := int(tokens.max())) >= vocab_size:
+        offset = int(np.argmax(tokens >= vocab_size))
+        raise UserError(
+            f"{path} holds the id {largest} beyond the vocabulary of {vocab_size} "
+            f"(first at token {offset}): prepare it again"
+        )

@@ -65,7 +65,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def encode_documents(self, texts: "pa.StringArray") -> tuple[np.ndarray, np.ndarray]:
-        offsets, data = _string_buffers(texts)
+        offsets, data = string_buffers(texts)
         return data[offsets[0] : offsets[-1]], np.diff(offsets)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -102,10 +102,11 @@ class GPT2Tokenizer:
     def encode_documents(self, texts: "pa.StringArray") -> tuple[np.ndarray, np.ndarray]:
         import awkward as ak
 
-        offsets, data = _string_buffers(texts)
+        offsets, data = string_buffers(texts)
+        characters: Any = data  # awkward's own annotation refuses the arrays that it is made for
         strings = ak.contents.ListOffsetArray(
             ak.index.Index64(offsets),
-            ak.contents.NumpyArray(data, parameters={"__array__": "char"}),
+            ak.contents.NumpyArray(characters, parameters={"__array__": "char"}),
             parameters={"__array__": "string"},
         )
         encoded = self._fast_encoder.encode_batch(ak.Array(strings), parallel=False).layout
@@ -134,7 +135,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     return kinds[name]()
 
 
-def _string_buffers(texts: "pa.StringArray") -> tuple[np.ndarray, np.ndarray]:
+def string_buffers(texts: "pa.StringArray") -> tuple[np.ndarray, np.ndarray]:
     """An Arrow string array as (offsets int64, bytes uint8), without copying the text."""
     _, offsets, data = texts.buffers()
     if len(texts) == 0 or offsets is None:

@@ -1,0 +1,1 @@
+"""What is trained: pure PyTorch, without files, processes or clocks."""

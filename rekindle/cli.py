@@ -1,0 +1,319 @@
+"""The command line: one function for each subcommand, and the only place that prints an error.
+
+Nothing here imports torch before a command needs it, so that `--help` answers at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rekindle import __version__, recipes
+from rekindle.errors import UserError
+
+RUN_OR_MODEL = (
+    "a run folder, a checkpoint, gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or a folder in "
+    "Hugging Face's layout"
+)
+
+# What each number of a recipe means to someone who changes it.
+FLAGS = {
+    "steps": "optimizer steps in all",
+    "seed": "seed of the initial weights and of the order of the data",
+    "eval_every": "steps between validations, 0: only at the end",
+    "eval_tokens": "validation tokens to score, always the same ones",
+    "checkpoint_every": "steps between checkpoints, 0: only at the end",
+    "keep_checkpoints": "newest checkpoints to keep, 0: all",
+    "prompt": "what the samples begin with",
+    "batch.tokens": "tokens of one optimizer step, over all ranks",
+    "batch.length": "tokens in a window (T)",
+    "batch.order": "shuffled, or sequential as the files are",
+    "batch.micro": "rows of one forward pass, 0: found for the device",
+    "optim.lr": "peak learning rate",
+    "optim.beta1": "AdamW's first decay",
+    "optim.beta2": "AdamW's second decay",
+    "optim.eps": "AdamW's epsilon",
+    "optim.weight_decay": "weight decay, on matrices only",
+    "optim.clip": "largest norm of the gradient",
+    "schedule.warmup": "steps of linear warm-up",
+    "schedule.final": "last learning rate, as a fraction of the peak",
+    "model.n_layer": "blocks",
+    "model.n_head": "attention heads",
+    "model.n_embd": "width of the residual stream",
+    "model.block_size": "longest context",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0, 1 (verify: they differ), 2 (a user's mistake)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except UserError as error:
+        ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
+        where = f" (rank {rank})" if ranks > 1 else ""
+        print(f"rekindle: error{where}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("\nrekindle: stopped; the same command goes on from what was saved", file=sys.stderr)
+        return 130
+
+
+def prepare(o: argparse.Namespace) -> None:
+    from rekindle.data import sources
+    from rekindle.data.prepare import prepare
+
+    source = sources.from_arguments(
+        dataset=o.dataset, embedded=o.embedded, parquet=o.parquet, jsonl=o.jsonl, text=o.text,
+        shards=o.shards,
+    )  # fmt: skip
+    out = o.out or (o.shards if o.shards else None)
+    if out is None:
+        raise UserError("say where the shards go: --out DIR")
+    prepare(
+        source, out, tokenizer=o.tokenizer, val_tokens=o.val_tokens, shard_tokens=o.shard_tokens
+    )
+
+
+def train(o: argparse.Namespace) -> None:
+    recipe = recipes.get_recipe(o.recipe)
+    changes = {name: getattr(o, name) for name in FLAGS if hasattr(o, name)}
+    recipe = recipes.override(recipe, changes)
+    recipes.check(recipe)
+
+    from rekindle.run import RunOptions
+    from rekindle.train import train
+
+    options = RunOptions(
+        device=o.device, precision=o.precision, compile=o.compile, hellaswag=o.hellaswag,
+        fork=o.fork,
+    )  # fmt: skip
+    train(recipe, o.data, o.out, options)
+
+
+def evaluate(o: argparse.Namespace) -> None:
+    from rekindle.examine import examine_model
+    from rekindle.observe.metrics import Console
+    from rekindle.runtime.distributed import place
+
+    console = Console(quiet=o.json or not place().is_main)
+    results = examine_model(
+        o.model, data=o.data, questions=o.hellaswag, tokens=o.tokens, limit=o.limit,
+        device=o.device, precision=o.precision, console=console,
+    )  # fmt: skip
+    if o.json and place().is_main:
+        print(json.dumps(results))
+
+
+def sample(o: argparse.Namespace) -> None:
+    from rekindle.generate.sampling import cut_at_end, generate
+    from rekindle.load import load
+    from rekindle.runtime.device import get_device
+
+    device = get_device(o.device, o.precision)
+    loaded = load(o.model, device)
+    prompt = loaded.tokenizer.encode(o.prompt)
+    with device.autocast():
+        ids = generate(
+            loaded.model, prompt or [loaded.tokenizer.end_of_text], o.tokens, num=o.num,
+            seed=o.seed, temperature=o.temperature, top_k=o.top_k,
+        )  # fmt: skip
+    end = loaded.tokenizer.end_of_text
+    rows = [cut_at_end(row, end, start=len(prompt) or 1) for row in ids.tolist()]
+    texts = [loaded.tokenizer.decode([t for t in row if t != end]) for row in rows]
+    if o.json:
+        print(json.dumps({"model": loaded.name, "prompt": o.prompt, "samples": texts}))
+        return
+    for i, text in enumerate(texts, 1):
+        print(f"--- {i} of {o.num} ---\n{text}")
+
+
+def verify(o: argparse.Namespace) -> int:
+    from rekindle.interop.verify import verify
+
+    report = verify(o.model, random_weights=o.random_weights, layers=o.layers)
+    print(json.dumps(report.as_dict()) if o.json else report.table())
+    return 0 if report.passed else 1
+
+
+def demo(o: argparse.Namespace) -> None:
+    from rekindle.demo import demo
+
+    demo(data=o.data, out=o.out, device=o.device)
+
+
+def report(o: argparse.Namespace) -> None:
+    from rekindle.observe.report import draw_loss
+
+    print(f"wrote {draw_loss(o.run, o.picture or o.run / 'loss.png')}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rekindle",
+        description="GPT-2 reproduced from scratch: from text to tokens, training, evaluation and "
+        "samples.",
+        epilog="Start with `rekindle demo`. Each command has its own --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"rekindle {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_prepare(commands)
+    _add_train(commands)
+    _add_eval(commands)
+    _add_sample(commands)
+    _add_verify(commands)
+    _add_report(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, function: Any, about: str, example: str = "") -> Any:
+    parser = commands.add_parser(
+        name,
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    p = _add(commands, "demo", demo, "the whole road in a few minutes, without a network")
+    p.add_argument("--data", type=Path, default=Path("data/demo"), help="(default: %(default)s)")
+    p.add_argument("--out", type=Path, default=Path("runs/demo"), help="(default: %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+def _add_prepare(commands: Any) -> None:
+    p = _add(
+        commands, "prepare", prepare, "turn text into shards of tokens",
+        "examples:\n"
+        "  rekindle prepare fineweb-edu-10bt --out data/fineweb-edu\n"
+        "  rekindle prepare fineweb-10bt-tokenized --out data/fineweb\n"
+        "  rekindle prepare --parquet DIR --out data/mine\n"
+        "Killed or stopped, the same command goes on; when all is there, it does nothing.",
+    )  # fmt: skip
+    source = p.add_argument_group("where the text comes from (one of)")
+    source.add_argument(
+        "dataset", nargs="?",
+        help="fineweb-edu-10bt, fineweb-10bt, fineweb-10bt-tokenized, or any data set of the hub "
+        "as OWNER/NAME or OWNER/NAME:FOLDER",
+    )  # fmt: skip
+    source.add_argument("--embedded", action="store_true", help="Python's own manual: no network")
+    source.add_argument(
+        "--parquet", type=Path, nargs="+", metavar="DIR",
+        help="Parquet files, or folders of them, with a column `text`; val*.parquet is validation",
+    )  # fmt: skip
+    source.add_argument("--jsonl", type=Path, nargs="+", metavar="FILE", help="JSON lines, `text`")
+    source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="plain text files")
+    source.add_argument(
+        "--shards", type=Path, metavar="DIR", help="ready-made shards (llm.c, modded-nanogpt)"
+    )
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards and manifest")
+    p.add_argument("--tokenizer", default="gpt2", choices=("gpt2", "bytes"))
+    p.add_argument(
+        "--val-tokens", type=int, default=10_485_760, metavar="N",
+        help="about how many tokens to hold out, if the source does not say (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--shard-tokens", type=int, default=100_000_000, metavar="N",
+        help="about how many tokens a shard holds (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _add_train(commands: Any) -> None:
+    names = "\n".join(f"  {r.name:16} {r.about}" for r in recipes.RECIPES.values())
+    p = _add(
+        commands, "train", train, "train a recipe; the same command again goes on",
+        f"recipes:\n{names}\n\nexamples:\n"
+        "  rekindle train gpt2-124m --data data/fineweb-edu --out runs/gpt2\n"
+        "  torchrun --nproc-per-node 8 -m rekindle train gpt2-124m --data ... --out ...",
+    )  # fmt: skip
+    p.add_argument("recipe", metavar="RECIPE", help="one of the recipes below")
+    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of shards")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    p.add_argument(
+        "--fork", type=Path, metavar="RUN", help="begin from another run's or checkpoint's state"
+    )
+    p.add_argument(
+        "--hellaswag", default="auto", metavar="FILE",
+        help="score HellaSwag from this file, `hub`, or `none` (default: from the hub on a GPU)",
+    )  # fmt: skip
+    _add_device(p, precision=None)
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=None,
+        help="torch.compile the model (default: yes, where it can be)",
+    )  # fmt: skip
+    numbers = p.add_argument_group("the recipe's numbers")
+    defaults = recipes.flatten(recipes.RECIPES["gpt2-124m"])
+    for name, about in FLAGS.items():
+        kind = type(defaults[name])
+        numbers.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, type=kind, default=argparse.SUPPRESS,
+            metavar={int: "N", float: "X"}.get(kind, "TEXT"), help=about,
+        )  # fmt: skip
+
+
+def _add_eval(commands: Any) -> None:
+    p = _add(
+        commands, "eval", evaluate, "validation loss and HellaSwag of a run or model",
+        "examples:\n"
+        "  rekindle eval runs/gpt2 --hellaswag\n"
+        "  rekindle eval gpt2 --data data/fineweb-edu --json",
+    )  # fmt: skip
+    p.add_argument("model", metavar="RUN_OR_MODEL", help=RUN_OR_MODEL)
+    p.add_argument(
+        "--data", type=Path, metavar="DIR", help="shards to score (default: the run's own)"
+    )
+    p.add_argument(
+        "--hellaswag", nargs="?", const="hub", metavar="FILE",
+        help="score HellaSwag, from a file or else from the hub",
+    )  # fmt: skip
+    p.add_argument("--tokens", type=int, metavar="N", help="validation tokens to score at most")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N HellaSwag questions")
+    _add_device(p)
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_sample(commands: Any) -> None:
+    p = _add(commands, "sample", sample, "let a run or model continue a text")
+    p.add_argument("model", metavar="RUN_OR_MODEL", help=RUN_OR_MODEL)
+    default = "Hello, I'm a language model,"
+    p.add_argument("--prompt", default=default, help="(default: %(default)s)")
+    p.add_argument("--tokens", type=int, default=32, help="tokens to add (default: %(default)s)")
+    p.add_argument("--num", type=int, default=4, help="texts (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
+    p.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
+    p.add_argument("--top-k", type=int, default=50, help="(default: %(default)s; 0: all)")
+    _add_device(p)
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_verify(commands: Any) -> None:
+    p = _add(
+        commands, "verify", verify, "compare logits, loss, text and gradients with transformers"
+    )
+    p.add_argument("model", metavar="MODEL", help="gpt2 ... gpt2-xl, or a folder in HF's layout")
+    p.add_argument(
+        "--random-weights", action="store_true", help="a random model of that size: no network"
+    )
+    p.add_argument("--layers", type=int, metavar="N", help="with --random-weights: fewer blocks")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_report(commands: Any) -> None:
+    p = _add(commands, "report", report, "draw the loss curve of a run")
+    p.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    p.add_argument("--picture", type=Path, metavar="FILE", help="(default: RUN/loss.png)")
+
+
+def _add_device(parser: Any, precision: str | None = "auto") -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument(
+        "--precision", default=precision, help="auto, autocast (bf16 where it helps), tf32 or fp32"
+    )

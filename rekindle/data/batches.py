@@ -1,0 +1,217 @@
+"""A batch is a pure function of (data, seed, step).
+
+The tokens are cut into windows of T + 1 at stride T (each target is predicted once). An epoch is a
+permutation of all windows, computed for any position without a list in memory, so resuming needs
+one integer and a change of ranks changes nothing but who reads which rows.
+"""
+
+import hashlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle.errors import UserError
+
+ROUNDS = 6  # of the Feistel network; even, so that its halves end where they began
+IGNORED = -100  # a target that counts for nothing (PyTorch's default `ignore_index`)
+
+
+def permute(index: np.ndarray, size: int, key: bytes) -> np.ndarray:
+    """Where each `index` < `size` goes under the permutation of range(size) that `key` selects.
+
+    A Feistel network permutes the next power of two; whoever lands outside walks on until inside.
+    """
+    bits = max(2, (size - 1).bit_length())
+    digest = hashlib.blake2b(key, digest_size=8 * ROUNDS).digest()
+    round_keys = np.frombuffer(digest, "<u8")
+    out = np.array(index, np.uint64)
+    outside = np.ones(len(out), bool)
+    while outside.any():
+        out[outside] = _feistel(out[outside], bits, round_keys)
+        outside = out >= size
+    return out.astype(np.int64)
+
+
+def _feistel(value: np.ndarray, bits: int, round_keys: np.ndarray) -> np.ndarray:
+    """One pass over numbers of `bits` bits: each round mixes one half into the other."""
+    low_bits = bits // 2
+    for round_key in round_keys:
+        high_bits = bits - low_bits
+        low, high = value & _mask(low_bits), value >> np.uint64(low_bits)
+        mixed = high ^ (_scramble(low ^ round_key) & _mask(high_bits))
+        value = low << np.uint64(high_bits) | mixed  # the halves change places, and sizes
+        low_bits = high_bits
+    return value
+
+
+def _mask(bits: int) -> np.uint64:
+    return np.uint64((1 << bits) - 1)
+
+
+def _scramble(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele et al. 2014): every bit depends on every other."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+class Windows:
+    """All windows of T + 1 tokens at stride T in a list of shards, numbered from 0. A window does
+    not cross shards; a rest shorter than T is left out."""
+
+    def __init__(self, shards: Sequence[np.ndarray], T: int) -> None:
+        self.shards, self.T = shards, T
+        counts = [max(0, len(shard) - 1) // T for shard in shards]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """The windows with these numbers: (n, T + 1) uint16."""
+        out = np.empty((len(numbers), self.T + 1), np.uint16)
+        for row, number in enumerate(numbers):
+            shard = int(np.searchsorted(self._ends, number, side="right"))
+            start = (int(number) - (int(self._ends[shard - 1]) if shard else 0)) * self.T
+            out[row] = self.shards[shard][start : start + self.T + 1]
+        return out
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one global batch is cut: `accumulation` forward passes of `micro` rows on each rank."""
+
+    micro: int
+    accumulation: int
+    rank: int = 0
+    ranks: int = 1
+
+    @classmethod
+    def of(cls, rows: int, micro: int, rank: int = 0, ranks: int = 1) -> "Split":
+        """Cut `rows` rows. Raises `UserError` if they do not divide."""
+        if micro < 1 or rows % (micro * ranks):
+            raise UserError(
+                f"a batch of {rows} rows does not divide into micro-batches of {micro} rows on "
+                f"{ranks} ranks: change --batch.micro, --batch.tokens or the number of ranks"
+            )
+        return cls(micro, rows // (micro * ranks), rank, ranks)
+
+
+class Batches:
+    """The training batches of a run: `batch(step)` depends on nothing but its arguments."""
+
+    def __init__(self, windows: Windows, rows: int, seed: int, order: str) -> None:
+        """Raises `UserError` if the data is smaller than one step."""
+        if len(windows) < rows:
+            raise UserError(
+                f"one step needs {rows * windows.T:,} tokens, the training split has "
+                f"{len(windows) * windows.T:,} in whole windows of {windows.T}: prepare more data "
+                "or lower --batch.tokens"
+            )
+        self.windows, self.rows, self.seed, self.order = windows, rows, seed, order
+
+    def numbers(self, step: int) -> np.ndarray:
+        """The windows of the global batch of `step`, in order: (rows,) int64."""
+        position = step * self.rows + np.arange(self.rows)
+        if self.order == "sequential":
+            return position % len(self.windows)
+        epoch, index = np.divmod(position, len(self.windows))
+        numbers = np.empty_like(index)
+        for e in np.unique(epoch):  # a batch may begin in one epoch and end in the next
+            key = f"{self.seed} {e}".encode()
+            numbers[epoch == e] = permute(index[epoch == e], len(self.windows), key)
+        return numbers
+
+    def batch(self, step: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of one rank at one step: two (accumulation, micro, T) int64.
+
+        Micro-step m of rank r takes rows (m·ranks + r)·micro and on, as the lecture's loader does.
+        """
+        numbers = self.numbers(step).reshape(split.accumulation, split.ranks, split.micro)
+        tokens = self.windows.read(numbers[:, split.rank].ravel()).astype(np.int64)
+        tokens = tokens.reshape(split.accumulation, split.micro, self.windows.T + 1)
+        return tokens[..., :-1], tokens[..., 1:]
+
+
+def validation_batches(
+    shards: Sequence[np.ndarray], T: int, limit: int, rows: int, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The first `limit` targets of a split, each exactly once, in batches (rows, T) of one shape.
+
+    Which targets are scored, and with which context, depends on `T` alone. What fills up a last
+    window or batch has the target -100. All ranks get the same number of batches.
+    """
+    spans: list[tuple[int, int, int]] = []  # shard, first input, inputs
+    for number, shard in enumerate(shards):
+        for start in range(0, len(shard) - 1, T):
+            size = min(T, len(shard) - 1 - start, limit)
+            limit -= size
+            if size:
+                spans.append((number, start, size))
+    for first in range(0, len(spans), rows * ranks):
+        x = np.zeros((rows, T), np.int64)
+        y = np.full((rows, T), IGNORED, np.int64)
+        mine = spans[first + rank * rows : first + (rank + 1) * rows]
+        for row, (number, start, size) in enumerate(mine):
+            tokens = shards[number][start : start + size + 1]
+            x[row, :size], y[row, :size] = tokens[:-1], tokens[1:]
+        yield x, y
+
+
+class Prefetcher:
+    """Makes the batches of coming steps in a thread and copies them to the device in time.
+
+    `waited` is how long `next` had to wait for data since it was last reset, in seconds.
+    """
+
+    def __init__(
+        self, make: Callable[[int], tuple[np.ndarray, np.ndarray]], first: int, last: int,
+        device: torch.device, depth: int = 2,
+    ) -> None:  # fmt: skip
+        self._make, self._device = make, device
+        self._ready: queue.Queue[tuple[Tensor, Tensor] | Exception] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self.waited = 0.0
+        self._thread = threading.Thread(target=self._work, args=(first, last), daemon=True)
+        self._thread.start()
+
+    def _work(self, first: int, last: int) -> None:
+        try:
+            for step in range(first, last):
+                x, y = (torch.from_numpy(np.ascontiguousarray(a)) for a in self._make(step))
+                if self._device.type == "cuda":  # only from pinned memory is a copy asynchronous
+                    x, y = x.pin_memory(), y.pin_memory()
+                if not self._put((x, y)):
+                    return
+        except Exception as error:  # handed to the training thread, which raises it
+            self._put(error)
+
+    def _put(self, item: tuple[Tensor, Tensor] | Exception) -> bool:
+        """Queue an item; False if nobody will come for it any more."""
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the next step on the device, (accumulation, micro, T) each."""
+        began = time.perf_counter()
+        item = self._ready.get()
+        self.waited += time.perf_counter() - began
+        if isinstance(item, Exception):
+            raise item
+        x, y = item
+        return x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,311 @@
+"""Source → shards, on every core, in bounded memory, going on where it stopped.
+
+Documents are encoded in blocks on a pool of threads (the encoder releases the interpreter's lock),
+come back in order, are dealt to the train or validation split, and fill shards. Whenever a shard is
+finished, the position in the source is saved beside it; nothing else is remembered, so whoever is
+killed goes on from the last finished shard and ends with the same bytes.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rekindle import storage
+from rekindle.data import shards
+from rekindle.data.encoding import Encoded, encoded_blocks
+from rekindle.data.progress import Progress, Say
+from rekindle.data.readymade import ReadyMade
+from rekindle.data.samples import Samples
+from rekindle.data.shards import Manifest, Shard
+from rekindle.data.sources import Source
+from rekindle.data.tokenizer import Tokenizer, get_tokenizer
+from rekindle.errors import UserError
+
+# Validation loss is taken over 10,485,760 tokens (20 batches of 524,288, as in the lecture); how
+# many a split gets is only estimated beforehand, hence the margin.
+VAL_TOKENS = 12_000_000
+SHARD_TOKENS = 100_000_000  # the lecture's, and llm.c's
+LARGEST_SHARD = 1_000_000_000  # the header's count is an int32, and the last document adds to it
+MOST_VALIDATION = 0.1  # of all documents, so that small data is not swallowed
+BYTES_PER_TOKEN = {"gpt2": 4.6, "bytes": 1.0}  # of English web text; only the estimate needs it
+SPLITS = ("train", "val")
+
+
+def prepare(
+    source: Source | ReadyMade,
+    out: Path,
+    tokenizer: str = "gpt2",
+    val_tokens: int = VAL_TOKENS,
+    shard_tokens: int = SHARD_TOKENS,
+    say: Say = print,
+) -> Manifest:
+    """Make `out` a folder of shards with the documents of `source`; return its manifest.
+
+    Does nothing when that is there already, and goes on where an earlier call was stopped. About
+    `val_tokens` tokens become validation, unless the source says itself which files are. Raises
+    `UserError`, and leaves no manifest, when the source or the folder will not do.
+    """
+    if val_tokens < 0 or not 1 <= shard_tokens <= LARGEST_SHARD:
+        raise UserError(
+            f"--val-tokens {val_tokens} --shard-tokens {shard_tokens}: the first must not be "
+            f"negative, the second lies between 1 and {LARGEST_SHARD}"
+        )
+    out = Path(out)
+    try:
+        if isinstance(source, ReadyMade):
+            return source.take(out, get_tokenizer(tokenizer), say)
+        settings = {
+            "tokenizer": tokenizer,
+            "val_tokens": val_tokens,
+            "shard_tokens": shard_tokens,
+        }
+        return _prepare(source, out, settings, say)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or out}: {error.strerror or error}; mend that and run the same "
+            "command again: it goes on where it stopped"
+        ) from None
+
+
+def _prepare(source: Source, out: Path, settings: dict[str, Any], say: Say) -> Manifest:
+    if finished := _finished(source, out, settings):
+        say(f"{out} is prepared already: {finished.summary()}; nothing to do")
+        return finished
+    state = _saved_state(source, out, settings)
+    folder = out / shards.UNFINISHED
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.remove_unfinished(out)
+    storage.remove_unfinished(folder)
+    try:
+        source.open(folder / "downloads", say)
+        preparation = _Preparation(source, out, settings, say)
+        if state:
+            say(f"going on in {out} after {len(state['shards'])} finished shards")
+            preparation.restore(state)
+        return preparation.run()
+    finally:
+        source.close()
+
+
+def _finished(source: Source, out: Path, settings: dict[str, Any]) -> Manifest | None:
+    """The manifest in `out` if it is of this source and these settings; None if there is none."""
+    if not (out / shards.MANIFEST).exists():
+        return None
+    manifest = shards.read_manifest(out)
+    _compare(out, source, manifest.source, settings)
+    shards.check_sizes(out, manifest)
+    if (out / shards.UNFINISHED).exists():  # killed between the manifest and this
+        storage.remove_folder(out / shards.UNFINISHED)
+    return manifest
+
+
+def _saved_state(source: Source, out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Where an earlier call was stopped; None for a fresh start."""
+    path = out / shards.UNFINISHED / shards.STATE
+    if not path.exists():
+        return None
+    state = storage.read_json(path)
+    _compare(out, source, state["source"], settings)
+    for entry in state["shards"]:
+        if len(shards.open_shard(out / entry["name"])) != entry["tokens"]:
+            raise UserError(
+                f"{out / entry['name']} has changed since it was made: "
+                f"remove the folder {out} and prepare again"
+            )
+    return state
+
+
+def _compare(out: Path, source: Source, record: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise `UserError` unless `record`, found in `out`, is of this source and these settings."""
+    earlier = record.get("settings", {})
+    for key, value in settings.items():
+        if earlier.get(key) != value:
+            raise UserError(
+                f"{out} was prepared with {key} {earlier.get(key)}, not {value}: "
+                "give another --out, or remove it"
+            )
+    if not source.is_same(record):
+        raise UserError(
+            f"{out} was prepared from {record.get('name')!r} (revision {record.get('revision')}), "
+            f"and {source.name!r} is not the same text: give another --out, or remove it"
+        )
+
+
+class _Pending:
+    """Documents of one split that are not in a shard yet."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.pieces: list[np.ndarray] = []
+        self.tokens = self.documents = 0
+        self.saved: list[str] = []  # files with pieces, for whoever goes on after a kill
+        self.unsaved = 0  # index of the first piece that is in none of them
+        self.samples = Samples(tokenizer)
+
+    def append(self, tokens: np.ndarray, documents: int) -> None:
+        self.pieces.append(tokens)
+        self.tokens += len(tokens)
+        self.documents += documents
+
+
+class _Preparation:
+    """One call's work. This thread reads and deals the documents out; a pool encodes them; one
+    more thread writes, so that the disk does not hold up the rest."""
+
+    def __init__(self, source: Source, out: Path, settings: dict[str, Any], say: Say) -> None:
+        self.source, self.out, self.folder = source, out, out / shards.UNFINISHED
+        self.tokenizer = get_tokenizer(settings["tokenizer"])
+        self.record = source.record() | {"settings": settings}
+        self.shard_tokens: int = settings["shard_tokens"]
+        self.fraction = _validation_fraction(source, settings)
+        self.sizes = np.cumsum([0, *(file.size for file in source.files)])
+        self.cursor = (0, 0)  # file, and how many of its documents are done
+        self.pending = {split: _Pending(self.tokenizer) for split in SPLITS}
+        self.shards: list[Shard] = []
+        self.tokens = 0  # made by this call
+        self.progress = Progress(say, "tokens")
+        self.disk = ThreadPoolExecutor(1)
+        self.writing: Future[Shard] | None = None
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `_save` wrote."""
+        self.cursor = tuple(state["cursor"])
+        self.shards = [Shard(**entry) for entry in state["shards"]]
+        for split, entry in state["pending"].items():
+            pending = self.pending[split]
+            pending.saved = entry["pieces"]
+            for name in pending.saved:
+                # A copy, since the file will be removed before its tokens are in a shard.
+                pending.append(np.array(shards.open_shard(self.folder / name)), 0)
+            pending.documents, pending.unsaved = entry["documents"], len(pending.pieces)
+
+    def run(self) -> Manifest:
+        self._show(0.0)
+        try:
+            for encoded in encoded_blocks(self.source, self.tokenizer, self.cursor, self.fraction):
+                self._deal(encoded)
+                self.tokens += len(encoded.tokens)
+                self._show(encoded.block.done)
+            return self._finish()
+        finally:
+            self.disk.shutdown()
+
+    def _show(self, done: float) -> None:
+        before, after = self.sizes[self.cursor[0]], self.sizes[self.cursor[0] + 1]
+        part = before + done * (after - before)
+        self.progress.update(self.tokens, float(part / max(1, self.sizes[-1])))
+
+    def _deal(self, encoded: Encoded) -> None:
+        """Add a block to the splits, and make a shard at each document that fills one."""
+        documents, start = len(encoded.validation), 0
+        while start < documents:
+            end = min(self._filled_by(split, encoded, start) for split in SPLITS)
+            for split in SPLITS:
+                self._append(split, encoded, start, end)
+            self.cursor = (encoded.block.file, encoded.block.first + end)
+            for split in SPLITS:
+                if self.pending[split].tokens >= self.shard_tokens:
+                    self._commit(split)
+            start = end
+
+    def _filled_by(self, split: str, encoded: Encoded, start: int) -> int:
+        """One past the document with which a shard of `split` is full, or past the block's last."""
+        chosen = encoded.validation[start:] == (split == "val")
+        lengths = np.diff(encoded.starts[start:]) * chosen
+        full = self.pending[split].tokens + np.cumsum(lengths) >= self.shard_tokens
+        return start + int(np.argmax(full)) + 1 if full.any() else len(encoded.validation)
+
+    def _append(self, split: str, encoded: Encoded, start: int, end: int) -> None:
+        """Add those of the documents `start` to `end` of a block that belong to `split`."""
+        chosen = encoded.validation[start:end] == (split == "val")
+        if not chosen.any():
+            return
+        pending, starts = self.pending[split], encoded.starts
+        tokens = encoded.tokens[starts[start] : starts[end]]
+        if not chosen.all():
+            tokens = tokens[np.repeat(chosen, np.diff(starts[start : end + 1]))]
+        numbers = start + np.flatnonzero(chosen)
+        pending.append(tokens, len(numbers))
+        pending.samples.offer(encoded.block.texts, numbers, encoded.tokens, starts)
+
+    def _commit(self, split: str) -> None:
+        """Have the writing thread make a shard of all pending documents of `split`."""
+        self._written()
+        full = self.pending[split]
+        self.pending[split] = _Pending(self.tokenizer)
+        other = "val" if split == "train" else "train"
+        rest = self.pending[other]
+        pieces, rest.unsaved = rest.pieces[rest.unsaved :], len(rest.pieces)
+        samples, rest.samples = rest.samples, Samples(self.tokenizer)
+        name = f"{other}-{len(self.shards):06d}.bin"  # unique: each commit adds a shard
+        saved = [*rest.saved, name] if pieces else rest.saved
+        state = {
+            "source": self.record,
+            "cursor": self.cursor,
+            "pending": {other: {"documents": rest.documents, "pieces": saved}},
+        }
+        rest.saved = saved
+
+        def write() -> Shard:
+            shard = self._write_shard(split, full)
+            if pieces:
+                samples.check(str(self.folder / name))
+                shards.write_shard(self.folder / name, pieces)
+            entries = [asdict(entry) for entry in self.shards]
+            storage.write_json(self.folder / shards.STATE, state | {"shards": entries})
+            # From here on a resume starts behind this shard: what was kept for it may go.
+            for piece in full.saved:
+                (self.folder / piece).unlink()
+            self.source.release(state["cursor"][0])
+            return shard
+
+        self.writing = self.disk.submit(write)
+
+    def _written(self) -> None:
+        """Wait for the shard that is being written, if one is, and raise what went wrong."""
+        if self.writing:
+            shard, self.writing = self.writing.result(), None
+            self.progress.say(f"{shard.name}: {shard.tokens:,} tokens")
+
+    def _write_shard(self, split: str, pending: _Pending) -> Shard:
+        number = sum(shard.split == split for shard in self.shards)
+        name = f"{split}_{number:06d}.bin"
+        pending.samples.check(name)
+        tokens, digest = shards.write_shard(self.out / name, pending.pieces)
+        self.shards.append(Shard(name, split, tokens, pending.documents, digest))
+        return self.shards[-1]
+
+    def _finish(self) -> Manifest:
+        """Write what is left over, then the manifest: only with it is the set complete."""
+        self._written()
+        train, val = self.pending["train"], self.pending["val"]
+        if self.fraction and not self.shards and not train.pieces:
+            train, val = val, train  # so little text that chance gave all of it to validation
+        for split, pending in (("train", train), ("val", val)):
+            if pending.pieces:
+                self._write_shard(split, pending)
+        if not self.shards:
+            raise UserError(f"{self.source.name} holds no documents: nothing was prepared")
+        manifest = Manifest(
+            self.tokenizer.name,
+            self.tokenizer.sha256,
+            self.tokenizer.vocab_size,
+            self.record,
+            tuple(sorted(self.shards, key=lambda shard: (shard.split, shard.name))),
+        )
+        manifest.write(self.out)
+        storage.remove_folder(self.folder)
+        self.progress.say(f"{self.out}: {manifest.summary()} ({self.progress.summary()})")
+        if self.fraction and not manifest.tokens("val"):
+            self.progress.say("no document fell to validation: there will be no validation loss")
+        return manifest
+
+
+def _validation_fraction(source: Source, settings: dict[str, Any]) -> float:
+    """The part of all documents that gives about `val_tokens` tokens."""
+    if any(file.split for file in source.files):
+        return 0.0
+    tokens = source.text_bytes / BYTES_PER_TOKEN[settings["tokenizer"]]
+    return min(MOST_VALIDATION, settings["val_tokens"] / max(1.0, tokens))

@@ -1,0 +1,176 @@
+"""Shards that others made in llm.c's layout, taken as they are: checked, and given a manifest."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rekindle import storage
+from rekindle.data import hub, shards
+from rekindle.data.encoding import usable_cores
+from rekindle.data.progress import Progress, Say
+from rekindle.data.shards import Manifest, Shard
+from rekindle.data.tokenizer import Tokenizer
+from rekindle.errors import UserError
+
+DATASET = "fineweb-10bt-tokenized"
+REPOSITORY = "kjj0/fineweb10B-gpt2"  # modded-nanogpt's tokens of FineWeb's 10BT sample
+DOWNLOADS = 4  # at once: one connection rarely fills a line
+
+
+class ReadyMade(ABC):
+    """A set of shards that needs no encoding."""
+
+    @abstractmethod
+    def take(self, out: Path, tokenizer: Tokenizer, say: Say) -> Manifest:
+        """Make `out` a folder of these shards. Does nothing when it is one already."""
+
+
+class ShardFolder(ReadyMade):
+    """A folder that holds shards; the manifest is written beside them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}")
+        self.paths = sorted(folder.glob("*.bin"))
+        if not self.paths:
+            raise UserError(f"{folder} holds no shards (*.bin)")
+
+    def take(self, out: Path, tokenizer: Tokenizer, say: Say) -> Manifest:
+        if out.resolve() != self.folder.resolve():
+            raise UserError(f"ready-made shards stay where they are: give --out {self.folder}")
+        if (out / shards.MANIFEST).exists():
+            manifest = shards.read_manifest(out)
+            shards.check_sizes(out, manifest)
+            if {shard.name for shard in manifest.shards} != {path.name for path in self.paths}:
+                raise UserError(f"{out / shards.MANIFEST} names other shards: remove it first")
+            say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
+            return manifest
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            entries = list(pool.map(lambda path: _describe(path, tokenizer), self.paths))
+        source = {
+            "name": f"shards: {self.folder.resolve().name}",
+            "revision": "local",
+            "licence": "unknown",
+        }
+        return _write_manifest(out, tokenizer, source, entries, say)
+
+
+class PublishedShards(ReadyMade):
+    """Shards on the hub, downloaded into the folder."""
+
+    def __init__(self, repository: str = REPOSITORY) -> None:
+        self.repository = repository
+
+    def take(self, out: Path, tokenizer: Tokenizer, say: Say) -> Manifest:
+        if tokenizer.name != "gpt2":
+            raise UserError(f"{self.repository} holds GPT-2's tokens: use --tokenizer gpt2")
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / shards.MANIFEST).exists():
+            manifest = shards.read_manifest(out)
+            self._check_origin(out, manifest.source)
+            shards.check_sizes(out, manifest)
+            say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
+            return manifest
+        source, entries = _Fetch(self, out, tokenizer, say).run()
+        manifest = _write_manifest(out, tokenizer, source, entries, say)
+        storage.remove_folder(out / shards.UNFINISHED)
+        return manifest
+
+    def read_state(self, out: Path) -> dict[str, Any]:
+        """What an earlier call had finished: the source, and the shards that were checked."""
+        path = out / shards.UNFINISHED / shards.STATE
+        if not path.exists():
+            return {"source": {}, "shards": []}
+        state = storage.read_json(path)
+        self._check_origin(out, state["source"])
+        return state
+
+    def _check_origin(self, out: Path, record: dict[str, Any]) -> None:
+        if record.get("name") != self.repository:
+            raise UserError(
+                f"{out} was prepared from {record.get('name')!r}, not {self.repository!r}: "
+                "give another --out, or remove it"
+            )
+
+
+class _Fetch:
+    """One call's downloads. Each shard is checked before it gets its name in the folder."""
+
+    def __init__(
+        self, published: PublishedShards, out: Path, tokenizer: Tokenizer, say: Say
+    ) -> None:
+        self.out, self.tokenizer = out, tokenizer
+        self.folder = out / shards.UNFINISHED
+        state = published.read_state(out)
+        listing = hub.list_files(published.repository, "", ".bin", state["source"].get("revision"))
+        self.folder.mkdir(exist_ok=True)
+        storage.remove_unfinished(self.folder)
+        hub.remove_partial(self.folder)
+        self.listing = listing
+        self.files = [file for file in listing.files if "/" not in file.path]
+        self.entries = {entry["name"]: Shard(**entry) for entry in state["shards"]}
+        self.source = {
+            "name": published.repository,
+            "revision": listing.revision,
+            "licence": listing.licence,
+            "fingerprint": listing.fingerprint,
+        }
+        self.progress = Progress(say, "bytes")
+        self.total = max(1, sum(file.size for file in self.files))
+        self.received = self.before = 0
+        self.cancelled = False
+
+    def run(self) -> tuple[dict[str, Any], list[Shard]]:
+        missing = [file for file in self.files if not self._is_done(file)]
+        self.before = self.total - sum(file.size for file in missing)
+        self.progress.update(0, self.before / self.total)
+        pool = ThreadPoolExecutor(DOWNLOADS)
+        try:
+            for shard in pool.map(self._take, missing):
+                self.entries[shard.name] = shard
+                finished = [asdict(entry) for entry in self.entries.values()]
+                state = {"source": self.source, "shards": finished}
+                storage.write_json(self.folder / shards.STATE, state)
+                self.progress.say(f"{shard.name}: {shard.tokens:,} tokens")
+        finally:
+            self.cancelled = True  # of use only when one has failed: the others need not go on
+            pool.shutdown(cancel_futures=True)
+        return self.source, [self.entries[file.path] for file in self.files]
+
+    def _is_done(self, file: hub.RemoteFile) -> bool:
+        path = self.out / file.path
+        return file.path in self.entries and path.exists() and path.stat().st_size == file.size
+
+    def _take(self, file: hub.RemoteFile) -> Shard:
+        target = self.out / file.path
+        if target.exists() and file.sha256 and storage.file_sha256(target) == file.sha256:
+            return _describe(target, self.tokenizer)
+        path = hub.download(self.listing, file, self.folder / "downloads", self._count)
+        shard = _describe(path, self.tokenizer)
+        storage.move_file(path, target)
+        return shard
+
+    def _count(self, received: int) -> None:
+        if self.cancelled:
+            raise hub.Cancelled
+        self.received += received
+        self.progress.update(self.received, (self.before + self.received) / self.total)
+
+
+def _describe(path: Path, tokenizer: Tokenizer) -> Shard:
+    split = "val" if "val" in path.name else "train"
+    return shards.describe_shard(path, split, tokenizer.end_of_text, tokenizer.vocab_size)
+
+
+def _write_manifest(
+    out: Path, tokenizer: Tokenizer, source: dict[str, Any], entries: Sequence[Shard], say: Say
+) -> Manifest:
+    ordered = tuple(sorted(entries, key=lambda shard: (shard.split, shard.name)))
+    manifest = Manifest(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, source, ordered)
+    manifest.write(out)
+    say(f"{out}: {manifest.summary()}")
+    return manifest

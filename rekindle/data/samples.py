@@ -1,0 +1,86 @@
+"""A check that cannot be forgotten: some documents of every shard are encoded a second time.
+
+Whole data sets go through a fast encoder; `Tokenizer.encode` is the reference. A sample spread over
+each shard is compared, and one different token stops the preparation.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rekindle.data.tokenizer import Tokenizer
+from rekindle.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MOST = 32  # documents a shard
+LONGEST = 1 << 15  # characters of a document that are compared; the reference is slow
+# GPT-2 never merges across a space that stands between two words, so what lies before one is
+# encoded alike with and without the rest.
+BOUNDARY = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+
+
+@dataclass(frozen=True)
+class _Sample:
+    number: int  # of the document within its shard
+    text: str
+    tokens: np.ndarray
+
+
+class Samples:
+    """Up to 32 documents, evenly spread, of a stream whose length is not known beforehand."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._kept: list[_Sample] = []
+        self._stride = 1  # every so many-th document is kept
+        self._count = 0
+
+    def offer(
+        self, texts: "pa.StringArray", numbers: np.ndarray, tokens: np.ndarray, starts: np.ndarray
+    ) -> None:
+        """Documents `numbers` of a block come next; `tokens` and `starts` are the whole block's."""
+        first = -self._count % self._stride
+        for k in range(first, len(numbers), self._stride):
+            if (self._count + k) % self._stride:  # the stride has doubled meanwhile
+                continue
+            i = numbers[k]
+            encoded = tokens[starts[i] + 1 : starts[i + 1]].copy()  # not the whole block's memory
+            self._keep(_Sample(self._count + k, texts[i].as_py(), encoded))
+        self._count += len(numbers)
+
+    def _keep(self, sample: _Sample) -> None:
+        self._kept.append(sample)
+        if len(self._kept) > MOST:
+            self._stride *= 2
+            self._kept = [kept for kept in self._kept if kept.number % self._stride == 0]
+
+    def check(self, where: str) -> None:
+        """Compare with the reference. Raises `UserError` that shows the first difference."""
+        for sample in self._kept:
+            text, tokens = sample.text, sample.tokens.tolist()
+            shortened = len(text) > LONGEST
+            if shortened:
+                ends = [match.start() for match in BOUNDARY.finditer(text, 0, LONGEST)]
+                if not ends:  # one endless word: there is no safe place to cut
+                    continue
+                text = text[: ends[-1]]
+            expected = self._tokenizer.encode(text)
+            if shortened:
+                tokens = tokens[: len(expected)]
+            if tokens != expected:
+                raise UserError(_difference(where, text, tokens, expected))
+
+
+def _difference(where: str, text: str, tokens: list[int], expected: list[int]) -> str:
+    pairs = enumerate(zip(tokens, expected, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(expected)))
+    around = slice(max(0, at - 4), at + 5)
+    return (
+        f"{where}: the fast encoder and the reference differ at token {at} of the document "
+        f"{text[:60]!r}: {tokens[around]} against {expected[around]}; nothing was written, "
+        "please report this text"
+    )

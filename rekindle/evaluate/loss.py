@@ -1,0 +1,66 @@
+"""Validation loss over a fixed number of tokens, the same ones however the work is split."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle.data.batches import IGNORED, validation_batches
+from rekindle.errors import UserError
+from rekindle.runtime.device import Device
+from rekindle.runtime.distributed import World
+
+Forward = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A validation loss. `nats` is per token; `bits_per_byte` does not depend on the tokenizer."""
+
+    nats: float
+    bits_per_byte: float
+    tokens: int
+
+
+@torch.no_grad()
+def validation_loss(
+    forward: Forward,
+    shards: Sequence[np.ndarray],
+    token_bytes: np.ndarray,
+    *,
+    T: int,
+    tokens: int,
+    rows: int,
+    device: Device,
+    world: World | None = None,
+) -> Loss:
+    """Mean cross-entropy of the first `tokens` targets of `shards` (all, if there are fewer).
+
+    `forward` is a model or its compiled form and gets batches of one shape, (`rows`, `T`).
+    `token_bytes` (vocab_size,) says how much text an id stands for. Sums are kept in float64.
+    Raises `UserError` if the shards hold nothing to predict.
+    """
+    world = world or World()
+    totals = torch.zeros(3, dtype=torch.float64)  # nats, targets, bytes
+    for x, y in validation_batches(shards, T, tokens, rows, world.rank, world.size):
+        real = y[y != IGNORED]
+        if not len(real):  # a rank may run out a batch before the others
+            continue
+        with device.autocast():
+            _, mean = forward(
+                torch.from_numpy(x).to(device.torch, non_blocking=True),
+                torch.from_numpy(y).to(device.torch, non_blocking=True),
+            )
+        assert mean is not None
+        nats = mean.double().item() * len(real)
+        totals += torch.tensor([nats, len(real), token_bytes[real].sum()], dtype=torch.float64)
+    totals = totals.to(device.torch) if device.torch.type == "cuda" else totals
+    world.sum_(totals)
+    nats, count, size = totals.tolist()
+    if not count:
+        raise UserError("the validation split is empty: prepare the data with --val-tokens")
+    bits = nats / math.log(2) / size if size else math.nan
+    return Loss(nats / count, bits, int(count))

@@ -1,0 +1,54 @@
+"""RUN_OR_MODEL: whatever a person may name, as a model ready to evaluate or to speak."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rekindle.data.tokenizer import Tokenizer, get_tokenizer
+from rekindle.errors import UserError
+from rekindle.interop import huggingface
+from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2 import GPT2
+from rekindle.runtime import checkpoint
+from rekindle.runtime.device import Device
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on its device, its tokenizer, and where it came from."""
+
+    model: GPT2
+    tokenizer: Tokenizer
+    name: str
+    run: dict[str, Any] | None = None  # the checkpoint's description, if it is one of ours
+
+
+def load(name: str, device: Device) -> Loaded:
+    """Load a run folder (its newest checkpoint), a checkpoint, a model of the hub, or a folder in
+    Hugging Face's layout. Raises `UserError` that says what `name` is not."""
+    path = Path(name)
+    if name in huggingface.HUB or (path / "config.json").is_file():
+        model = huggingface.GPT2.from_pretrained(name)
+        if model.config.vocab_size != 50257:
+            raise UserError(f"{name} has {model.config.vocab_size} ids, GPT-2's tokenizer 50257")
+        return Loaded(model.to(device.torch), get_tokenizer("gpt2"), name)
+    if not path.exists():
+        near = get_close_matches(name, huggingface.HUB, n=2)
+        hint = f": did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(
+            f"{name} is no folder and none of the models {', '.join(huggingface.HUB)}{hint}"
+        )
+    saved = checkpoint.load(checkpoint.find(path))
+    tokenizer = get_tokenizer(saved.description["tokenizer"]["name"])
+    with torch.device("meta"):  # shapes only; the weights come from the file
+        model = GPT2(GPT2Config(**saved.description["model"]))
+    model.load_state_dict(
+        {**saved.model, "lm_head.weight": saved.model["transformer.wte.weight"]}, assign=True
+    )
+    model.tie()
+    return Loaded(
+        model.requires_grad_(True).to(device.torch), tokenizer, str(saved.path), saved.description
+    )

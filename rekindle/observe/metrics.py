@@ -1,0 +1,99 @@
+"""The progress line for people and `metrics.jsonl` for machines."""
+
+import sys
+import time
+from typing import Any, TextIO
+
+from rekindle.storage import JsonLines
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3 min 20 s, 5 h 07 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+class Console:
+    """Prints for the main process only. On a terminal the progress line is rewritten in place;
+    elsewhere a plain line comes now and then."""
+
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._quiet = quiet
+        self._live = self._stream.isatty()
+        self._pending = False  # a progress line is on the screen, without its end of line
+        self._next = 0.0  # when the next progress line is due
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if not self._quiet:
+            self._end_line()
+            print(text, file=self._stream, flush=True)
+
+    def progress(self, text: str, *, important: bool = False) -> None:
+        """Show where things stand; `important` lines are shown in any case, and stay."""
+        now = time.monotonic()
+        if self._quiet or (now < self._next and not important):
+            return
+        self._next = now + (0.2 if self._live else 10.0)
+        if not self._live:
+            print(text, file=self._stream, flush=True)
+            return
+        print(f"\r\033[K{text}", end="", file=self._stream, flush=True)
+        self._pending = True
+        if important:
+            self._end_line()
+
+    def _end_line(self) -> None:
+        if self._pending:
+            print(file=self._stream, flush=True)
+            self._pending = False
+
+
+class Metrics:
+    """Times the steps of a run, and logs them to its `metrics.jsonl`."""
+
+    def __init__(
+        self, log: JsonLines | None, console: Console, *, steps: int, tokens_per_step: int,
+        flops_per_token: int, peak_flops: float | None,
+    ) -> None:  # fmt: skip
+        self._log, self.console, self._steps = log, console, steps
+        self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak_flops
+        self._recent: list[float] = []  # seconds of the last steps
+
+    def step(
+        self, step: int, *, loss: float, lr: float, norm: float, seconds: float, data_wait: float,
+        accepted: bool,
+    ) -> None:  # fmt: skip
+        """Report one optimizer step, numbered from 0 (the time is that of the step alone)."""
+        rate = self._tokens / seconds
+        used = None if self._peak is None else rate * self._flops / self._peak
+        self.record(
+            "train", step, loss=loss, lr=lr, norm=norm, accepted=accepted, tokens_per_s=rate,
+            utilisation=used, data_wait_s=data_wait, seconds=seconds,
+        )  # fmt: skip
+        self._recent = [*self._recent[-19:], seconds]
+        typical = sorted(self._recent)[len(self._recent) // 2]
+        left = duration(typical * (self._steps - step - 1))
+        share = "unknown" if used is None else f"{used:.1%}"
+        self.console.progress(
+            f"step {step:>5}/{self._steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+            f"{rate:,.0f} tok/s | util {share} | data {data_wait * 1e3:.1f} ms | {left} left"
+            + ("" if accepted else " | REFUSED: not finite"),
+            important=step in (0, self._steps - 1) or not accepted,
+        )
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Log one object: `kind` is train, validation, hellaswag, samples or checkpoint."""
+        if self._log:
+            self._log.append({"kind": kind, "step": step, **values})
+
+    def close(self) -> None:
+        if self._log:
+            self._log.close()

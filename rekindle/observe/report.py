@@ -1,0 +1,59 @@
+"""A run's loss curve as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from rekindle import storage
+from rekindle.errors import UserError
+
+
+def draw_loss(run: Path, picture: Path) -> Path:
+    """Draw training and validation loss of `run` into `picture` (.png or .svg); return its path.
+
+    Raises `UserError` if there is no log, or no matplotlib.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install 'rekindle[plot]'") from None
+    if not (run / "metrics.jsonl").is_file():
+        raise UserError(f"{run} has no metrics.jsonl: it is no run, or has not begun")
+    records = storage.read_json_lines(run / "metrics.jsonl")
+    training = [r for r in records if r["kind"] == "train"]
+    validation = [r for r in records if r["kind"] == "validation"]
+    if not training:
+        raise UserError(f"{run} has taken no step yet: there is nothing to draw")
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
+    axes.plot([r["step"] for r in training], [r["loss"] for r in training],
+              color="#9db4c8", linewidth=1, label="training, each step")  # fmt: skip
+    if validation:
+        axes.plot([r["step"] for r in validation], [r["loss"] for r in validation],
+                  color="#c8502d", marker="o", markersize=4, label="validation")  # fmt: skip
+        _label_last(axes, validation[-1])
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_title(_title(run), fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(picture, metadata={"Software": None} if picture.suffix == ".png" else None)
+    plt.close(figure)
+    return picture
+
+
+def _label_last(axes: Any, record: dict[str, Any]) -> None:
+    axes.annotate(f"{record['loss']:.3f}", (record["step"], record["loss"]), xytext=(0, 8),
+                  textcoords="offset points", ha="right", color="#c8502d")  # fmt: skip
+
+
+def _title(run: Path) -> str:
+    recipe = storage.read_json(run / "run.json")["recipe"]
+    return (
+        f"{recipe['name']}: {recipe['model.n_layer']} layers, {recipe['model.n_embd']} wide, "
+        f"{recipe['batch.tokens']:,} tokens a step, seed {recipe['seed']}"
+    )

@@ -1,0 +1,212 @@
+"""Every number of every training run. A recipe is named first and overridden by flags.
+
+Imports no torch. Sources: [lecture] "Let's reproduce GPT-2 (124M)", karpathy/build-nanogpt;
+[GPT-3] Brown et al. 2020, table 2.1 and appendix B; [sweep] garg-aayush/building-from-scratch;
+[ours] docs/wikipedia-on-a-laptop.md and `rekindle demo`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from rekindle.errors import UserError
+from rekindle.model.config import SIZES, GPT2Config
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one optimizer step sees. How it is split is the machine's business, not the recipe's."""
+
+    tokens: int = 524_288  # per optimizer step, over all ranks; 2**19 as in [lecture]
+    length: int = 1024  # T, tokens in a window
+    order: str = "shuffled"  # or "sequential", the order of the files
+    micro: int = 0  # rows per forward pass on one rank; 0: found for the device
+
+    @property
+    def rows(self) -> int:
+        return self.tokens // self.length
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW's numbers; the defaults are GPT-3's for its smallest model."""
+
+    lr: float = 6e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    clip: float = 1.0  # largest norm of the gradient
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then a cosine down to a fraction of the peak."""
+
+    warmup: int = 715  # steps; 375M tokens as in [GPT-3]
+    final: float = 0.1  # of the peak learning rate
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run, but for its data, its folder and its machine."""
+
+    name: str
+    about: str
+    model: GPT2Config = SIZES["gpt2"]
+    batch: Batch = Batch()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    steps: int = 19_073  # 10 billion tokens at 524,288 a step [lecture]
+    seed: int = 1337  # of the initial weights and of the order of the data [lecture]
+    eval_every: int = 250  # steps between validations; 0: only at the end [lecture]
+    eval_tokens: int = 10_485_760  # of the validation split, always the same ones [lecture]
+    checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = 3  # newest ones to keep; 0: all of them
+    prompt: str = field(default="Hello, I'm a language model,")  # of the samples [lecture]
+
+
+# May differ when a run goes on: none of them changes a step already taken.
+FREE_ON_RESUME = (
+    "about", "steps", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "prompt",
+)  # fmt: skip
+
+_LECTURE = Recipe(
+    name="gpt2-124m",
+    about="GPT-2 124M as the lecture trains it: 10B tokens, in the files' order",
+    batch=Batch(order="sequential"),
+)
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        _LECTURE,
+        dataclasses.replace(
+            _LECTURE,
+            name="gpt2-124m-tuned",
+            about="the same with a global shuffle and 3 x the learning rate",
+            batch=Batch(order="shuffled"),
+            optim=Optim(lr=1.8e-3),  # 3.005 instead of 3.08 at the end [sweep]
+        ),
+        Recipe(
+            name="gpt2-medium",
+            about="GPT-2 355M with GPT-3 Medium's learning rate",
+            model=SIZES["gpt2-medium"],
+            optim=Optim(lr=3e-4),  # [GPT-3] table 2.1
+        ),
+        Recipe(
+            name="gpt2-large",
+            about="GPT-2 774M with GPT-3 Large's learning rate",
+            model=SIZES["gpt2-large"],
+            optim=Optim(lr=2.5e-4),  # [GPT-3] table 2.1
+        ),
+        Recipe(
+            name="gpt2-xl",
+            about="GPT-2 1558M with GPT-3 XL's learning rate and batch",
+            model=SIZES["gpt2-xl"],
+            optim=Optim(lr=2e-4),  # [GPT-3] table 2.1
+            batch=Batch(tokens=1_048_576),  # [GPT-3] table 2.1: 1M
+            schedule=Schedule(warmup=358),  # the same 375M tokens
+            steps=9_537,  # the same 10 billion tokens
+        ),
+        Recipe(
+            name="gpt2-10m",
+            about="a GPT-2 of 10M parameters that 2 CPU cores train in a quarter of an hour",
+            model=GPT2Config(n_layer=6, n_head=5, n_embd=160, block_size=256),
+            batch=Batch(tokens=8_192, length=256),
+            optim=Optim(lr=3e-3),  # [ours]
+            schedule=Schedule(warmup=30),
+            steps=300,
+            eval_every=50,
+            eval_tokens=262_144,
+            checkpoint_every=50,
+        ),
+        Recipe(
+            name="demo",
+            about="a byte-level GPT-2 for `rekindle demo` on a CPU",
+            model=GPT2Config(n_layer=4, n_head=4, n_embd=128, block_size=128),
+            batch=Batch(tokens=4_096, length=128),
+            optim=Optim(lr=3e-3),  # [ours]
+            schedule=Schedule(warmup=50),
+            steps=600,
+            eval_every=200,
+            eval_tokens=131_072,
+            checkpoint_every=200,
+            prompt="The ",
+        ),
+        Recipe(
+            name="demo-gpu",
+            about="a larger one for `rekindle demo` on a GPU",
+            model=GPT2Config(n_layer=6, n_head=6, n_embd=384, block_size=256),
+            batch=Batch(tokens=65_536, length=256),
+            optim=Optim(lr=2e-3),
+            schedule=Schedule(warmup=50),
+            steps=600,
+            eval_every=200,
+            eval_tokens=1_048_576,
+            checkpoint_every=200,
+            prompt="The ",
+        ),
+    )
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe called `name`. Raises `UserError` with the nearest names."""
+    if name not in RECIPES:
+        near = get_close_matches(name, RECIPES, n=3, cutoff=0.3) or list(RECIPES)
+        raise UserError(f"there is no recipe {name!r}: did you mean {' or '.join(near)}?")
+    return RECIPES[name]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A dataclass as dotted names: `{"optim.lr": 0.0006, ...}`, which are also its flags."""
+    flat: dict[str, Any] = {}
+    for item in fields(value):
+        inner = getattr(value, item.name)
+        name = f"{prefix}{item.name}"
+        flat |= flatten(inner, f"{name}.") if is_dataclass(inner) else {name: inner}
+    return flat
+
+
+def override(value: Any, changes: dict[str, Any]) -> Any:
+    """A copy of a dataclass with the dotted names in `changes` set."""
+    own = {name: new for name, new in changes.items() if "." not in name}
+    for name in {name.split(".")[0] for name in changes if "." in name}:
+        inner = {k.partition(".")[2]: v for k, v in changes.items() if k.startswith(f"{name}.")}
+        own[name] = override(getattr(value, name), inner)
+    return dataclasses.replace(value, **own)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse numbers that cannot be trained with. Raises `UserError` that names the flag."""
+    model, batch = recipe.model, recipe.batch
+    if batch.length > model.block_size:
+        raise UserError(
+            f"--batch.length {batch.length} is longer than --model.block-size {model.block_size}"
+        )
+    if batch.length < 1 or batch.tokens < 1 or batch.tokens % batch.length:
+        raise UserError(
+            f"--batch.tokens {batch.tokens} is not a whole number of windows of "
+            f"--batch.length {batch.length}"
+        )
+    if batch.order not in ("shuffled", "sequential"):
+        raise UserError(f"--batch.order is shuffled or sequential, not {batch.order!r}")
+    if model.n_embd % model.n_head:
+        raise UserError(
+            f"--model.n-embd {model.n_embd} is not a multiple of --model.n-head {model.n_head}"
+        )
+    for name, value in flatten(recipe).items():
+        if isinstance(value, int | float) and value < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {value}")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What two flattened recipes disagree on, field by field, but for what may change."""
+    names = [n for n in {**before, **now} if n not in (*FREE_ON_RESUME, "batch.micro")]
+    return [
+        f"--{n.replace('_', '-')} was {before.get(n)}, now {now.get(n)}"
+        for n in names
+        if before.get(n) != now.get(n)
+    ]

@@ -1,0 +1,232 @@
+"""A run: its folder, what it was started with, and whether it may go on.
+
+    RUN/run.json          recipe, data and fingerprint, written once at the start
+    RUN/metrics.jsonl     one object a line, for machines
+    RUN/checkpoints/      see `runtime.checkpoint`
+"""
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rekindle import __version__, recipes, storage
+from rekindle.data.batches import Split
+from rekindle.data.shards import Manifest
+from rekindle.errors import UserError
+from rekindle.model.gpt2 import GPT2
+from rekindle.observe.metrics import Console, Metrics
+from rekindle.recipes import Recipe
+from rekindle.runtime import checkpoint
+from rekindle.runtime.checkpoint import Checkpoint
+from rekindle.runtime.device import Device
+from rekindle.runtime.distributed import World
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What belongs to the machine and the moment, not to the recipe. None: decided here, or as
+    the run was begun."""
+
+    device: str = "auto"
+    precision: str | None = None
+    compile: bool | None = None
+    hellaswag: str = "auto"  # a file, "hub", "none", or "auto": from the hub on a GPU
+    fork: Path | None = None  # run or checkpoint whose weights and optimizer state to start from
+
+
+@dataclass
+class Run:
+    """A run that may begin or go on; `open_run` has checked it."""
+
+    folder: Path
+    recipe: Recipe
+    data: Path
+    manifest: Manifest
+    options: RunOptions
+    checkpoint: Checkpoint | None  # where it goes on
+    forked_from: str | None
+    precision: str
+    compile: bool
+    threads: int | None  # of the CPU, as the run was begun
+    micro: int  # rows per forward pass, or 0: to be found
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps already taken."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    def begin(self, device: Device, split: Split, *, compiled: bool, console: Console) -> None:
+        """Say what is about to happen, and write the run down if it is new."""
+        self._split = {
+            "micro": split.micro, "ranks": split.ranks, "threads": torch.get_num_threads(),
+            "device": device.torch.type, "precision": device.precision, "compile": self.compile,
+        }  # fmt: skip
+        if split.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            storage.remove_unfinished(self.folder)
+            if not (self.folder / "run.json").exists():
+                storage.write_json(self.folder / "run.json", self._identity())
+            checkpoints = self.folder / "checkpoints"
+            checkpoints.mkdir(exist_ok=True)
+            storage.remove_unfinished(checkpoints)
+        r, m = self.recipe, self.recipe.model
+        console.say(
+            f"model: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
+            f"{_parameters(self.recipe):,} parameters, vocabulary {m.vocab_size:,}"
+        )
+        console.say(
+            f"device: {split.ranks} x {device.name}, {device.precision}"
+            f"{', compiled' if compiled else ''}; {r.batch.tokens:,} tokens a step = "
+            f"{split.micro} rows x {r.batch.length} x {split.accumulation} micro-steps x "
+            f"{split.ranks} ranks"
+        )
+        console.say(self._opening(split))
+
+    def _opening(self, split: Split) -> str:
+        if not self.checkpoint:
+            return f"run: {self.folder}, {self.recipe.steps:,} steps from the beginning"
+        if self.forked_from and not (self.folder / "metrics.jsonl").exists():
+            return f"run: {self.folder}, forked at step {self.step} of {self.forked_from}"
+        before = self.checkpoint.description["split"]["ranks"]
+        note = "" if before == split.ranks else f" (on {split.ranks} ranks instead of {before})"
+        if self.step >= self.recipe.steps:
+            return f"run: {self.folder} has all its {self.step} steps; --steps takes it further"
+        return f"run: {self.folder} goes on at step {self.step} of {self.recipe.steps}{note}"
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "recipe": recipes.flatten(self.recipe),
+            "data": {"path": os.path.abspath(self.data), "fingerprint": self.manifest.fingerprint},
+            "tokenizer": {
+                "name": self.manifest.tokenizer, "sha256": self.manifest.tokenizer_sha256,
+            },
+            "forked_from": self.forked_from,
+        }  # fmt: skip
+
+    def open_metrics(self, device: Device, console: Console, world: World) -> Metrics:
+        """The run's log, without what was logged after the checkpoint it goes on from."""
+        log = None
+        if world.is_main:
+            log = storage.JsonLines(self.folder / "metrics.jsonl", keep=self._is_past)
+        peak = device.peak_flops
+        return Metrics(
+            log, console, steps=self.recipe.steps, tokens_per_step=self.recipe.batch.tokens,
+            flops_per_token=self.recipe.model.flops_per_token(self.recipe.batch.length),
+            peak_flops=peak * world.size if peak else None,
+        )  # fmt: skip
+
+    def _is_past(self, record: dict[str, Any]) -> bool:
+        """Whether a record describes what the checkpoint already contains."""
+        if record["kind"] == "train":  # numbered by the step it took: the first is 0
+            return record["step"] < self.step
+        return self.step > 0 and record["step"] <= self.step
+
+    def save(
+        self, step: int, model: GPT2, optimizer: torch.optim.Optimizer, world: World,
+        metrics: Metrics,
+    ) -> None:  # fmt: skip
+        """Write the checkpoint of `step` and drop the oldest beyond those to keep."""
+        if world.is_main:
+            began = time.perf_counter()
+            description = {
+                "step": step,
+                **self._identity(),
+                "data_position": {"windows": step * self.recipe.batch.rows},
+                "model": dataclasses.asdict(self.recipe.model),
+                "split": self._split,
+                "versions": {"rekindle": __version__, "torch": torch.__version__},
+            }
+            path = checkpoint.save(self.folder / "checkpoints", description, model, optimizer)
+            checkpoint.prune(self.folder / "checkpoints", self.recipe.keep_checkpoints)
+            seconds = time.perf_counter() - began
+            metrics.record("checkpoint", step, seconds=seconds)
+            metrics.console.say(f"step {step:>5} | saved {path} ({seconds:.1f} s)")
+        world.barrier()
+
+
+def open_run(
+    recipe: Recipe, manifest: Manifest, data: Path, out: Path, options: RunOptions, ranks: int
+) -> Run:
+    """Decide whether `out` is begun, gone on with, or forked into. Writes nothing.
+
+    Raises `UserError` if the folder holds something else, or a run with another recipe (field by
+    field) or other data.
+    """
+    model = dataclasses.replace(recipe.model, vocab_size=manifest.vocab_size)
+    recipe = dataclasses.replace(recipe, model=model.for_training())
+    recipes.check(recipe)
+    forked_from = str(checkpoint.find(options.fork)) if options.fork else None
+    if (out / "run.json").is_file():
+        forked_from = _check_same_run(recipe, manifest, out)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is no run: give --out a new folder")
+    own = checkpoint.list_checkpoints(out / "checkpoints")
+    start = own[-1] if own else Path(forked_from) if forked_from else None
+    loaded = checkpoint.load(start) if start else None
+    split: dict[str, Any] = {}
+    if loaded:
+        _check_same_model(recipe, manifest, loaded)
+        split = loaded.description["split"]
+    return Run(
+        folder=out,
+        recipe=recipe,
+        data=data,
+        manifest=manifest,
+        options=options,
+        checkpoint=loaded,
+        forked_from=forked_from,
+        precision=options.precision or split.get("precision", "auto"),
+        compile=split.get("compile", True) if options.compile is None else options.compile,
+        threads=split.get("threads"),
+        micro=recipe.batch.micro or _fitting_micro(recipe, split, ranks),
+    )
+
+
+def _check_same_run(recipe: Recipe, manifest: Manifest, out: Path) -> str | None:
+    """Refuse to go on with another recipe or other data; return what the run was forked from."""
+    before = storage.read_json(out / "run.json")
+    if different := recipes.differences(before["recipe"], recipes.flatten(recipe)):
+        raise UserError(
+            f"{out} was begun with another recipe ({'; '.join(different)}): "
+            "give the same flags, or a new --out (with --fork to start from this run's weights)"
+        )
+    if before["data"]["fingerprint"] != manifest.fingerprint:
+        raise UserError(
+            f"{out} was begun on other data ({before['data']['path']}, fingerprint "
+            f"{before['data']['fingerprint'][:12]}, now {manifest.fingerprint[:12]}): "
+            "give the same --data, or a new --out (with --fork to start from this run's weights)"
+        )
+    return before["forked_from"]
+
+
+def _check_same_model(recipe: Recipe, manifest: Manifest, start: Checkpoint) -> None:
+    """Refuse a checkpoint of another shape or tokenizer, as a fork may name one."""
+    before, now = start.description["model"], dataclasses.asdict(recipe.model)
+    different = [k for k in now if before.get(k) != now[k]]
+    if different:
+        fields = "; ".join(f"{k} is {before.get(k)}, not {now[k]}" for k in different)
+        raise UserError(f"{start.path} holds another model ({fields})")
+    tokenizer = start.description["tokenizer"]
+    if tokenizer["sha256"] != manifest.tokenizer_sha256:
+        raise UserError(
+            f"{start.path} was trained with the tokenizer {tokenizer['name']}, "
+            f"the data is made with {manifest.tokenizer}: prepare it with the same --tokenizer"
+        )
+
+
+def _fitting_micro(recipe: Recipe, split: dict[str, Any], ranks: int) -> int:
+    """The micro-batch of the run so far, if it still divides the batch; 0 asks for a new one."""
+    micro = split.get("micro", 0)
+    return micro if micro and recipe.batch.rows % (micro * ranks) == 0 else 0
+
+
+def _parameters(recipe: Recipe) -> int:
+    """Weights and biases of the model without the rows that only pad its table."""
+    m = recipe.model
+    block = 12 * m.n_embd**2 + 13 * m.n_embd
+    return (m.vocab_size + m.block_size) * m.n_embd + m.n_layer * block + 2 * m.n_embd

@@ -1,0 +1,131 @@
+"""Checkpoints: a folder of safetensors and JSON, whole or absent.
+
+    RUN/checkpoints/step-000250/
+        model.safetensors      the parameters, under GPT-2's names
+        optimizer.safetensors  AdamW's moments, as exp_avg.NAME and exp_avg_sq.NAME
+        checkpoint.json        step, recipe, data, split, versions, and each file's SHA-256
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rekindle import storage
+from rekindle.errors import UserError
+
+FORMAT = 1
+DESCRIPTION = "checkpoint.json"
+_NAME = re.compile(r"step-(\d{6,})")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read from disk; its hashes have been checked."""
+
+    path: Path
+    description: dict[str, Any]
+    model: dict[str, Tensor]
+
+    @property
+    def step(self) -> int:
+        return self.description["step"]
+
+    def restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Give `optimizer` the moments and the count of updates it had."""
+        moments = _read_tensors(self.path / "optimizer.safetensors")
+        for name, p in model.named_parameters():
+            state = {key: moments[f"{key}.{name}"].to(p.device) for key in _MOMENTS}
+            count = torch.tensor(float(self.description["updates"]))
+            fused = optimizer.defaults.get("fused")  # whose kernels count on the device
+            optimizer.state[p] = {"step": count.to(p.device) if fused else count, **state}
+
+
+def parameters_on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter once (a tied one under its first name), as float32 on the CPU."""
+    return {name: p.detach().float().cpu() for name, p in model.named_parameters()}
+
+
+def save(
+    folder: Path, description: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write the checkpoint of `description["step"]` under `folder`; return its path."""
+    moments: dict[str, Tensor] = {}
+    updates = 0
+    for name, p in model.named_parameters():
+        state = optimizer.state.get(p)
+        for key in _MOMENTS:
+            moment = state[key] if state else torch.zeros_like(p)
+            moments[f"{key}.{name}"] = moment.detach().cpu()
+        updates = int(state["step"]) if state else 0
+    path = folder / f"step-{description['step']:06d}"
+    with storage.new_folder(path) as new:
+        for name, tensors in (("model", parameters_on_cpu(model)), ("optimizer", moments)):
+            arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
+            new.write_tensors(f"{name}.safetensors", arrays)
+        files = dict(new.files)
+        new.write_json(
+            DESCRIPTION, {"format": FORMAT, **description, "updates": updates, "files": files}
+        )
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints under `folder`, oldest first. Unfinished ones have other names."""
+    found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; 0 keeps all."""
+    for path in list_checkpoints(folder)[:-keep] if keep else []:
+        storage.remove_folder(path)
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a run folder or a checkpoint folder stands for: itself, or the newest.
+
+    Raises `UserError` if it is neither.
+    """
+    if (path / DESCRIPTION).is_file():
+        return path
+    if found := list_checkpoints(path / "checkpoints"):
+        return found[-1]
+    if not path.exists():
+        raise UserError(f"there is no {path}")
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"the run {path} has no checkpoint yet: train it further")
+    raise UserError(f"{path} is no run and no checkpoint: it has neither checkpoints/ nor "
+                    f"{DESCRIPTION}")  # fmt: skip
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint and check every byte. Raises `UserError` that names the damaged file."""
+    description = storage.read_json(path / DESCRIPTION)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise UserError(f"{path / DESCRIPTION} is not a checkpoint of format {FORMAT}")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        file, entry = path / name, description["files"][name]
+        if not file.is_file():
+            raise UserError(f"the checkpoint {path} has lost its {name}: use another one")
+        if file.stat().st_size != entry["bytes"] or storage.file_sha256(file) != entry["sha256"]:
+            raise UserError(
+                f"{file} is damaged (it is not the {entry['bytes']} bytes that were written): "
+                f"remove {path}, and the run goes on from the checkpoint before"
+            )
+    return Checkpoint(path, description, _read_tensors(path / "model.safetensors"))
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} is not a safetensors file ({error})") from None

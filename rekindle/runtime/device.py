@@ -1,0 +1,159 @@
+"""One place decides what a run computes on, in which precision, and whether it can compile."""
+
+import os
+import shutil
+import sysconfig
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rekindle.errors import UserError
+
+# Dense bf16 peak in FLOP/s, by a part of the name the driver gives. From NVIDIA's data sheets
+# (without sparsity); the first match counts.
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+PRECISIONS = ("auto", "autocast", "tf32", "fp32")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run computes, and how."""
+
+    torch: torch.device
+    name: str  # what a person calls it
+    precision: str  # one of PRECISIONS, decided
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """bf16 where it helps, fp32 where it matters, as `torch.autocast` knows; or nothing."""
+        if self.precision != "autocast":
+            return nullcontext()
+        return torch.autocast(self.torch.type, dtype=torch.bfloat16)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s at best in this precision, or None where no data sheet was read."""
+        if self.precision != "autocast":
+            return None
+        return next((peak for part, peak in PEAKS.items() if part in self.name), None)
+
+    def synchronize(self) -> None:
+        if self.torch.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.torch.type == "mps":
+            torch.mps.synchronize()
+
+
+def get_device(wanted: str = "auto", precision: str = "auto", local_rank: int = 0) -> Device:
+    """Decide on a device and its precision. Raises `UserError` if what is wanted, or what is
+    plainly there, cannot be used; training never falls back to the CPU in silence."""
+    kind = _choose(wanted)
+    if kind == "cuda":
+        device = torch.device("cuda", local_rank)
+        _probe_cuda(device)
+        torch.cuda.set_device(device)
+        name = torch.cuda.get_device_name(device)
+    else:
+        device = torch.device(kind)
+        name = "Apple GPU" if kind == "mps" else f"CPU, {torch.get_num_threads()} threads"
+    precision = _choose_precision(precision, device)
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    return Device(device, name, precision)
+
+
+def _choose(wanted: str) -> str:
+    if wanted not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"--device is auto, cpu, cuda or mps, not {wanted!r}")
+    if wanted == "cpu":
+        return "cpu"
+    if wanted in ("auto", "cuda") and torch.cuda.is_available():
+        return "cuda"
+    if wanted in ("auto", "mps") and torch.backends.mps.is_available():
+        return "mps"
+    if wanted == "mps":
+        raise UserError("--device mps: this torch finds no Apple GPU (macOS 14 on Apple silicon?)")
+    if (gpu := gpu_on_machine()) and wanted == "auto":
+        raise UserError(f"{gpu} but {_why_no_cuda()}; or say --device cpu")
+    if wanted == "cuda":
+        raise UserError(f"--device cuda: {_why_no_cuda()}")
+    return "cpu"
+
+
+def gpu_on_machine() -> str | None:
+    """What tells that a GPU is built in, whatever torch thinks of it; None if there is none or
+    `CUDA_VISIBLE_DEVICES` hides it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    if any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi"):
+        return "there is an NVIDIA GPU"
+    if Path("/dev/kfd").exists():
+        return "there is an AMD GPU"
+    return None
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} was built without GPU support: install a CUDA build"
+    return (
+        f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: "
+        "update the NVIDIA driver or install a torch for the driver's CUDA (`nvidia-smi` shows it)"
+    )
+
+
+def _probe_cuda(device: torch.device) -> None:
+    """Run one kernel: a card too old or too new for this torch fails here, with its reason."""
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"the GPU {device} is there but torch {torch.__version__} cannot run on it ({reason}): "
+            "install a torch build for it, or say --device cpu"
+        ) from None
+
+
+def _choose_precision(wanted: str, device: torch.device) -> str:
+    if wanted not in PRECISIONS:
+        raise UserError(f"--precision is {', '.join(PRECISIONS)}, not {wanted!r}")
+    if wanted == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 needs an NVIDIA GPU: use fp32 or autocast")
+    if wanted != "auto":
+        return wanted
+    if device.type != "cuda":
+        return "fp32"
+    return "autocast" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """What `torch.compile` would miss on this machine, or None if it has all it needs."""
+    if device.type == "mps":
+        return "torch.compile is not relied upon on Apple GPUs"
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl"]
+    if not any(name and shutil.which(name) for name in compilers):
+        return "there is no C++ compiler"
+    include = Path(sysconfig.get_path("include"), "Python.h")
+    if not include.exists():
+        return f"Python's headers are missing ({include})"
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "Triton is not installed or does not know this GPU"
+    return None
+

@@ -1,0 +1,66 @@
+"""How many rows a device takes at once. The global batch never changes, only its cutting."""
+
+import torch
+
+from rekindle.errors import UserError
+from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2 import GPT2
+from rekindle.runtime.device import Device
+from rekindle.runtime.distributed import World
+
+MOST_ROWS = 64  # the lecture's; more gives less than 1 % on an H200
+# The largest part of a micro-batch are its logits; more than this gains nothing on a CPU.
+CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 256 * 2**20, 2 * 2**30
+
+
+def choose_micro(model: GPT2, rows: int, T: int, device: Device, world: World) -> int:
+    """Rows per forward pass: the most that fit and that divide the batch evenly over the ranks.
+
+    Raises `UserError` if the batch does not divide, or if not even one row fits.
+    """
+    if rows % world.size:
+        raise UserError(f"a batch of {rows} rows does not divide over {world.size} ranks")
+    if device.torch.type == "cuda":
+        fits = max(1, min(MOST_ROWS, _rows_in_gpu_memory(model, T, device)))
+    else:
+        fits = rows_for(model.config, T, device)
+    fits = world.min(fits, device.torch)
+    share = rows // world.size
+    return next(n for n in range(min(fits, share), 0, -1) if share % n == 0)
+
+
+def rows_for(config: GPT2Config, T: int, device: Device) -> int:
+    """A safe number of rows without measuring: by the size of their logits."""
+    budget = CPU_LOGITS_BYTES if device.torch.type == "cpu" else GPU_LOGITS_BYTES
+    return max(1, min(MOST_ROWS, budget // (T * config.padded_vocab_size * 4)))
+
+
+def _rows_in_gpu_memory(model: GPT2, T: int, device: Device) -> int:
+    """Measure the memory of one and of two rows, and reckon how many fit.
+
+    Runs uncompiled, which takes more memory than compiled, and leaves room for AdamW's moments.
+    """
+    peaks = []
+    for rows in (1, 2):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device.torch)
+        idx = torch.zeros(rows, T, dtype=torch.long, device=device.torch)
+        try:
+            with device.autocast():
+                _, loss = model.forward(idx, idx)
+            assert loss is not None
+            loss.backward()
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise UserError(
+                    f"the {device.name} has no memory for one row of {T} tokens: "
+                    "use a smaller model or --batch.length"
+                ) from None
+            return 1
+        finally:
+            model.zero_grad(set_to_none=True)
+        peaks.append(torch.cuda.max_memory_allocated(device.torch))
+    _, total = torch.cuda.mem_get_info(device.torch)
+    moments = sum(2 * 4 * p.numel() for p in model.parameters())
+    room = 0.9 * total - moments - peaks[0]
+    return 1 + int(room / max(1, peaks[1] - peaks[0]))

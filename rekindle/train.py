@@ -1,0 +1,204 @@
+"""Training: the step on one screen, and the loop around it.
+
+Start reading at `train_step`. What happens now and then (validate, sample, save) is a plain
+`if due(...)` in `train`; there are no callbacks.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rekindle.data import shards
+from rekindle.data.batches import Batches, Prefetcher, Split, Windows
+from rekindle.data.tokenizer import get_tokenizer
+from rekindle.errors import UserError
+from rekindle.evaluate.loss import Forward
+from rekindle.examine import Examiner
+from rekindle.model.gpt2 import GPT2
+from rekindle.observe.metrics import Console
+from rekindle.optim.adamw import GradientBuffer, make_adamw
+from rekindle.optim.schedule import learning_rate
+from rekindle.recipes import Recipe
+from rekindle.run import Run, RunOptions, open_run
+from rekindle.runtime import distributed
+from rekindle.runtime.device import Device, get_device, why_not_compile
+from rekindle.runtime.distributed import World
+from rekindle.runtime.fit import choose_micro
+
+GIVE_UP_AFTER = 10  # refused steps in a row
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step saw, over all ranks. `accepted`: the weights were updated."""
+
+    loss: float
+    norm: float  # of the gradient, before clipping
+    accepted: bool
+
+
+def train_step(
+    forward: Forward,
+    gradients: GradientBuffer,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,  # (accumulation, micro, T) token ids of this rank
+    y: Tensor,  # the same, one token on
+    *,
+    lr: float,
+    clip: float,
+    device: Device,
+    world: World,
+) -> StepResult:
+    """One update of the weights from one global batch; refused as a whole if it is not finite."""
+    gradients.reset()
+    loss = torch.zeros((), device=x.device)
+    share = 1 / (len(x) * world.size)  # a mean over micro-steps and ranks is a sum of shares
+    for micro_x, micro_y in zip(x, y, strict=True):
+        with device.autocast():
+            _, micro_loss = forward(micro_x, micro_y)
+        assert micro_loss is not None
+        (micro_loss * share).backward()  # adds to the gradients of the micro-steps before
+        loss += micro_loss.detach() * share
+    world.sum_(gradients.flat, loss)  # the only talk between ranks: once a step
+
+    norm = gradients.norm()
+    seen = StepResult(*torch.stack([loss, norm]).tolist(), accepted=True)
+    if not (math.isfinite(seen.loss) and math.isfinite(seen.norm)):
+        return StepResult(seen.loss, seen.norm, accepted=False)
+    gradients.clip(norm, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return seen
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether what comes `every` so many steps comes now; it always comes at the last one."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
+    """Train `recipe` on the shards in `data` into the run folder `out`, going on where it stopped.
+
+    Raises `UserError` for whatever the user can mend, before anything is written.
+    """
+    world = distributed.place()
+    console = Console(quiet=not world.is_main)
+    manifest = shards.read_manifest(data)
+    run = open_run(recipe, manifest, data, out, options, world.size)
+    device = get_device(options.device, run.precision, world.local_rank)
+    distributed.connect(world, device.torch)
+    make_deterministic(device, run.threads)
+    verify_data(data, manifest, world, console)
+
+    tokenizer = get_tokenizer(manifest.tokenizer)
+    batches, validation = open_data(run, data, manifest)
+    torch.manual_seed(run.recipe.seed)
+    model = GPT2(run.recipe.model)
+    if run.checkpoint:
+        model.load_state_dict(run.checkpoint.model, strict=False)
+    model.to(device.torch)
+    o = run.recipe.optim
+    optimizer = make_adamw(model, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
+    if run.checkpoint:
+        run.checkpoint.restore_optimizer(model, optimizer)
+    gradients = GradientBuffer(model.parameters())
+    forward, transformer = compile_model(model, run, device, console)
+    micro = run.micro or choose_micro(model, batches.rows, batches.windows.T, device, world)
+    split = Split.of(batches.rows, micro, world.rank, world.size)
+    run.begin(device, split, compiled=forward is not model, console=console)
+
+    metrics = run.open_metrics(device, console, world)
+    examine = Examiner(
+        run, model, forward, transformer, validation, tokenizer, split.micro, device, world, metrics
+    )
+    prefetcher = Prefetcher(
+        lambda step: batches.batch(step, split), run.step, run.recipe.steps, device.torch
+    )
+    s, refused = run.recipe.schedule, 0
+    if run.step == 0:
+        examine(0)
+    try:
+        for step in range(run.step, run.recipe.steps):
+            began, prefetcher.waited = time.perf_counter(), 0.0
+            x, y = prefetcher.next()
+            lr = learning_rate(
+                step, peak=o.lr, warmup=s.warmup, steps=run.recipe.steps, final=s.final
+            )
+            result = train_step(
+                forward, gradients, optimizer, x, y, lr=lr, clip=o.clip, device=device, world=world
+            )
+            metrics.step(
+                step, loss=result.loss, lr=lr, norm=result.norm, accepted=result.accepted,
+                seconds=time.perf_counter() - began, data_wait=prefetcher.waited,
+            )  # fmt: skip
+            refused = 0 if result.accepted else refused + 1
+            if refused == GIVE_UP_AFTER:
+                raise UserError(
+                    f"the loss or gradient of {refused} steps in a row was not finite (now step "
+                    f"{step}): lower --optim.lr and start anew, or fork an earlier checkpoint"
+                )
+            done = step + 1
+            if due(done, run.recipe.eval_every, run.recipe.steps):
+                examine(done)
+            if due(done, run.recipe.checkpoint_every, run.recipe.steps):
+                run.save(done, model, optimizer, world, metrics)
+    finally:
+        prefetcher.close()
+        metrics.close()
+    world.barrier()
+    return run
+
+
+def open_data(run: Run, data: Path, manifest: shards.Manifest) -> tuple[Batches, list]:
+    """The training batches of a run and its validation shards."""
+    b = run.recipe.batch
+    windows = Windows(shards.open_split(data, manifest, "train"), b.length)
+    batches = Batches(windows, b.rows, run.recipe.seed, b.order)
+    return batches, shards.open_split(data, manifest, "val")
+
+
+def verify_data(data: Path, manifest: shards.Manifest, world: World, console: Console) -> None:
+    """Read every shard once before the first step, on one process of each machine."""
+    began = time.perf_counter()
+    if world.local_rank == 0:
+        shards.verify(data, manifest)
+    world.barrier()
+    console.say(
+        f"data: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation "
+        f"tokens, every hash checked in {time.perf_counter() - began:.1f} s"
+    )
+
+
+def make_deterministic(device: Device, threads: int | None) -> None:
+    """On a CPU the same split gives the same bits. On a GPU this would cost speed."""
+    if device.torch.type == "cpu":
+        torch.set_num_threads(threads or torch.get_num_threads())
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it; it costs
+
+
+def compile_model(
+    model: GPT2, run: Run, device: Device, console: Console
+) -> tuple[Forward, Callable[[Tensor], Tensor]]:
+    """The model and its body as they are called in training: compiled, if it can be done here.
+
+    The compiled forms share their parameters with `model`, whose names stay clean.
+    """
+    reason = why_not_compile(device.torch) if run.compile else "as asked"
+    if reason:
+        console.say(f"running without torch.compile: {reason}")
+        return model, model.transformer
+    # It warns of a CUDA toolkit without a GPU, which is nothing to a CPU's user.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    console.say("compiling the model: the first steps take longer")
+    return (
+        torch.compile(model, fullgraph=True, dynamic=False),
+        torch.compile(model.transformer, fullgraph=True, dynamic=False),
+    )
