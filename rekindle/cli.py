@@ -142,7 +142,7 @@ def verify(o: argparse.Namespace) -> int:
 def demo(o: argparse.Namespace) -> None:
     from rekindle.demo import demo
 
-    demo(data=o.data, out=o.out, device=o.device)
+    demo(data=o.data, out=o.out, device=o.device, steps=o.steps)
 
 
 def report(o: argparse.Namespace) -> None:
@@ -186,6 +186,7 @@ def _add_demo(commands: Any) -> None:
     p = _add(commands, "demo", demo, "the whole road in a few minutes, without a network")
     p.add_argument("--data", type=Path, default=Path("data/demo"), help="(default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="(default: %(default)s)")
+    p.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: about 2 min)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
 
 

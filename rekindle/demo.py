@@ -1,5 +1,6 @@
 """The whole road in a few minutes: text, tokens, training, loss, samples, and what comes next."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from rekindle.runtime.device import get_device
 from rekindle.train import train
 
 
-def demo(data: Path, out: Path, device: str) -> None:
+def demo(data: Path, out: Path, device: str, steps: int | None) -> None:
     """Prepare Python's own manual, train a small GPT-2 on it, and tell what happened."""
     began = time.perf_counter()
     on_gpu = get_device(device).torch.type != "cpu"
     recipe = recipes.get_recipe("demo-gpu" if on_gpu else "demo")
+    recipe = dataclasses.replace(recipe, steps=steps or recipe.steps)
     print("1. Text → tokens: the manual and docstrings that every Python carries")
     source = from_arguments(embedded=True)
     prepare(source, data, tokenizer="bytes", val_tokens=recipe.eval_tokens)

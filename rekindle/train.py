@@ -181,7 +181,8 @@ def make_deterministic(device: Device, threads: int | None) -> None:
     if device.torch.type == "cpu":
         torch.set_num_threads(threads or torch.get_num_threads())
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it; it costs
+        # Nobody reads memory before writing it, and filling it costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def compile_model(

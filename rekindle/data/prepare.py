@@ -24,9 +24,8 @@ from rekindle.data.sources import Source
 from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.errors import UserError
 
-# Validation loss is taken over 10,485,760 tokens (20 batches of 524,288, as in the lecture); how
-# many a split gets is only estimated beforehand, hence the margin.
-VAL_TOKENS = 12_000_000
+VAL_TOKENS = 10_485_760  # validation loss is taken over 20 batches of 524,288, as in the lecture
+VAL_MARGIN = 1.15  # how much text there is was only estimated, and fewer would cut that short
 SHARD_TOKENS = 100_000_000  # the lecture's, and llm.c's
 LARGEST_SHARD = 1_000_000_000  # the header's count is an int32, and the last document adds to it
 MOST_VALIDATION = 0.1  # of all documents, so that small data is not swallowed
@@ -304,8 +303,8 @@ class _Preparation:
 
 
 def _validation_fraction(source: Source, settings: dict[str, Any]) -> float:
-    """The part of all documents that gives about `val_tokens` tokens."""
+    """The part of all documents that gives `val_tokens` tokens or some more."""
     if any(file.split for file in source.files):
         return 0.0
     tokens = source.text_bytes / BYTES_PER_TOKEN[settings["tokenizer"]]
-    return min(MOST_VALIDATION, settings["val_tokens"] / max(1.0, tokens))
+    return min(MOST_VALIDATION, VAL_MARGIN * settings["val_tokens"] / max(1.0, tokens))

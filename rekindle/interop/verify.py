@@ -152,7 +152,8 @@ def _compare_gradients(ours: GPT2, theirs: Any) -> Row:
     for name, p in theirs.named_parameters():
         name = "transformer.wte.weight" if name == "lm_head.weight" else name
         own, expected = mine.pop(name).grad, p.grad
-        assert own is not None and expected is not None
+        assert own is not None
+        assert expected is not None
         expected = expected.t() if _is_conv1d(name) else expected
         relative = ((own - expected).abs().max() / expected.abs().max()).item()
         if not relative <= worst:

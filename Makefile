@@ -1,0 +1,39 @@
+# `make demo` and `make test` set up all they need: uv (in .uv, if it is not installed) and the
+# locked environment (in .venv). To use a Python of your own, with your own torch, see the README.
+.PHONY: demo test lint setup lock clean
+
+# Without --system-certs a machine behind a proxy with its own certificates cannot download.
+export UV_SYSTEM_CERTS := 1
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+LOCK := requirements.lock
+
+demo: setup
+	.venv/bin/rekindle demo
+
+test: setup
+	.venv/bin/pytest
+
+lint: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+	.venv/bin/lint-imports
+
+setup: .venv/ready
+
+.venv/ready: $(LOCK) pyproject.toml
+	@command -v $(UV) >/dev/null || { echo "setting up uv in .uv"; \
+	    python3 -m pip install --quiet --target .uv uv; }
+	@echo "setting up the locked environment in .venv (on Linux about 5 GB, most of it CUDA)"
+	@test -x .venv/bin/python || $(UV) venv --quiet --python '>=3.11' .venv
+	@$(UV) pip sync --quiet --python .venv --require-hashes $(LOCK)
+	@$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Pins every package with its hashes, for all systems; names no place to download from.
+lock: pyproject.toml
+	$(UV) pip compile --quiet --universal --upgrade --python-version 3.11 --extra dev \
+	    --generate-hashes --no-emit-index-url --no-header --output-file $(LOCK) pyproject.toml
+
+clean:
+	rm -rf .venv .uv
