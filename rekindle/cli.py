@@ -37,7 +37,7 @@ FLAGS = {
     "optim.beta2": "AdamW's second decay",
     "optim.eps": "AdamW's epsilon",
     "optim.weight_decay": "weight decay, on matrices only",
-    "optim.clip": "largest norm of the gradient",
+    "optim.clip": "largest norm of the gradient, 0: any",
     "schedule.warmup": "steps of linear warm-up",
     "schedule.final": "last learning rate, as a fraction of the peak",
     "model.n_layer": "blocks",

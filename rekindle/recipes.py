@@ -37,7 +37,7 @@ class Optim:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only
-    clip: float = 1.0  # largest norm of the gradient
+    clip: float = 1.0  # largest norm of the gradient; 0: any
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,13 @@ def override(value: Any, changes: dict[str, Any]) -> Any:
 
 def check(recipe: Recipe) -> None:
     """Refuse numbers that cannot be trained with. Raises `UserError` that names the flag."""
+    for name, value in flatten(recipe).items():
+        flag = f"--{name.replace('_', '-')}"
+        least = 1 if name.startswith("model.") else 0
+        if isinstance(value, int | float) and not value >= least:  # nor is nan
+            raise UserError(f"{flag} must be at least {least}, but is {value}")
+        if name in ("optim.beta1", "optim.beta2") and value >= 1:
+            raise UserError(f"{flag} must be below 1, but is {value}")
     model, batch = recipe.model, recipe.batch
     if batch.length > model.block_size:
         raise UserError(
@@ -197,9 +204,6 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"--model.n-embd {model.n_embd} is not a multiple of --model.n-head {model.n_head}"
         )
-    for name, value in flatten(recipe).items():
-        if isinstance(value, int | float) and value < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {value}")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -1,8 +1,8 @@
 """A run: its folder, what it was started with, and whether it may go on.
 
-    RUN/run.json          recipe, data and fingerprint, written once at the start
-    RUN/metrics.jsonl     one object a line, for machines
-    RUN/checkpoints/      see `runtime.checkpoint`
+RUN/run.json          recipe, data and fingerprint, written once at the start
+RUN/metrics.jsonl     one object a line, for machines
+RUN/checkpoints/      see `runtime.checkpoint`
 """
 
 import dataclasses

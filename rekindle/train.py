@@ -1,7 +1,7 @@
 """Training: the step on one screen, and the loop around it.
 
 Start reading at `train_step`. What happens now and then (validate, sample, save) is a plain
-`if due(...)` in `train`; there are no callbacks.
+`if due(...)` in `train`; there are no callbacks. `start` builds what both work on.
 """
 
 import logging
@@ -21,7 +21,7 @@ from rekindle.errors import UserError
 from rekindle.evaluate.loss import Forward
 from rekindle.examine import Examiner
 from rekindle.model.gpt2 import GPT2
-from rekindle.observe.metrics import Console
+from rekindle.observe.metrics import Console, Metrics
 from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.optim.schedule import learning_rate
 from rekindle.recipes import Recipe
@@ -71,7 +71,8 @@ def train_step(
     seen = StepResult(*torch.stack([loss, norm]).tolist(), accepted=True)
     if not (math.isfinite(seen.loss) and math.isfinite(seen.norm)):
         return StepResult(seen.loss, seen.norm, accepted=False)
-    gradients.clip(norm, clip)
+    if clip:
+        gradients.clip(norm, clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -88,53 +89,27 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
 
     Raises `UserError` for whatever the user can mend, before anything is written.
     """
-    world = distributed.place()
-    console = Console(quiet=not world.is_main)
-    manifest = shards.read_manifest(data)
-    run = open_run(recipe, manifest, data, out, options, world.size)
-    device = get_device(options.device, run.precision, world.local_rank)
-    distributed.connect(world, device.torch)
-    make_deterministic(device, run.threads)
-    verify_data(data, manifest, world, console)
-
-    tokenizer = get_tokenizer(manifest.tokenizer)
-    batches, validation = open_data(run, data, manifest)
-    torch.manual_seed(run.recipe.seed)
-    model = GPT2(run.recipe.model)
-    if run.checkpoint:
-        model.load_state_dict(run.checkpoint.model, strict=False)
-    model.to(device.torch)
-    o = run.recipe.optim
-    optimizer = make_adamw(model, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
-    if run.checkpoint:
-        run.checkpoint.restore_optimizer(model, optimizer)
-    gradients = GradientBuffer(model.parameters())
-    forward, transformer = compile_model(model, run, device, console)
-    micro = run.micro or choose_micro(model, batches.rows, batches.windows.T, device, world)
-    split = Split.of(batches.rows, micro, world.rank, world.size)
-    run.begin(device, split, compiled=forward is not model, console=console)
-
-    metrics = run.open_metrics(device, console, world)
-    examine = Examiner(
-        run, model, forward, transformer, validation, tokenizer, split.micro, device, world, metrics
-    )
+    s = start(recipe, data, out, options)
+    recipe, optim, schedule = s.run.recipe, s.run.recipe.optim, s.run.recipe.schedule
     prefetcher = Prefetcher(
-        lambda step: batches.batch(step, split), run.step, run.recipe.steps, device.torch
+        lambda step: s.batches.batch(step, s.split), s.run.step, recipe.steps, s.device.torch
     )
-    s, refused = run.recipe.schedule, 0
-    if run.step == 0:
-        examine(0)
+    refused = 0  # steps in a row
     try:
-        for step in range(run.step, run.recipe.steps):
+        if s.run.step == 0:
+            s.examine(0)
+        for step in range(s.run.step, recipe.steps):
             began, prefetcher.waited = time.perf_counter(), 0.0
             x, y = prefetcher.next()
             lr = learning_rate(
-                step, peak=o.lr, warmup=s.warmup, steps=run.recipe.steps, final=s.final
-            )
+                step, peak=optim.lr, warmup=schedule.warmup, steps=recipe.steps,
+                final=schedule.final,
+            )  # fmt: skip
             result = train_step(
-                forward, gradients, optimizer, x, y, lr=lr, clip=o.clip, device=device, world=world
-            )
-            metrics.step(
+                s.forward, s.gradients, s.optimizer, x, y, lr=lr, clip=optim.clip,
+                device=s.device, world=s.world,
+            )  # fmt: skip
+            s.metrics.step(
                 step, loss=result.loss, lr=lr, norm=result.norm, accepted=result.accepted,
                 seconds=time.perf_counter() - began, data_wait=prefetcher.waited,
             )  # fmt: skip
@@ -144,16 +119,70 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
                     f"the loss or gradient of {refused} steps in a row was not finite (now step "
                     f"{step}): lower --optim.lr and start anew, or fork an earlier checkpoint"
                 )
-            done = step + 1
-            if due(done, run.recipe.eval_every, run.recipe.steps):
-                examine(done)
-            if due(done, run.recipe.checkpoint_every, run.recipe.steps):
-                run.save(done, model, optimizer, world, metrics)
+            if due(step + 1, recipe.eval_every, recipe.steps):
+                s.examine(step + 1)
+            if due(step + 1, recipe.checkpoint_every, recipe.steps):
+                s.run.save(step + 1, s.model, s.optimizer, s.world, s.metrics)
     finally:
         prefetcher.close()
-        metrics.close()
-    world.barrier()
-    return run
+        s.metrics.close()
+    s.world.close()
+    return s.run
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a run holds in memory while it trains."""
+
+    run: Run
+    world: World
+    device: Device
+    model: GPT2  # with the clean names that are saved
+    forward: Forward  # the model as it is called: compiled, where that can be
+    gradients: GradientBuffer
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    split: Split
+    metrics: Metrics
+    examine: Examiner
+
+
+def start(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Session:
+    """Check everything a user can get wrong, then build a run's model, data and optimizer, fresh
+    or as its newest checkpoint has them, and only then write to its folder."""
+    world = distributed.place()
+    console = Console(quiet=not world.is_main)
+    manifest = shards.read_manifest(data)
+    run = open_run(recipe, manifest, data, out, options, world.size)
+    device = get_device(options.device, run.precision, world.local_rank)
+    distributed.connect(world, device.torch)
+    make_deterministic(device, run.threads)
+    verify_data(data, manifest, world, console)
+    batches, validation = open_data(run, data, manifest)
+
+    torch.manual_seed(run.recipe.seed)
+    model = GPT2(run.recipe.model)
+    if run.checkpoint:
+        model.load_state_dict(run.checkpoint.model, strict=False)  # the tied head has no own entry
+    model.to(device.torch)
+    o = run.recipe.optim
+    optimizer = make_adamw(model, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
+    if run.checkpoint:
+        run.checkpoint.restore_optimizer(model, optimizer)
+    gradients = GradientBuffer(model.parameters())
+    micro = run.micro or choose_micro(model, batches.rows, batches.windows.T, device, world)
+    split = Split.of(batches.rows, micro, world.rank, world.size)
+    forward, transformer = compile_model(model, run, device, console)
+
+    run.begin(device, split, compiled=forward is not model, console=console)
+    metrics = run.open_metrics(device, console, world)
+    examine = Examiner(
+        run, model, forward, transformer, validation, get_tokenizer(manifest.tokenizer),
+        split.micro, device, world, metrics,
+    )  # fmt: skip
+    return Session(
+        run, world, device, model, forward, gradients, optimizer, batches, split, metrics, examine
+    )
 
 
 def open_data(run: Run, data: Path, manifest: shards.Manifest) -> tuple[Batches, list]:

@@ -17,10 +17,10 @@ from rekindle.data.sources import Block, Source, SourceFile
 from rekindle.errors import UserError
 
 # Tests, other programs, and packages that are the user's rather than Python's.
-SKIPPED = frozenset(
-    ["test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "_vendor"]
-    + ["site-packages", "dist-packages", "__pycache__", "__phello__"]
-)
+SKIPPED = frozenset({
+    "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "_vendor",
+    "site-packages", "dist-packages", "__pycache__", "__phello__",
+})  # fmt: skip
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 

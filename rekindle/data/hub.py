@@ -32,7 +32,7 @@ ALTERNATIVE = "where there is no network: download the files elsewhere and use -
 T = TypeVar("T")
 
 
-class Cancelled(Exception):
+class StoppedError(Exception):
     """Nobody waits for this download any more."""
 
 
@@ -222,7 +222,7 @@ class HubSource(Source):
 
     def _count(self, received: int) -> None:
         if self._closed:
-            raise Cancelled
+            raise StoppedError
         self._received += received
 
 
@@ -244,7 +244,9 @@ def _licence(card: Any) -> str:
 def _from_hub(what: str, repository: str, ask: Callable[[], T]) -> T:
     """Call the hub's client, and say in one line what was wanted when it fails."""
     from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # one line of ours instead of one for each retry
     try:
         return ask()
     except RepositoryNotFoundError:
@@ -252,7 +254,7 @@ def _from_hub(what: str, repository: str, ask: Callable[[], T]) -> T:
             f"there is no dataset {repository} on the hub ({_endpoint()}), or it is not public: "
             "check the name owner/name, or log in with `hf auth login`"
         ) from None
-    except Cancelled:
+    except StoppedError:
         raise
     except Exception as error:  # the client's kinds of errors change between its versions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -106,7 +106,8 @@ def _open_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        opened = pq.ParquetFile(path)
+        # Arrow would by default keep all that was read of a file, 2 GB of one of FineWeb's.
+        opened = pq.ParquetFile(path, pre_buffer=False)
         schema = opened.schema_arrow
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -115,6 +116,7 @@ def _open_parquet(path: Path) -> Any:
         columns = ", ".join(schema.names) or "none"
         raise UserError(f"{path} has no column 'text' (its columns: {columns})")
     kind = schema.field("text").type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"{path}: the column 'text' holds {kind}, not strings")
     return opened
@@ -122,13 +124,14 @@ def _open_parquet(path: Path) -> Any:
 
 def parquet_text_bytes(path: Path) -> int:
     """Bytes of the column `text`, from the file's metadata."""
-    opened = _open_parquet(path)
-    metadata = opened.metadata
-    column = next(
-        i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "text"
-    )
+    with _open_parquet(path) as opened:
+        return _text_bytes(opened.metadata)
+
+
+def _text_bytes(metadata: Any) -> int:
+    columns = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     return sum(
-        metadata.row_group(i).column(column).total_uncompressed_size
+        metadata.row_group(i).column(columns.index("text")).total_uncompressed_size
         for i in range(metadata.num_row_groups)
     )
 
@@ -137,22 +140,22 @@ def parquet_blocks(path: Path, file: int, skip: int) -> Iterator[Block]:
     """The documents of a Parquet file. Null rows are no documents and are not counted."""
     import pyarrow as pa
 
-    opened = _open_parquet(path)
-    total_rows = max(1, opened.metadata.num_rows)
-    # Few rows at a time: the batch size, not the row group, bounds what is in memory.
-    mean = max(1, parquet_text_bytes(path) // total_rows)
-    batch = min(max(BLOCK_BYTES // mean, 16), 1 << 16)
-    rows, first = 0, 0
+    rows = first = 0  # rows read; number of the next document
     try:
-        for record in opened.iter_batches(batch, columns=["text"]):
-            rows += len(record)
-            texts = record.column(0).drop_null()
-            start = min(max(skip - first, 0), len(texts))
-            for part in _parts(texts.slice(start)):
-                part.validate(full=True)  # Parquet does not promise UTF-8; the tokenizer does
-                yield Block(part, file, first + start, rows / total_rows)
-                start += len(part)
-            first += len(texts)
+        with _open_parquet(path) as opened:
+            total_rows = max(1, opened.metadata.num_rows)
+            # Few rows at a time: the batch size, not the row group, bounds what is in memory.
+            mean = max(1, _text_bytes(opened.metadata) // total_rows)
+            batch = min(max(BLOCK_BYTES // mean, 16), 1 << 16)
+            for record in opened.iter_batches(batch, columns=["text"]):
+                rows += len(record)
+                texts = record.column(0).drop_null()
+                start = min(max(skip - first, 0), len(texts))
+                for part in _parts(texts.slice(start)):
+                    part.validate(full=True)  # Parquet does not promise UTF-8; the tokenizer does
+                    yield Block(part, file, first + start, rows / total_rows)
+                    start += len(part)
+                first += len(texts)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged near row {rows} ({reason}): get it again") from None

@@ -156,7 +156,7 @@ class _Fetch:
 
     def _count(self, received: int) -> None:
         if self.cancelled:
-            raise hub.Cancelled
+            raise hub.StoppedError
         self.received += received
         self.progress.update(self.received, (self.before + self.received) / self.total)
 

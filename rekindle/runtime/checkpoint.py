@@ -1,9 +1,9 @@
 """Checkpoints: a folder of safetensors and JSON, whole or absent.
 
-    RUN/checkpoints/step-000250/
-        model.safetensors      the parameters, under GPT-2's names
-        optimizer.safetensors  AdamW's moments, as exp_avg.NAME and exp_avg_sq.NAME
-        checkpoint.json        step, recipe, data, split, versions, and each file's SHA-256
+RUN/checkpoints/step-000250/
+    model.safetensors      the parameters, under GPT-2's names
+    optimizer.safetensors  AdamW's moments, as exp_avg.NAME and exp_avg_sq.NAME
+    checkpoint.json        step, recipe, data, split, versions, and each file's SHA-256
 """
 
 import json

@@ -156,4 +156,3 @@ def why_not_compile(device: torch.device) -> str | None:
         if not has_triton():
             return "Triton is not installed or does not know this GPU"
     return None
-
