@@ -23,7 +23,7 @@ setup: .venv/ready
 
 .venv/ready: $(LOCK) pyproject.toml
 	@command -v $(UV) >/dev/null || { echo "setting up uv in .uv"; \
-	    python3 -m pip install --quiet --target .uv uv; }
+	    python3 -m pip install --quiet --root-user-action ignore --target .uv uv; }
 	@echo "setting up the locked environment in .venv (on Linux about 5 GB, most of it CUDA)"
 	@test -x .venv/bin/python || $(UV) venv --quiet --python '>=3.11' .venv
 	@$(UV) pip sync --quiet --python .venv --require-hashes $(LOCK)

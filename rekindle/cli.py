@@ -99,6 +99,9 @@ def evaluate(o: argparse.Namespace) -> None:
     from rekindle.observe.metrics import Console
     from rekindle.runtime.distributed import place
 
+    for flag, value in (("--tokens", o.tokens), ("--limit", o.limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} must be at least 1, but is {value}")
     console = Console(quiet=o.json or not place().is_main)
     results = examine_model(
         o.model, data=o.data, questions=o.hellaswag, tokens=o.tokens, limit=o.limit,

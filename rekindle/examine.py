@@ -31,13 +31,13 @@ class Examiner:
 
     def __init__(
         self, run: Run, model: GPT2, forward: Forward, transformer: Callable[[Tensor], Tensor],
-        validation: list[np.ndarray], tokenizer: Tokenizer, rows: int, device: Device,
-        world: World, metrics: Metrics,
+        validation: list[np.ndarray], questions: list[hellaswag.Question], tokenizer: Tokenizer,
+        rows: int, device: Device, world: World, metrics: Metrics,
     ) -> None:  # fmt: skip
         self.run, self.model, self.forward, self.transformer = run, model, forward, transformer
-        self.validation, self.tokenizer, self.rows = validation, tokenizer, rows
+        self.validation, self.questions = validation, questions
+        self.tokenizer, self.rows = tokenizer, rows
         self.device, self.world, self.metrics = device, world, metrics
-        self.questions = hellaswag.for_training(run.options.hellaswag, device, metrics.console.say)
         self.token_bytes = tokenizer.token_bytes()
 
     def __call__(self, step: int) -> None:
@@ -89,8 +89,12 @@ class Examiner:
         room = self.model.config.block_size - len(prompt)
         if not prompt or room < 1:
             return
-        with self.device.autocast():
-            ids = generate(self.model, prompt, min(32, room), num=2, seed=42)
+        try:
+            with self.device.autocast():
+                ids = generate(self.model, prompt, min(32, room), num=2, seed=42)
+        except UserError as error:  # what to do about broken weights, the training loop tells
+            self.metrics.console.say(f"step {step:>5} | no samples: {error}")
+            return
         end = self.tokenizer.end_of_text
         texts = [self.tokenizer.decode(cut_at_end(row, end)) for row in ids.tolist()]
         self.metrics.record("samples", step, texts=texts)

@@ -160,11 +160,14 @@ def open_run(
     model = dataclasses.replace(recipe.model, vocab_size=manifest.vocab_size)
     recipe = dataclasses.replace(recipe, model=model.for_training())
     recipes.check(recipe)
-    forked_from = str(checkpoint.find(options.fork)) if options.fork else None
+    forked_from = None
+    _check_can_be_written(out)
     if (out / "run.json").is_file():
         forked_from = _check_same_run(recipe, manifest, out)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is no run: give --out a new folder")
+    elif options.fork:  # only now: a run that has begun no longer needs its parent
+        forked_from = os.path.abspath(checkpoint.find(options.fork))
     own = checkpoint.list_checkpoints(out / "checkpoints")
     start = own[-1] if own else Path(forked_from) if forked_from else None
     loaded = checkpoint.load(start) if start else None
@@ -185,6 +188,15 @@ def open_run(
         threads=split.get("threads"),
         micro=recipe.batch.micro or _fitting_micro(recipe, split, ranks),
     )
+
+
+def _check_can_be_written(out: Path) -> None:
+    """Refuse a folder that is beneath a file, or where this user may not write."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if there != out and not there.is_dir():
+        raise UserError(f"{out} cannot be made, for {there} is no folder: give another --out")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{there} may not be written to by this user: give another --out")
 
 
 def _check_same_run(recipe: Recipe, manifest: Manifest, out: Path) -> str | None:

@@ -18,6 +18,7 @@ from rekindle.data import shards
 from rekindle.data.batches import Batches, Prefetcher, Split, Windows
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
+from rekindle.evaluate import hellaswag
 from rekindle.evaluate.loss import Forward
 from rekindle.examine import Examiner
 from rekindle.model.gpt2 import GPT2
@@ -159,6 +160,7 @@ def start(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Session
     make_deterministic(device, run.threads)
     verify_data(data, manifest, world, console)
     batches, validation = open_data(run, data, manifest)
+    questions = hellaswag.for_training(options.hellaswag, device, console.say)
 
     torch.manual_seed(run.recipe.seed)
     model = GPT2(run.recipe.model)
@@ -177,8 +179,8 @@ def start(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Session
     run.begin(device, split, compiled=forward is not model, console=console)
     metrics = run.open_metrics(device, console, world)
     examine = Examiner(
-        run, model, forward, transformer, validation, get_tokenizer(manifest.tokenizer),
-        split.micro, device, world, metrics,
+        run, model, forward, transformer, validation, questions,
+        get_tokenizer(manifest.tokenizer), split.micro, device, world, metrics,
     )  # fmt: skip
     return Session(
         run, world, device, model, forward, gradients, optimizer, batches, split, metrics, examine

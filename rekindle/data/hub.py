@@ -169,6 +169,8 @@ class HubSource(Source):
         self._downloads, self._say = folder, say
         listing = list_files(self._repository, self._folder, ".parquet", self._pinned)
         kept = [file for file in listing.files if not _base(file).startswith("test")]
+        if not kept:
+            raise UserError(f"{self.name} on the hub has no *.parquet file to train on")
         self._listing = Listing(listing.repository, listing.revision, listing.licence, tuple(kept))
         self.revision, self.licence = listing.revision, listing.licence
         splits = ["val" if _base(file).startswith("val") else "train" for file in kept]

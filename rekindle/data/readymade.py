@@ -35,7 +35,7 @@ class ShardFolder(ReadyMade):
         self.folder = folder
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
-        self.paths = sorted(folder.glob("*.bin"))
+        self.paths = sorted(path for path in folder.glob("*.bin") if path.name[0] != ".")
         if not self.paths:
             raise UserError(f"{folder} holds no shards (*.bin)")
 

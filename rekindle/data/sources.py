@@ -77,13 +77,13 @@ class Source(ABC):
         """Whether `record`, from an earlier run, is of this source."""
         return record.get("fingerprint") == self.fingerprint
 
-    def open(self, folder: Path, say: Say) -> None:  # noqa: B027 (only remote sources need it)
+    def open(self, folder: Path, say: Say) -> None:
         """Find out which files there are. `folder` is lent for downloads until `close`."""
 
-    def release(self, file: int) -> None:  # noqa: B027
+    def release(self, file: int) -> None:
         """Files before number `file` are in finished shards and will not be read again."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Nothing more will be read."""
 
 

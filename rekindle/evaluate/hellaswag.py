@@ -113,15 +113,20 @@ def locate(wanted: str) -> Path:
 
 def _read_rows(path: Path) -> Iterator[Any]:
     if path.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        yield from pq.read_table(path).to_pylist()
+        try:
+            yield from pq.read_table(path).to_pylist()
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{path} is not a whole Parquet file ({reason})") from None
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 yield json.loads(line)
-            except ValueError:
+            except ValueError:  # also for bytes that are not UTF-8
                 raise UserError(f"{path}, row {number}: not a line of JSON") from None
 
 
@@ -144,13 +149,14 @@ def evaluate(
     the model's context loses its beginning. `say` hears of the progress.
     """
     world = world or World()
+    body = model.transformer if transformer is None else transformer  # a compiled one has no bool
     mine = range(world.rank, len(questions), world.size)
     rows = [r for i in mine for r in _render(i, questions[i], tokenizer, model.config.block_size)]
     sums = torch.zeros(len(questions), 4, dtype=torch.float64)
     means = torch.zeros(len(questions), 4, dtype=torch.float64)
     done = 0
     for T, batch, height in _batches(rows, model.config.block_size, tokens_per_batch):
-        losses = _row_losses(model, transformer or model.transformer, batch, (height, T), device)
+        losses = _row_losses(model, body, batch, (height, T), device)
         for row, loss in zip(batch, losses.tolist(), strict=True):
             sums[row.question, row.ending] = loss
             means[row.question, row.ending] = loss / row.scored

@@ -27,9 +27,12 @@ def generate(
     Each token is drawn from the `top_k` most likely (0: from all) at `temperature` (0: always the
     likeliest). The same seed gives the same text on the same device. Without `use_cache`, every
     position is computed anew for each token: slower, and the reference for the cache.
-    Raises `UserError` if prompt and continuation do not fit into the model's context.
+    Raises `UserError` if prompt and continuation do not fit into the model's context, if a
+    number makes no sense, or if the model's answer is not finite.
     """
     limit = model.config.block_size
+    if num < 1 or min(tokens, temperature, top_k) < 0:
+        raise UserError("--num is at least 1; --tokens, --temperature and --top-k at least 0")
     if not prompt:
         raise UserError("the prompt is empty: give at least one token")
     if len(prompt) + tokens > limit:
@@ -50,6 +53,8 @@ def generate(
         else:
             logits, _ = model.forward(ids)
         assert logits is not None
+        if ids.shape[1] == len(prompt) and not logits[:, -1].isfinite().all():
+            raise UserError("the model has no next token, only nan: its weights are broken")
         ids = torch.cat([ids, _draw(logits[:, -1], temperature, top_k, random)], dim=1)
     return ids.cpu()
 

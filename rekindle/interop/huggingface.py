@@ -42,7 +42,9 @@ class GPT2(gpt2.GPT2):
 
 def read_config(file: Path) -> GPT2Config:
     """Hugging Face's `config.json` as ours. Raises `UserError` for anything but a plain GPT-2."""
-    raw: dict[str, Any] = storage.read_json(file)
+    raw: Any = storage.read_json(file)
+    if not isinstance(raw, dict):
+        raise UserError(f"{file} holds no JSON object: it is not the config.json of a GPT-2")
     expected = {"model_type": "gpt2", "activation_function": "gelu_new",
                 "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                 "tie_word_embeddings": True, "add_cross_attention": False,
@@ -50,14 +52,16 @@ def read_config(file: Path) -> GPT2Config:
     for key, value in expected.items():
         if raw.get(key, value) != value:
             raise UserError(f"{file}: {key} is {raw[key]!r}, which is not GPT-2's {value!r}")
-    try:
-        config = GPT2Config(
-            n_layer=raw["n_layer"], n_head=raw["n_head"], n_embd=raw["n_embd"],
-            block_size=raw["n_positions"], vocab_size=raw["vocab_size"],
-            padded_vocab_size=raw["vocab_size"],
-        )  # fmt: skip
-    except KeyError as missing:
-        raise UserError(f"{file} lacks {missing}: it is not the config.json of a GPT-2") from None
+    for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
+        if type(raw.get(key)) is not int or raw[key] < 1:
+            raise UserError(f"{file}: {key} is missing or no positive whole number")
+    config = GPT2Config(
+        n_layer=raw["n_layer"], n_head=raw["n_head"], n_embd=raw["n_embd"],
+        block_size=raw["n_positions"], vocab_size=raw["vocab_size"],
+        padded_vocab_size=raw["vocab_size"],
+    )  # fmt: skip
+    if config.n_embd % config.n_head:
+        raise UserError(f"{file}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
     if raw.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{file}: n_inner is {raw['n_inner']}, GPT-2's is 4 x n_embd")
     return config

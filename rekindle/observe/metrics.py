@@ -1,5 +1,6 @@
 """The progress line for people and `metrics.jsonl` for machines."""
 
+import math
 import sys
 import time
 from typing import Any, TextIO
@@ -92,6 +93,9 @@ class Metrics:
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Log one object: `kind` is train, validation, hellaswag, samples or checkpoint."""
         if self._log:
+            for name, value in values.items():  # JSON knows no NaN
+                if isinstance(value, float) and not math.isfinite(value):
+                    values[name] = None
             self._log.append({"kind": kind, "step": step, **values})
 
     def close(self) -> None:

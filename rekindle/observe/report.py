@@ -23,7 +23,7 @@ def draw_loss(run: Path, picture: Path) -> Path:
         raise UserError(f"{run} has no metrics.jsonl: it is no run, or has not begun")
     records = storage.read_json_lines(run / "metrics.jsonl")
     training = [r for r in records if r["kind"] == "train"]
-    validation = [r for r in records if r["kind"] == "validation"]
+    validation = [r for r in records if r["kind"] == "validation" and r["loss"] is not None]
     if not training:
         raise UserError(f"{run} has taken no step yet: there is nothing to draw")
 

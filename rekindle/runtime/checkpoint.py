@@ -3,9 +3,10 @@
 RUN/checkpoints/step-000250/
     model.safetensors      the parameters, under GPT-2's names
     optimizer.safetensors  AdamW's moments, as exp_avg.NAME and exp_avg_sq.NAME
-    checkpoint.json        step, recipe, data, split, versions, and each file's SHA-256
+    checkpoint.json        step, recipe, data, split, versions; each file's SHA-256 and its own
 """
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -68,10 +69,8 @@ def save(
         for name, tensors in (("model", parameters_on_cpu(model)), ("optimizer", moments)):
             arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
             new.write_tensors(f"{name}.safetensors", arrays)
-        files = dict(new.files)
-        new.write_json(
-            DESCRIPTION, {"format": FORMAT, **description, "updates": updates, "files": files}
-        )
+        whole = {"format": FORMAT, **description, "updates": updates, "files": dict(new.files)}
+        new.write_json(DESCRIPTION, {**whole, "sha256": _description_sha256(whole)})
     return path
 
 
@@ -109,6 +108,11 @@ def load(path: Path) -> Checkpoint:
     description = storage.read_json(path / DESCRIPTION)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise UserError(f"{path / DESCRIPTION} is not a checkpoint of format {FORMAT}")
+    if description.pop("sha256", None) != _description_sha256(description):
+        raise UserError(
+            f"{path / DESCRIPTION} is damaged (it is not what was written): remove {path}, and the "
+            "run goes on from the checkpoint before"
+        )
     for name in ("model.safetensors", "optimizer.safetensors"):
         file, entry = path / name, description["files"][name]
         if not file.is_file():
@@ -119,6 +123,11 @@ def load(path: Path) -> Checkpoint:
                 f"remove {path}, and the run goes on from the checkpoint before"
             )
     return Checkpoint(path, description, _read_tensors(path / "model.safetensors"))
+
+
+def _description_sha256(description: dict[str, Any]) -> str:
+    """Identifies what a description says, its own hash apart."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

@@ -11,22 +11,27 @@ import torch
 
 from rekindle.errors import UserError
 
-# Dense bf16 peak in FLOP/s, by a part of the name the driver gives. From NVIDIA's data sheets
-# (without sparsity); the first match counts.
+# Dense bf16 peak in FLOP/s by the name the driver gives, from NVIDIA's data sheets (without
+# sparsity). Names must match in full: a laptop's RTX 4090 is not a desktop's.
 PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
 }
 
 PRECISIONS = ("auto", "autocast", "tf32", "fp32")
@@ -51,7 +56,7 @@ class Device:
         """FLOP/s at best in this precision, or None where no data sheet was read."""
         if self.precision != "autocast":
             return None
-        return next((peak for part, peak in PEAKS.items() if part in self.name), None)
+        return PEAKS.get(self.name)
 
     def synchronize(self) -> None:
         if self.torch.type == "cuda":

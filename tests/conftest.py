@@ -1,0 +1,245 @@
+"""What many tests share: tokens on disk, a model of a few thousand weights, and the command line
+called in this process, because importing torch takes seconds."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from rekindle import storage
+from rekindle.cli import main
+from rekindle.data.shards import Manifest, Shard, write_shard
+from rekindle.data.tokenizer import ByteTokenizer
+from rekindle.recipes import Batch, Optim, Recipe, Schedule, flatten
+
+ROOT = Path(__file__).parents[1]
+
+# What differs between two equal runs.
+CLOCKS = {"seconds", "tokens_per_s", "utilisation", "data_wait_s"}
+
+
+class Outcome(NamedTuple):
+    """What a command left: its exit status and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was() -> Iterator[None]:
+    """A run sets torch's threads and determinism for its process, which here is everybody's."""
+    torch = sys.modules.get("torch")
+    before = torch and (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    yield
+    if torch and before:
+        if torch.get_num_threads() != before[0]:
+            torch.set_num_threads(before[0])
+        if torch.are_deterministic_algorithms_enabled() != before[1]:
+            torch.use_deterministic_algorithms(before[1])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A tiny model gains nothing from more, and loses much if the other cores are busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_tokens(count: int, seed: int) -> np.ndarray:
+    """Bytes in documents of about 60, with enough order in them to be learnt: (count,) uint16."""
+    random = np.random.default_rng(seed)
+    tokens = (np.cumsum(random.integers(0, 4, count)) % 96 + 32).astype(np.uint16)
+    tokens[0] = ByteTokenizer.end_of_text
+    tokens[random.random(count) < 1 / 60] = ByteTokenizer.end_of_text
+    return tokens
+
+
+def write_shards(
+    folder: Path, train: Sequence[int], val: Sequence[int], *, seed: int = 0, **manifest: Any
+) -> Manifest:
+    """Write shards of so many tokens and their manifest, of the byte tokenizer unless told else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for split, sizes in (("train", train), ("val", val)):
+        for i, size in enumerate(sizes):
+            tokens = make_tokens(size, seed + len(entries))
+            name = f"{split}-{i:04d}.bin"
+            count, sha256 = write_shard(folder / name, [tokens])
+            documents = int((tokens == ByteTokenizer.end_of_text).sum())
+            entries.append(Shard(name, split, count, documents, sha256))
+    described: dict[str, Any] = {
+        "tokenizer": ByteTokenizer.name,
+        "tokenizer_sha256": ByteTokenizer.sha256,
+        "vocab_size": ByteTokenizer.vocab_size,
+        "source": {"name": "generated"},
+        **manifest,
+    }
+    made = Manifest(**described, shards=tuple(entries))
+    made.write(folder)
+    return made
+
+
+@pytest.fixture(name="write_shards")
+def _write_shards() -> Callable[..., Manifest]:
+    """`write_shards(folder, [tokens of a training shard, ...], [of a validation shard, ...])`."""
+    return write_shards
+
+
+@pytest.fixture(scope="session")
+def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards that nobody may change: 75 training windows of 16 (an epoch ends inside the 10th
+    batch of 8) and 300 validation targets."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, [700, 520], [201, 101])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Recipe:
+    """A recipe that takes milliseconds a step: 8 windows of 16 tokens, two layers, 16 wide."""
+    from rekindle.model.config import GPT2Config
+
+    return Recipe(
+        name="demo",
+        about="tiny",
+        model=GPT2Config(
+            n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=257, padded_vocab_size=384
+        ),
+        batch=Batch(tokens=128, length=16),
+        optim=Optim(lr=1e-2),
+        schedule=Schedule(warmup=3),
+        steps=12,
+        eval_every=4,
+        checkpoint_every=4,
+        keep_checkpoints=0,
+        prompt="abc",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(tiny: Recipe) -> list[str]:
+    """The flags that make the recipe `demo` the tiny one."""
+    from rekindle.cli import FLAGS
+
+    numbers = {name: value for name, value in flatten(tiny).items() if name in FLAGS}
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in numbers.items()]
+    return [text for pair in pairs for text in pair]
+
+
+@pytest.fixture
+def rekindle(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`rekindle("train", "demo", ...)` in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        status = main([str(a) for a in arguments])
+        printed = capsys.readouterr()
+        return Outcome(status, printed.out, printed.err)
+
+    return call
+
+
+@pytest.fixture
+def train(
+    rekindle: Callable[..., Outcome], shard_set: Path, tiny_flags: list[str], one_thread: None
+) -> Callable[..., Outcome]:
+    """`train(out, "--steps", 4, ...)`: the tiny recipe on the CPU, eager; must succeed."""
+
+    def call(out: Path, *flags: object, data: Path = shard_set) -> Outcome:
+        outcome = rekindle(*train_command(data, out, tiny_flags), *flags)
+        assert outcome.status == 0, outcome.err
+        return outcome
+
+    return call
+
+
+def train_command(data: Path, out: Path, flags: Sequence[str]) -> list[str]:
+    fixed = ["train", "demo", "--data", str(data), "--out", str(out), "--device", "cpu"]
+    return [*fixed, "--no-compile", *flags]
+
+
+@pytest.fixture
+def command(shard_set: Path, tiny_flags: list[str]) -> Callable[[Path], list[str]]:
+    """The arguments with which `train` trains into a folder, for a process of its own."""
+    return lambda out: train_command(shard_set, out, tiny_flags)
+
+
+@pytest.fixture
+def refuses(rekindle: Callable[..., Outcome], tmp_path: Path) -> Callable[..., str]:
+    """`refuses(arguments, "words", ...)`: the command ends as a user's mistake should end.
+
+    One line that holds the words, exit status 2, and nothing written or changed under `tmp_path`.
+    """
+
+    def call(arguments: Sequence[object], *words: str) -> str:
+        before = snapshot(tmp_path)
+        outcome = rekindle(*arguments)
+        assert outcome.status == 2
+        assert outcome.err.startswith("rekindle: error: ")
+        assert outcome.err.count("\n") == 1
+        assert outcome.err.endswith("\n")
+        for word in words:
+            assert word in outcome.err
+        assert snapshot(tmp_path) == before
+        return outcome.err
+
+    return call
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file and folder under `folder`, with a hash of what is in it."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        if p.is_file()
+        else ""
+        for p in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python("-m", "rekindle", ...)`: a process of its own, with one thread."""
+
+    def call(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.terminate()  # asked to end, torchrun ends its processes too; killed, it cannot
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return call
+
+
+@pytest.fixture
+def records() -> Callable[..., list[dict[str, Any]]]:
+    """`records(run, "train")`: what a run logged of that kind (or of all), times apart."""
+
+    def call(run: Path, *kinds: str) -> list[dict[str, Any]]:
+        logged = storage.read_json_lines(run / "metrics.jsonl")
+        return [
+            {key: value for key, value in record.items() if key not in CLOCKS}
+            for record in logged
+            if not kinds or record["kind"] in kinds
+        ]
+
+    return call

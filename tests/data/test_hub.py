@@ -1,0 +1,308 @@
+"""The hub, through a real server on this machine: pinned, checked, bounded, and gone on with."""
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rekindle.data import hub as module
+from rekindle.data import shards
+from rekindle.data.hub import HubSource
+from rekindle.data.prepare import prepare
+from rekindle.data.shards import Manifest
+from rekindle.data.sources import Block, from_arguments
+from rekindle.errors import UserError
+
+EDU = "HuggingFaceFW/fineweb-edu"
+SHARDS = "kjj0/fineweb10B-gpt2"
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def run(dataset: str, out: Path, **settings: Any) -> Manifest:
+    settings = {"say": quiet, "tokenizer": "bytes"} | settings
+    return prepare(from_arguments(dataset=dataset), out, **settings)
+
+
+def read_text(out: Path, split: str) -> list[str]:
+    manifest = shards.read_manifest(out)
+    tokens = np.concatenate(shards.open_split(out, manifest, split))
+    parts = np.split(tokens, np.flatnonzero(tokens == 256)[1:])
+    return [bytes(part[1:].astype(np.uint8)).decode() for part in parts]
+
+
+@pytest.fixture
+def edu(hub: Any, texts: Callable[..., list[str]], as_parquet: Callable[..., bytes]) -> list[str]:
+    """FineWeb-Edu's sample in three files, among files that are not wanted; its documents."""
+    files = [texts(80, seed=i) for i in range(3)]
+    hub.add(EDU, {f"sample/10BT/00{i}_00000.parquet": as_parquet(f) for i, f in enumerate(files)})
+    hub.add(EDU, {"README.md": b"# a card", "sample/100BT/000.parquet": b"not wanted"})
+    return [text for file in files for text in file]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client waits a second before it asks again."""
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+
+
+def test_a_dataset_by_its_short_name(hub: Any, edu: list[str], tmp_path: Path) -> None:
+    manifest = run("fineweb-edu-10bt", tmp_path / "out")
+    both = read_text(tmp_path / "out", "train") + read_text(tmp_path / "out", "val")
+    assert sorted(both) == sorted(edu)
+    assert hub.downloads == [f"sample/10BT/00{i}_00000.parquet" for i in range(3)]
+    source = manifest.source
+    assert source["name"] == "HuggingFaceFW/fineweb-edu:sample/10BT"
+    assert (source["revision"], source["licence"]) == (hub.revision, "odc-by")
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert sorted(names) == ["manifest.json", "train_000000.bin", "val_000000.bin"]
+
+
+def test_any_dataset_with_its_own_validation_files(
+    hub: Any, as_parquet: Callable[..., bytes], tmp_path: Path
+) -> None:
+    hub.licence = ["mit", "cc0-1.0"]
+    for name in ("train-00000-of-00001", "validation-00000-of-00001", "test-00000-of-00001"):
+        hub.add("someone/something", {f"data/{name}.parquet": as_parquet([name])})
+    manifest = run("someone/something", tmp_path)
+    assert read_text(tmp_path, "train") == ["train-00000-of-00001"]
+    assert read_text(tmp_path, "val") == ["validation-00000-of-00001"]
+    assert manifest.source["licence"] == "mit, cc0-1.0"
+    assert not any("test" in name for name in hub.downloads)
+
+
+def test_when_all_is_there_the_hub_is_not_asked(
+    hub: Any, edu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run("fineweb-edu-10bt", tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", nowhere())
+    assert run("fineweb-edu-10bt", tmp_path) == first
+
+
+def test_the_next_file_comes_while_one_is_read_and_read_files_go(
+    hub: Any, edu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk holds the files at work and one more, never the whole set."""
+    held: list[int] = []
+    blocks = module.parquet_blocks
+
+    def watched(path: Path, file: int, skip: int) -> Iterator[Block]:
+        held.append(len(list(path.parents[2].rglob("*.parquet"))))
+        yield from blocks(path, file, skip)
+
+    monkeypatch.setattr(module, "parquet_blocks", watched)
+    source = HubSource(EDU, "sample/10BT")
+    source.open(tmp_path, quiet)
+    list(source.blocks(0))
+    source._coming[1].result()  # was asked for by reading the first
+    assert len(hub.downloads) == 2
+    source.release(1)
+    list(source.blocks(1))
+    source._coming[2].result()
+    source.release(2)
+    assert [path.name for path in tmp_path.rglob("*.parquet")] == ["002_00000.parquet"]
+    assert max(held) <= 2
+    source.close()
+
+
+def test_a_stopped_preparation_keeps_its_revision(
+    hub: Any, edu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published changes in between neither break it nor get mixed in, and what was prepared is
+    not downloaded again."""
+    monkeypatch.setattr("rekindle.data.local.BLOCK_BYTES", 2000)
+    run("fineweb-edu-10bt", tmp_path / "whole", shard_tokens=2000)
+    blocks, begun = module.parquet_blocks, hub.revision
+
+    def stops(path: Path, file: int, skip: int) -> Iterator[Block]:
+        if file == 2:
+            raise KeyboardInterrupt
+        yield from blocks(path, file, skip)
+
+    monkeypatch.setattr(module, "parquet_blocks", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run("fineweb-edu-10bt", tmp_path / "out", shard_tokens=2000)
+    monkeypatch.setattr(module, "parquet_blocks", blocks)
+    hub.revision = "f" * 40
+    hub.downloads.clear()
+    hub.revisions.clear()
+    manifest = run("fineweb-edu-10bt", tmp_path / "out", shard_tokens=2000)
+    assert hub.revisions == {begun}
+    assert manifest.source["revision"] == begun
+    assert manifest == shards.read_manifest(tmp_path / "whole")
+    assert "sample/10BT/000_00000.parquet" not in hub.downloads
+
+
+def test_a_download_that_breaks_off_is_gone_on_with(
+    hub: Any, edu: list[str], tmp_path: Path
+) -> None:
+    hub.cut["sample/10BT/001_00000.parquet"] = 2
+    run("fineweb-edu-10bt", tmp_path)
+    assert hub.downloads.count("sample/10BT/001_00000.parquet") == 3
+    both = read_text(tmp_path, "train") + read_text(tmp_path, "val")
+    assert sorted(both) == sorted(edu)
+
+
+def test_a_damaged_download_is_not_used(hub: Any, edu: list[str], tmp_path: Path) -> None:
+    hub.corrupt.add("sample/10BT/001_00000.parquet")
+    with pytest.raises(UserError, match=r"001_00000\.parquet of .* arrived damaged") as caught:
+        run("fineweb-edu-10bt", tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "manifest.json").exists()
+    hub.corrupt.clear()
+    run("fineweb-edu-10bt", tmp_path)
+    assert len(read_text(tmp_path, "train") + read_text(tmp_path, "val")) == len(edu)
+
+
+def test_a_partial_download_of_a_killed_run_is_removed(
+    hub: Any, edu: list[str], tmp_path: Path
+) -> None:
+    left = tmp_path / ".progress" / "downloads" / ".cache" / "huggingface" / "x.incomplete"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(bytes(1000))
+    source = HubSource(EDU, "sample/10BT")
+    source.open(tmp_path / ".progress" / "downloads", quiet)
+    assert not left.exists()
+    source.close()
+
+
+def nowhere() -> str:
+    """An address at which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "repository"),
+    [("fineweb-edu-10bt", EDU), ("a/b:c", "a/b/c"), ("fineweb-10bt-tokenized", SHARDS)],
+)
+def test_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, repository: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", nowhere())
+    with pytest.raises(UserError, match=rf"{repository}.*http://127.*--parquet DIR") as caught:
+        run(dataset, tmp_path, tokenizer="gpt2")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_what_the_hub_does_not_have(hub: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dataset no/body on the hub"):
+        run("no/body", tmp_path)
+    hub.add("some/thing", {"data.csv": b"a,b", "test.parquet": b"..."})
+    with pytest.raises(UserError, match=r"no \*\.parquet file to train on"):
+        run("some/thing", tmp_path)
+    with pytest.raises(UserError, match=r"no \*\.parquet file in folder"):
+        run("some/thing:folder", tmp_path)
+
+
+def test_a_file_that_is_gone_is_named(
+    hub: Any, edu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*arguments: Any, **more: Any) -> str:
+        raise ConnectionResetError("reset by peer\nand more")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", gone)
+    with pytest.raises(UserError, match=r"000_00000\.parquet of .*reset by peer.*--parquet") as e:
+        run("fineweb-edu-10bt", tmp_path)
+    assert "\n" not in str(e.value)
+
+
+# Ready-made shards
+
+
+def shard_bytes(tokens: list[int]) -> bytes:
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + np.array(tokens, "<u2").tobytes()
+
+
+@pytest.fixture
+def published(hub: Any) -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, 6))]
+    files = {name: shard_bytes([50256, *rng.integers(0, 50256, 2000).tolist()]) for name in names}
+    hub.add(SHARDS, files | {"README.md": b"..."})
+    return files
+
+
+def test_published_shards_are_taken_as_they_are(
+    hub: Any, published: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = run("fineweb-10bt-tokenized", tmp_path, tokenizer="gpt2")
+    for name, content in published.items():
+        assert (tmp_path / name).read_bytes() == content
+    shards.verify(tmp_path, manifest)
+    assert [shard.name for shard in manifest.split("val")] == ["fineweb_val_000000.bin"]
+    assert manifest.tokens("train") == 5 * 2001
+    assert manifest.source["revision"] == hub.revision
+    assert {path.name for path in tmp_path.iterdir()} == {*published, "manifest.json"}
+    monkeypatch.setenv("HF_ENDPOINT", nowhere())  # all is there: the hub is not asked
+    assert run("fineweb-10bt-tokenized", tmp_path, tokenizer="gpt2") == manifest
+
+
+def test_published_shards_are_gone_on_with(
+    hub: Any, published: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.corrupt.add("fineweb_train_000004.bin")
+    with pytest.raises(UserError, match=r"fineweb_train_000004\.bin of .* arrived damaged"):
+        run("fineweb-10bt-tokenized", tmp_path, tokenizer="gpt2")
+    assert not (tmp_path / "manifest.json").exists()
+    assert not (tmp_path / "fineweb_train_000004.bin").exists()
+    there = {path.name for path in tmp_path.glob("fineweb*")}
+    assert len(there) >= 3
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(b"cut short")
+    hub.corrupt.clear()
+    hub.downloads.clear()
+    manifest = run("fineweb-10bt-tokenized", tmp_path, tokenizer="gpt2")
+    assert set(hub.downloads) == set(published) - there | {"fineweb_train_000001.bin"}
+    shards.verify(tmp_path, manifest)
+    assert len(manifest.shards) == 6
+
+
+def test_a_published_shard_that_is_there_is_not_downloaded_again(
+    hub: Any, published: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A process may end between the last shard's rename and the note of it, or a person may have
+    copied some of the files; a file that only has the right size is no such file."""
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(published["fineweb_train_000001.bin"])
+    (tmp_path / "fineweb_train_000002.bin").write_bytes(published["fineweb_train_000001.bin"])
+    shards.verify(tmp_path, run("fineweb-10bt-tokenized", tmp_path, tokenizer="gpt2"))
+    assert set(hub.downloads) == set(published) - {"fineweb_train_000001.bin"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (shard_bytes([50256, 50257]), "the id 50257 beyond the vocabulary"),
+        (shard_bytes([50256, 1])[:-2], "its header promises"),
+        (b"<html>", "does not start with the header"),
+    ],
+)
+def test_published_shards_are_checked(
+    hub: Any, published: dict[str, bytes], tmp_path: Path, content: bytes, message: str
+) -> None:
+    hub.add(SHARDS, {"fineweb_train_000002.bin": content})
+    with pytest.raises(UserError, match=message):
+        run("fineweb-10bt-tokenized", tmp_path, tokenizer="gpt2")
+    assert not (tmp_path / "fineweb_train_000002.bin").exists()
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_published_shards_are_gpt2s_and_go_where_nothing_else_is(
+    hub: Any, published: dict[str, bytes], edu: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="--tokenizer gpt2"):
+        run("fineweb-10bt-tokenized", tmp_path / "a", tokenizer="bytes")
+    run("fineweb-edu-10bt", tmp_path / "b")
+    with pytest.raises(UserError, match="was prepared from 'HuggingFaceFW/fineweb-edu"):
+        run("fineweb-10bt-tokenized", tmp_path / "b", tokenizer="gpt2")
+    run("fineweb-10bt-tokenized", tmp_path / "c", tokenizer="gpt2")
+    with pytest.raises(UserError, match="was prepared "):
+        run("fineweb-edu-10bt", tmp_path / "c", tokenizer="gpt2")

@@ -1,0 +1,141 @@
+"""What is read is what was written, and damage is named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rekindle.data import shards
+from rekindle.data.shards import Manifest, Shard
+from rekindle.errors import UserError
+
+TOKENS = np.array([256, 1, 2, 3, 256, 4], np.uint16)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A prepared folder with one train and one validation shard."""
+    entries = []
+    for split, tokens in (("train", TOKENS), ("val", TOKENS[:4])):
+        count, digest = shards.write_shard(tmp_path / f"{split}_000000.bin", [tokens])
+        entries.append(Shard(f"{split}_000000.bin", split, count, 1, digest))
+    Manifest("bytes", "abc", 257, {"name": "test"}, tuple(entries)).write(tmp_path)
+    return tmp_path
+
+
+def test_layout_is_llmcs(tmp_path: Path) -> None:
+    """256 int32 that begin 20240520, 1, count; then uint16 tokens, all little-endian."""
+    shards.write_shard(tmp_path / "s.bin", [TOKENS[:2], TOKENS[2:]])
+    content = (tmp_path / "s.bin").read_bytes()
+    header = np.frombuffer(content[:1024], "<i4")
+    assert header[:3].tolist() == [20240520, 1, 6]
+    assert not header[3:].any()
+    assert np.frombuffer(content[1024:], "<u2").tolist() == TOKENS.tolist()
+
+
+def test_what_is_written_is_read(folder: Path) -> None:
+    manifest = shards.read_manifest(folder)
+    shards.verify(folder, manifest)
+    shards.check_sizes(folder, manifest)
+    assert shards.open_split(folder, manifest, "train")[0].tolist() == TOKENS.tolist()
+    assert manifest.tokens("train") == 6
+    assert manifest.tokens("val") == 4
+    assert "6 tokens to train on and 4 for validation" in manifest.summary()
+
+
+def test_fingerprint_is_of_the_tokens_alone(folder: Path, tmp_path: Path) -> None:
+    manifest = shards.read_manifest(folder)
+    renamed = Manifest("bytes", "abc", 257, {"name": "elsewhere"}, manifest.shards)
+    other = Manifest("bytes", "abd", 257, {"name": "test"}, manifest.shards)
+    assert renamed.fingerprint == manifest.fingerprint != other.fingerprint
+
+
+def damage(path: Path, position: int, value: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(position)
+        file.write(value)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, b"\0", "header"),  # not the magic number
+        (4, b"\x02", "header"),  # another version
+        (8, b"\x09", "promises"),  # a count that the length does not bear out
+        (1026, b"\x09", "SHA-256"),  # one token changed
+        (1026, b"\xff\xff", "vocabulary of 257"),  # one id that does not exist
+    ],
+)
+def test_a_changed_byte_is_noticed(folder: Path, position: int, value: bytes, message: str) -> None:
+    manifest = shards.read_manifest(folder)
+    damage(folder / "train_000000.bin", position, value)
+    with pytest.raises(UserError, match=message) as caught:
+        shards.verify(folder, manifest)
+    assert "train_000000.bin" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 10, 1023, 1024, 1035])
+def test_a_truncated_shard_is_noticed(folder: Path, length: int) -> None:
+    path = folder / "val_000000.bin"
+    path.write_bytes(path.read_bytes()[:length] if length < 1032 else path.read_bytes() + b"...")
+    for check in (shards.verify, shards.check_sizes):
+        with pytest.raises(UserError, match=r"val_000000\.bin"):
+            check(folder, shards.read_manifest(folder))
+
+
+def test_another_whole_shard_in_its_place_is_noticed(folder: Path) -> None:
+    shards.write_shard(folder / "train_000000.bin", [TOKENS[:5]])
+    for check in (shards.verify, shards.check_sizes):
+        with pytest.raises(UserError, match="holds 5 tokens"):
+            check(folder, shards.read_manifest(folder))
+
+
+def test_a_missing_shard_is_noticed(folder: Path) -> None:
+    (folder / "train_000000.bin").unlink()
+    with pytest.raises(UserError, match=r"train_000000\.bin is missing"):
+        shards.verify(folder, shards.read_manifest(folder))
+
+
+def test_no_folder_and_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no data folder"):
+        shards.read_manifest(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="finish `rekindle prepare"):
+        shards.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"format": 2}',
+        '{"format": 1, "shards": [{"name": "a"}]}',
+        '{"format": 1, "shards": 3}',
+    ],
+)
+def test_a_damaged_manifest(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        shards.read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["../train_000000.bin", "/etc/passwd", "a/b.bin"])
+def test_a_manifest_names_files_of_its_folder_only(folder: Path, name: str) -> None:
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["shards"][0]["name"] = name
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="no shard of this folder"):
+        shards.read_manifest(folder)
+
+
+def test_a_shard_made_elsewhere_is_described_and_checked(folder: Path) -> None:
+    path = folder / "train_000000.bin"
+    entry = shards.describe_shard(path, "train", 256, 257)
+    assert (entry.tokens, entry.documents) == (6, 2)
+    assert entry.sha256 == shards.read_manifest(folder).shards[0].sha256
+    with pytest.raises(UserError, match="the id 256 beyond the vocabulary of 256"):
+        shards.describe_shard(path, "train", 256, 256)

@@ -1,0 +1,300 @@
+"""Each kind of source gives all its documents, from any position, and names what is bad."""
+
+import gzip
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rekindle.data import local, sources
+from rekindle.data.sources import Source, from_arguments
+from rekindle.errors import UserError
+
+
+def documents(source: Source, file: int = 0, skip: int = 0) -> list[str]:
+    """The documents of one file; checks what every block promises."""
+    found: list[str] = []
+    done = 0.0
+    for block in source.blocks(file, skip):
+        assert block.file == file
+        assert block.first == skip + len(found)
+        assert block.texts.null_count == 0
+        assert len(block.texts) > 0
+        assert done <= block.done <= 1.0
+        done = block.done
+        found += block.texts.to_pylist()
+    return found
+
+
+def all_documents(source: Source) -> list[str]:
+    return [text for file in range(len(source.files)) for text in documents(source, file)]
+
+
+def local_source(**arguments: object) -> Source:
+    source = from_arguments(**arguments)  # type: ignore[arg-type]
+    assert isinstance(source, Source)
+    return source
+
+
+# Parquet
+
+
+def test_parquet_gives_every_document_in_order(
+    parquet: Callable[..., Path], texts: Callable[..., list[str]]
+) -> None:
+    first, second = texts(150, seed=1), texts(90, seed=2)
+    parquet("b.parquet", second)
+    source = local_source(parquet=[parquet("a.parquet", first)])
+    assert [file.name for file in source.files] == ["a.parquet", "b.parquet"]
+    assert all_documents(source) == first + second
+    assert source.text_bytes > 0
+
+
+@pytest.mark.parametrize("skip", [0, 1, 63, 64, 65, 149, 150])
+def test_parquet_goes_on_from_any_document(
+    parquet: Callable[..., Path], texts: Callable[..., list[str]], skip: int
+) -> None:
+    expected = [None if i % 5 == 0 else text for i, text in enumerate(texts(150))]
+    source = local_source(parquet=[parquet("a.parquet", expected)])
+    assert documents(source, skip=skip) == [text for text in expected if text is not None][skip:]
+
+
+def test_blocks_stay_small(parquet: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a large row group nor large documents make a large block."""
+    monkeypatch.setattr(local, "BLOCK_BYTES", 10_000)
+    expected = ["x" * (10 if i < 500 else 3000) + str(i) for i in range(600)]
+    source = local_source(parquet=[parquet("a.parquet", expected, row_group=1000)])
+    blocks = [block.texts for block in source.blocks(0)]
+    assert [text for block in blocks for text in block.to_pylist()] == expected
+    assert max(sum(map(len, block.to_pylist())) for block in blocks) <= 20_000
+    for skip in (1, 499, 517):
+        assert documents(source, skip=skip) == expected[skip:]
+
+
+def test_memory_does_not_grow_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow keeps all it has read unless told otherwise: 2 GB for one file of FineWeb."""
+    monkeypatch.setattr(local, "BLOCK_BYTES", 200_000)
+    rng = random.Random(0)
+    with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema({"text": pa.string()})) as writer:
+        for _ in range(40):
+            texts = [rng.randbytes(2500).hex() for _ in range(100)]
+            writer.write_table(pa.table({"text": texts}))
+    source = local_source(parquet=[tmp_path])
+    assert source.text_bytes > 10_000_000
+    before = pa.total_allocated_bytes()
+    assert max(pa.total_allocated_bytes() - before for _ in source.blocks(0)) < 3_000_000
+
+
+def test_val_files_are_validation(parquet: Callable[..., Path]) -> None:
+    folder = parquet("train_0.parquet", ["a"])
+    assert [file.split for file in local_source(parquet=[folder]).files] == [None]
+    parquet("val_0.parquet", ["b"])
+    assert [file.split for file in local_source(parquet=[folder]).files] == ["train", "val"]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_other_string_columns_are_read(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = ["one", None, "zwei 東京", ""]
+    table = pa.table({"id": [1, 2, 3, 4], "text": pa.array(texts, pa.string()).cast(kind)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert documents(local_source(parquet=[tmp_path / "a.parquet"])) == ["one", "zwei 東京", ""]
+
+
+def test_parquet_without_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"content": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    source = local_source(parquet=[tmp_path])
+    with pytest.raises(UserError, match=r"a\.parquet has no column 'text'.*content, id"):
+        documents(source)
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="holds int64, not strings"):
+        documents(local_source(parquet=[tmp_path]))
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "no parquet", "page"])
+def test_damaged_parquet(
+    parquet: Callable[..., Path], texts: Callable[..., list[str]], damage: str
+) -> None:
+    path = parquet("a.parquet", texts(400)) / "a.parquet"
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "truncated": content[: len(content) // 2],
+            "no parquet": b"hello " * 100,
+            "page": content[:20] + bytes(2000) + content[2020:],
+        }[damage]
+    )
+    with pytest.raises(UserError, match=r"a\.parquet") as caught:
+        documents(local_source(parquet=[path]))
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
+    binary = pa.array([b"good", b"bad \xff"], pa.binary())
+    pq.write_table(pa.table({"text": binary.view(pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet is damaged near row.*UTF8"):
+        documents(local_source(parquet=[tmp_path]))
+
+
+# JSON Lines
+
+
+def jsonl(path: Path, lines: list[str]) -> Path:
+    content = "".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass")
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    elif path.suffix == ".zst":
+        content = pa.compress(content, "zstd", asbytes=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_jsonl(
+    tmp_path: Path,
+    texts: Callable[..., list[str]],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local, "BLOCK_BYTES", 3000)
+    expected = texts(200)
+    lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(expected)]
+    lines[50:50] = ["", '{"text": null}']  # no documents
+    source = local_source(jsonl=[jsonl(tmp_path / name, lines)])
+    assert documents(source) == expected
+    assert documents(source, skip=77) == expected[77:]
+    assert documents(source, skip=200) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{oops", "no JSON"),
+        ('{"content": "x"}', "string field 'text'"),
+        ('{"text": 3}', "string field 'text'"),
+        ('["text"]', "string field 'text'"),
+        ("3", "string field 'text'"),
+        ('{"text": "\\ud800"}', "not valid Unicode"),
+        ('{"text": "\ud800"}', "not valid Unicode"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    path = jsonl(tmp_path / "a.jsonl", ['{"text": "fine"}', "", line])
+    with pytest.raises(UserError, match=rf"a\.jsonl:3 holds.*{problem}") as caught:
+        documents(local_source(jsonl=[path]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_truncated_compression(tmp_path: Path, texts: Callable[..., list[str]], name: str) -> None:
+    path = jsonl(tmp_path / name, [json.dumps({"text": text}) for text in texts(500)])
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"a\.jsonl"):
+        documents(local_source(jsonl=[path]))
+
+
+# Plain text
+
+
+def test_a_text_file_is_one_document_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf one \r\n two\n\n")  # a mark that is no text
+    assert documents(local_source(text=[tmp_path / "a.txt"])) == [" one \r\n two\n\n"]
+
+
+@pytest.mark.parametrize("size", [1, 5, 14, 1 << 20])
+def test_separators_cut_a_text_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Wherever the file is cut for reading."""
+    monkeypatch.setattr(local, "BLOCK_BYTES", size)
+    text = "first\n<|endoftext|>\n sécond \n<|endoftext|><|endoftext|>\n\n<|endoftext|>third\n"
+    (tmp_path / "a.txt").write_text(text)
+    source = local_source(text=[tmp_path / "a.txt"])
+    assert documents(source) == ["first", " sécond ", "third\n"]
+    assert documents(source, skip=2) == ["third\n"]
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good<|endoftext|>caf\xe9")
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 text \(byte 20"):
+        documents(local_source(text=[path]))
+
+
+# The embedded default
+
+
+def test_embedded_text_is_pythons_own_documentation() -> None:
+    source = local_source(embedded=True)
+    found = documents(source)
+    assert source.licence == "PSF-2.0"
+    assert source.revision.count(".") == 2
+    assert len(found) > 100
+    assert 500_000 < source.text_bytes < 20_000_000
+    assert any("json" in text and text.startswith("module json\n") for text in found)
+    assert documents(source, skip=7) == found[7:]
+    assert local_source(embedded=True).fingerprint == source.fingerprint
+
+
+# Naming a source
+
+
+def test_exactly_one_source_is_named(tmp_path: Path) -> None:
+    for arguments in ({}, {"embedded": True, "dataset": "fineweb-10bt"}, {"parquet": []}):
+        with pytest.raises(UserError, match="exactly one source"):
+            from_arguments(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("fineweb-edu", "fineweb-edu-10bt"),
+        ("fineweb10bt", "fineweb-10bt"),
+        ("fineweb-10bt-tokenised", "fineweb-10bt-tokenized"),
+        ("xyz", "fineweb-edu-10bt"),
+    ],
+)
+def test_an_unknown_dataset_brings_the_nearest_names(name: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"unknown dataset '{name}': did you mean .*{meant}"):
+        from_arguments(dataset=name)
+
+
+def options(kind: str, path: Path) -> dict[str, Any]:
+    return {kind: [path]}
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    for kind in ("parquet", "jsonl", "text"):
+        with pytest.raises(UserError, match=r"there is no file or folder .*nowhere"):
+            from_arguments(**options(kind, tmp_path / "nowhere"))
+        with pytest.raises(UserError, match="holds no "):
+            from_arguments(**options(kind, tmp_path))
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
+        from_arguments(shards=tmp_path / "nowhere")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match="named twice"):
+        from_arguments(text=[tmp_path, tmp_path / "a.txt"])
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    def fingerprint(name: str, content: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / name).write_text(content)
+        return local_source(text=[folder]).fingerprint
+
+    assert fingerprint("a.txt", "one") == fingerprint("a.txt", "one")  # wherever it lies
+    same = {fingerprint("a.txt", "one"), fingerprint("b.txt", "one"), fingerprint("a.txt", "two")}
+    assert len(same) == 3
+
+
+def test_importing_sources_is_light() -> None:
+    """Nothing heavy is imported before it is used: `rekindle --help` answers at once."""
+    assert not hasattr(sources, "pa")

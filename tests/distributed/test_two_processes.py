@@ -1,0 +1,182 @@
+"""Two processes give the results of one: gloo on the CPU, one thread each.
+
+A start of two processes takes seconds, so that there are few of them and each does much.
+"""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rekindle import storage
+
+Records = Callable[..., list[dict[str, Any]]]
+Train = Callable[..., Any]
+
+# Compared to within rounding, weights must not depend on noise: the bias of the keys has no
+# gradient but rounding errors, which AdamW's usual epsilon of 1e-8 would blow up.
+FLAGS = ("--optim.eps", 1e-4)
+
+WORK = """
+import json, sys
+import torch, torch.distributed as dist
+from rekindle import train
+from rekindle.cli import main
+
+commands, out = json.loads(sys.argv[1]), sys.argv[2]
+gradients = {}
+original = train.GradientBuffer.norm
+
+def remembered(self):  # what every rank holds once they have been added up
+    gradients.setdefault("gradient", self.flat.clone())
+    return original(self)
+
+train.GradientBuffer.norm = remembered
+train.World.close = lambda self: None  # gloo cannot meet twice under one torchrun
+for command in commands:
+    status = main(command)
+    assert status == 0, status
+from rekindle.runtime.distributed import place
+torch.save(gradients, f"{out}-{place().rank}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture
+def one(folder: Path, train: Train) -> Path:
+    """The run of one process."""
+    if not (folder / "one").exists():
+        train(folder / "one", *FLAGS)
+    return folder / "one"
+
+
+@pytest.fixture
+def torchrun(
+    python: Callable[..., subprocess.CompletedProcess[str]],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`torchrun("-m", "rekindle", ...)` on two processes."""
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    return lambda *arguments: python(*start, *arguments)
+
+
+@pytest.fixture
+def two(folder: Path, torchrun: Callable, command: Callable) -> Path:
+    """The same of two processes."""
+    if not (folder / "two").exists():
+        done = torchrun("-m", "rekindle", *command(folder / "two"), *FLAGS)
+        assert done.returncode == 0, done.stderr
+        (folder / "printed").write_text(done.stdout)
+    return folder / "two"
+
+
+def assert_close(run: Path, other: Path, records: Records) -> None:
+    """The same within rounding: losses, gradient norms, validation losses, weights."""
+    logged, expected = records(run, "train", "validation"), records(other, "train", "validation")
+    assert len(logged) == len(expected) == 12 + 4
+    for record, like in zip(logged, expected, strict=True):
+        assert (record["kind"], record["step"]) == (like["kind"], like["step"])
+        assert record["loss"] == pytest.approx(like["loss"], rel=2e-6)
+        if record["kind"] == "train":
+            assert record["norm"] == pytest.approx(like["norm"], rel=2e-5)
+            assert record["lr"] == like["lr"]
+        else:
+            assert record["tokens"] == like["tokens"] == 300
+            assert record["bits_per_byte"] == pytest.approx(like["bits_per_byte"], rel=2e-6)
+    weights, like = (load_file(last(r) / "model.safetensors") for r in (run, other))
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, like[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def last(run: Path) -> Path:
+    return run / "checkpoints" / "step-000012"
+
+
+def test_two_processes_train_as_one(one: Path, two: Path, folder: Path, records: Records) -> None:
+    assert_close(two, one, records)
+    printed = (folder / "printed").read_text()
+    assert "8 rows" not in printed
+    assert "4 rows x 16 x 1 micro-steps x 2 ranks" in printed
+    assert printed.count("step     0/12") == 1  # one of them speaks for both
+    split = storage.read_json(last(two) / "checkpoint.json")["split"]
+    assert (split["ranks"], split["micro"], split["threads"]) == (2, 4, 1)
+
+
+def test_one_process_goes_on_with_the_run_of_two(
+    one: Path, two: Path, tmp_path: Path, train: Train, records: Records
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(two, out)
+    for step in ("000008", "000012"):
+        shutil.rmtree(out / "checkpoints" / f"step-{step}")
+    outcome = train(out, *FLAGS)
+    assert "goes on at step 4 of 12 (on 1 ranks instead of 2)" in outcome.out
+    assert_close(out, one, records)
+
+
+def questions(file: Path) -> Path:
+    """A small HellaSwag: endings of different lengths, and right answers all over."""
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "away"]
+    with open(file, "w") as lines:
+        for n in range(21):
+            endings = [" ".join(words[(n + i) % 7 :][: 1 + (n * i) % 4]) for i in range(4)]
+            row = {"ctx": " ".join(words[: n % 5 + 1]), "endings": endings, "label": n * n % 4}
+            lines.write(json.dumps(row) + "\n")
+    return file
+
+
+def test_two_processes_go_on_evaluate_and_add_up_gradients_as_one(
+    one: Path, tmp_path: Path, train: Train, records: Records, rekindle: Callable,
+    command: Callable, torchrun: Callable, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    shutil.copytree(one, out)
+    for step in ("000008", "000012"):
+        shutil.rmtree(out / "checkpoints" / f"step-{step}")
+    evaluate = ["eval", str(one), "--hellaswag", str(questions(tmp_path / "questions.jsonl"))]
+    evaluate += ["--data", str(storage.read_json(one / "run.json")["data"]["path"]), "--json"]
+    evaluate += ["--device", "cpu"]
+    commands = [[str(a) for a in (*command(out), *FLAGS)], evaluate]
+    script = tmp_path / "work.py"
+    script.write_text(WORK)
+    done = torchrun(script, json.dumps(commands), tmp_path / "gradients")
+    assert done.returncode == 0, done.stderr
+
+    assert "goes on at step 4 of 12 (on 2 ranks instead of 1)" in done.stdout
+    assert_close(out, one, records)
+
+    alone = json.loads(rekindle(*evaluate).out)
+    together = json.loads(done.stdout.splitlines()[-1])
+    assert together["hellaswag"] == alone["hellaswag"]
+    assert alone["hellaswag"]["total"] == 21
+    assert 0 < alone["hellaswag"]["correct"] < 21
+    assert together["validation"]["loss"] == pytest.approx(alone["validation"]["loss"], rel=1e-6)
+    assert together["validation"]["tokens"] == alone["validation"]["tokens"] == 300
+
+    gradients = [torch.load(tmp_path / f"gradients-{rank}.pt")["gradient"] for rank in (0, 1)]
+    assert torch.equal(*gradients)
+    again = tmp_path / "again"
+    shutil.copytree(one, again)
+    for step in ("000008", "000012"):
+        shutil.rmtree(again / "checkpoints" / f"step-{step}")
+    seen: list[torch.Tensor] = []
+    from rekindle import train as module
+
+    original = module.GradientBuffer.norm
+
+    def remembered(self: Any) -> torch.Tensor:
+        seen.append(self.flat.clone())
+        return original(self)
+
+    monkeypatch.setattr(module.GradientBuffer, "norm", remembered)
+    train(again, *FLAGS)
+    torch.testing.assert_close(gradients[0], seen[0], rtol=1e-4, atol=1e-7)

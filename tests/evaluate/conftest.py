@@ -1,0 +1,157 @@
+"""A model whose losses differ, questions to ask it, and ranks that are threads."""
+
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from rekindle.data.tokenizer import ByteTokenizer
+from rekindle.evaluate.hellaswag import Question
+from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2 import GPT2
+from rekindle.runtime.device import Device
+from rekindle.runtime.distributed import World
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # fastest for tiny models; tests/conftest.py puts back what was
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Device:
+    return Device(torch.device("cpu"), "CPU", "fp32")
+
+
+@pytest.fixture(scope="session")
+def model() -> GPT2:
+    """Two layers, a padded vocabulary, and weights so large that no two losses are near."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, block_size=256, vocab_size=257, padded_vocab_size=384
+    )
+    model = GPT2(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.15)
+    return model
+
+
+def plain_losses(model: GPT2, question: Question) -> tuple[list[float], list[float]]:
+    """Sum and mean of each ending's losses, one question at a time, as the lecture's script does.
+
+    Only the padded logits, which our model hides, are fetched by hand.
+    """
+    tokenizer = ByteTokenizer()
+    context = tokenizer.encode(question.context)
+    endings = [tokenizer.encode(" " + ending) for ending in question.endings]
+    longest = max(len(context) + len(ending) for ending in endings)
+    tokens = torch.zeros(4, longest, dtype=torch.long)
+    mask = torch.zeros(4, longest)
+    for i, ending in enumerate(endings):
+        row = context + ending
+        tokens[i, : len(row)] = torch.tensor(row)
+        mask[i, len(context) : len(row)] = 1
+    with torch.no_grad():
+        logits = model.lm_head(model.transformer(tokens))
+    shift_logits = logits[:, :-1].contiguous()
+    shift_tokens = tokens[:, 1:].contiguous()
+    losses = torch.nn.functional.cross_entropy(
+        shift_logits.flatten(0, 1), shift_tokens.flatten(), reduction="none"
+    ).view(4, -1)
+    shift_mask = mask[:, 1:].contiguous()
+    sums = (losses * shift_mask).sum(1)
+    return sums.tolist(), (sums / shift_mask.sum(1)).tolist()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions of varied length, and the ending that the plain reference takes for each."""
+
+    questions: list[Question]
+    by_sum: list[int]
+    by_mean: list[int]
+
+    def labelled(self, labels: list[int]) -> list[Question]:
+        return [replace(q, label=x) for q, x in zip(self.questions, labels, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def asked(model: GPT2) -> Asked:
+    """40 questions; the endings of one differ in length, so that sum and mean disagree."""
+    torch.set_num_threads(1)
+    rng = random.Random(5)
+
+    def words(least: int, most: int) -> str:
+        letters = rng.choices("abcdefghijklmnop      éü", k=rng.randint(least, most))
+        return "".join(letters)
+
+    questions = [
+        Question(words(1, rng.choice([20, 150])), tuple(words(1, 60) for _ in range(4)), 0)
+        for _ in range(40)
+    ]
+    by_sum, by_mean = [], []
+    for question in questions:
+        for losses, chosen in zip(plain_losses(model, question), (by_sum, by_mean), strict=True):
+            first, second = sorted(losses)[:2]
+            assert second - first > 1e-4  # no rounding changes the choice
+            chosen.append(losses.index(first))
+    assert sum(a != b for a, b in zip(by_sum, by_mean, strict=True)) > 10
+    return Asked(questions, by_sum, by_mean)
+
+
+class Meeting:
+    """Where ranks that are threads add up their tensors."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=60)
+        self._given: list[list[torch.Tensor]] = [[] for _ in range(size)]
+
+    def abort(self) -> None:
+        self._barrier.abort()
+
+    def sum_(self, rank: int, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._given[rank] = [tensor.clone() for tensor in tensors]
+        self._barrier.wait()
+        for tensor, *parts in zip(tensors, *self._given, strict=True):
+            tensor.copy_(torch.stack(parts).sum(0))
+        self._barrier.wait()
+
+
+@dataclass(frozen=True)
+class ThreadWorld(World):
+    """One rank among threads of this process: what gloo does, without its processes."""
+
+    meeting: Meeting = field(default_factory=lambda: Meeting(1))
+
+    def sum_(self, *tensors: torch.Tensor) -> None:
+        self.meeting.sum_(self.rank, tensors)
+
+
+@pytest.fixture
+def on_ranks() -> Callable[[int, Callable[[World], Any]], list[Any]]:
+    """`on_ranks(3, work)`: `work(world)` on each of 3 ranks at once; returns what each returned."""
+
+    def run(size: int, work: Callable[[World], Any]) -> list[Any]:
+        meeting = Meeting(size)
+        results: list[Any] = [None] * size
+
+        def rank(number: int) -> None:
+            try:
+                results[number] = work(ThreadWorld(number, size, number, meeting))
+            except BaseException:
+                meeting.abort()  # nobody waits for a rank that has failed
+                raise
+
+        threads = [threading.Thread(target=rank, args=(n,)) for n in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    return run

@@ -1,0 +1,168 @@
+"""Compilation changes nothing but speed: losses, gradients, HellaSwag and samples are eager's, and
+evaluating in the midst of training compiles a few graphs once, then none."""
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rekindle import train
+from rekindle.data.tokenizer import ByteTokenizer
+from rekindle.evaluate import hellaswag
+from rekindle.evaluate.hellaswag import Question
+from rekindle.evaluate.loss import Forward, validation_loss
+from rekindle.generate.sampling import generate
+from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2 import GPT2
+from rekindle.observe.metrics import Console
+from rekindle.runtime.device import Device, why_not_compile
+
+CPU = Device(torch.device("cpu"), "CPU", "fp32")
+T, ROWS = 32, 2
+CONFIG = GPT2Config(
+    n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257, padded_vocab_size=384
+)
+
+
+class Compiled(NamedTuple):
+    """A model, and what training calls in its place."""
+
+    model: GPT2
+    forward: Forward
+    transformer: Callable[[Tensor], Tensor]
+
+
+def make_model(config: GPT2Config = CONFIG) -> GPT2:
+    torch.manual_seed(0)
+    model = GPT2(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.15)
+    return model
+
+
+def compiled(model: GPT2) -> Compiled:
+    """Compiled as training does it."""
+    run: Any = SimpleNamespace(compile=True)
+    forward, transformer = train.compile_model(model, run, CPU, Console(quiet=True))
+    assert forward is not model
+    return Compiled(model, forward, transformer)
+
+
+@pytest.fixture(scope="module")
+def inductor() -> Compiled:
+    if reason := why_not_compile(CPU.torch):
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    return compiled(make_model())
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(257, (ROWS, T + 1), generator=torch.Generator().manual_seed(1))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def questions(count: int, longest: int) -> list[Question]:
+    """Of all lengths up to `longest` tokens, with the ending."""
+    random = np.random.default_rng(2)
+
+    def text(length: int) -> str:
+        return "".join(random.choice(list("abcdefgh ")) for _ in range(length))
+
+    lengths = np.linspace(8, longest - 9, count).astype(int)
+    return [
+        Question(text(n), tuple(text(8) for _ in range(4)), i % 4) for i, n in enumerate(lengths)
+    ]
+
+
+def test_losses_and_gradients_are_eagers(inductor: Compiled, batch: tuple[Tensor, Tensor]) -> None:
+    gradients, losses = [], []
+    for forward in (inductor.model, inductor.forward):
+        inductor.model.zero_grad()
+        _, loss = forward(*batch)
+        assert loss is not None
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({n: p.grad for n, p in inductor.model.named_parameters()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, eager in gradients[0].items():
+        scale = eager.abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(gradients[1][name], eager, rtol=0, atol=1e-4 * scale, msg=name)
+
+
+def test_hellaswag_and_validation_are_eagers(inductor: Compiled) -> None:
+    asked = questions(24, CONFIG.block_size)
+    tokens = np.random.default_rng(3).integers(0, 257, 200).astype(np.uint16)
+    scores, losses = [], []
+    for forward, transformer in ((inductor.model, None), inductor[1:]):
+        scores.append(
+            hellaswag.evaluate(
+                inductor.model, asked, ByteTokenizer(), CPU, transformer=transformer,
+                tokens_per_batch=256,
+            )
+        )  # fmt: skip
+        losses.append(
+            validation_loss(
+                forward, [tokens], ByteTokenizer().token_bytes(), T=T, tokens=10**6, rows=ROWS,
+                device=CPU,
+            ).nats
+        )  # fmt: skip
+    assert scores[0] == scores[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_samples_are_those_of_a_model_that_was_never_compiled(
+    inductor: Compiled, batch: tuple[Tensor, Tensor]
+) -> None:
+    """Samples are taken from the eager model, whose lengths would each be a graph of its own."""
+    inductor.forward(*batch)
+    never = generate(make_model(), [1, 2, 3], 20, num=2)
+    assert torch.equal(generate(inductor.model, [1, 2, 3], 20, num=2), never)
+
+
+def test_names_stay_clean(inductor: Compiled) -> None:
+    assert not [name for name in inductor.model.state_dict() if "_orig_mod" in name]
+
+
+def test_evaluation_compiles_a_few_graphs_once(
+    monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, Tensor]
+) -> None:
+    """Questions of all lengths up to GPT-2's context: one graph for training, one for validation,
+    and no more for HellaSwag than torch.compile keeps of one function."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(train, "why_not_compile", lambda device: None)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    wide = GPT2Config(
+        n_layer=1, n_head=1, n_embd=8, block_size=1024, vocab_size=257, padded_vocab_size=384
+    )
+    model, forward, transformer = compiled(make_model(wide))
+    asked = questions(40, 1024)
+    tokens = np.zeros(3 * ROWS * T + 9, np.uint16)  # batches that are full, and one that is not
+
+    def one_round() -> int:
+        _, loss = forward(*batch)
+        assert loss is not None
+        loss.backward()
+        bytes_ = ByteTokenizer().token_bytes()
+        validation_loss(forward, [tokens], bytes_, T=T, tokens=10**6, rows=ROWS, device=CPU)
+        hellaswag.evaluate(model, asked, ByteTokenizer(), CPU, transformer=transformer)
+        generate(model, [1, 2, 3], 5)
+        return len(graphs)
+
+    first = one_round()
+    assert 5 <= first <= 2 + torch._dynamo.config.recompile_limit
+    assert one_round() == first
+    torch._dynamo.reset()

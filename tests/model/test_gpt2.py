@@ -1,0 +1,206 @@
+"""The model is GPT-2: its parameters, their first values, and what it computes."""
+
+import hashlib
+import math
+import platform
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rekindle.model.config import SIZES, GPT2Config
+from rekindle.model.gpt2 import GPT2
+
+# What the lecture's own script gives for its seed, on torch 2.13 and 2.15.
+LECTURE_SHA256 = "5343694de440a599e5c15ef21e00f484bc2b7246a91d01ac221160724bce3c56"
+TINY = GPT2Config(
+    n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=50, padded_vocab_size=64
+)
+
+
+def expected_shapes(c: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """The tensors of OpenAI's checkpoint, with linear weights as PyTorch has them: (out, in)."""
+    C = c.n_embd
+    shapes = {
+        "transformer.wte.weight": (c.padded_vocab_size, C),
+        "transformer.wpe.weight": (c.block_size, C),
+        "transformer.ln_f.weight": (C,),
+        "transformer.ln_f.bias": (C,),
+    }
+    for i in range(c.n_layer):
+        h = f"transformer.h.{i}"
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"{h}.{norm}.weight": (C,), f"{h}.{norm}.bias": (C,)}
+        for linear, out, into in (
+            ("attn.c_attn", 3 * C, C),
+            ("attn.c_proj", C, C),
+            ("mlp.c_fc", 4 * C, C),
+            ("mlp.c_proj", C, 4 * C),
+        ):
+            shapes |= {f"{h}.{linear}.weight": (out, into), f"{h}.{linear}.bias": (out,)}
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def lecture_model() -> GPT2:
+    """GPT-2 124M as the lecture's script initialises it."""
+    torch.manual_seed(1337)
+    return GPT2(SIZES["gpt2"].for_training())
+
+
+@pytest.fixture
+def model() -> GPT2:
+    """A tiny GPT-2 with weights so large that every part of it shows in the logits."""
+    torch.manual_seed(0)
+    model = GPT2(TINY)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    return model
+
+
+@pytest.fixture
+def idx() -> torch.Tensor:
+    return torch.randint(TINY.vocab_size, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64")
+    or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="PyTorch draws other normal numbers on other processors",
+)
+def test_initial_weights_are_the_lectures_to_the_byte(lecture_model: GPT2) -> None:
+    digest = hashlib.sha256()
+    for p in lecture_model.parameters():
+        digest.update(p.detach().numpy().tobytes())
+    assert digest.hexdigest() == LECTURE_SHA256
+
+
+def test_initial_statistics_of_every_parameter(lecture_model: GPT2) -> None:
+    residual = 0.02 / math.sqrt(2 * 12)
+    for name, p in lecture_model.named_parameters():
+        if ".ln_" in name:
+            assert (p == (1 if name.endswith("weight") else 0)).all(), name
+        elif name.endswith("bias"):
+            assert (p == 0).all(), name
+        else:
+            std = residual if "c_proj" in name else 0.02
+            # Of n normal numbers, the mean is off by std/√n and the spread by std/√(2n): 6 of them.
+            assert p.mean().item() == pytest.approx(0, abs=6 * std / math.sqrt(p.numel())), name
+            assert p.std().item() == pytest.approx(std, rel=6 / math.sqrt(2 * p.numel())), name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_have_gpt2s_names_and_shapes(size: str) -> None:
+    config = SIZES[size]
+    with torch.device("meta"):
+        model = GPT2(config)
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == expected_shapes(config)
+    assert model.state_dict().keys() == expected_shapes(config).keys() | {"lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_parameter_counts_of_the_published_sizes(size: str, count: int) -> None:
+    with torch.device("meta"):
+        model = GPT2(SIZES[size])
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_training_pads_the_vocabulary_to_a_multiple_of_128() -> None:
+    assert SIZES["gpt2"].padded_vocab_size == 50257
+    padded = SIZES["gpt2"].for_training()
+    assert (padded.vocab_size, padded.padded_vocab_size) == (50257, 50304)
+    assert GPT2Config(vocab_size=256, padded_vocab_size=256).for_training().padded_vocab_size == 256
+
+
+def test_head_and_token_table_are_one_parameter(model: GPT2, idx: torch.Tensor) -> None:
+    assert model.lm_head.weight is model.transformer.wte.weight
+    unused = int(idx.max()) + 1  # never read, so whatever gradient it has came through the head
+    _, loss = model(idx, idx)
+    loss.backward()
+    gradient = model.transformer.wte.weight.grad
+    assert gradient is not None
+    assert gradient[unused].abs().max() > 0
+
+
+def test_logits_without_targets_and_a_loss_with_them(model: GPT2, idx: torch.Tensor) -> None:
+    logits, loss = model(idx)
+    assert logits.shape == (3, 17, TINY.vocab_size)  # the padding of the table is not visible
+    assert loss is None
+    logits, loss = model(idx, idx)
+    assert logits is None
+    assert loss.shape == ()
+    assert loss.requires_grad
+
+
+def test_loss_is_the_mean_cross_entropy_with_the_padded_logits(
+    model: GPT2, idx: torch.Tensor
+) -> None:
+    x, y = idx[:, :-1], idx[:, 1:]
+    _, loss = model(x, y)
+    logits = model.transformer(x) @ model.transformer.wte.weight.t()  # (B, T, padded)
+    assert logits.shape[-1] == TINY.padded_vocab_size
+    expected = -logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    visible, _ = model(x)
+    assert torch.equal(visible, logits[..., : TINY.vocab_size])
+    without_padding = F.cross_entropy(visible.flatten(0, 1), y.flatten())
+    assert loss.item() > without_padding.item() + 1e-3  # so that the difference is a difference
+
+
+def test_ignored_targets_count_for_nothing(model: GPT2, idx: torch.Tensor) -> None:
+    y = idx.roll(-1, 1)
+    half = y.clone()
+    half[:, 9:] = -100
+    _, loss = model(idx, half)
+    _, alone = model(idx[:, :9], y[:, :9])
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_a_later_token_changes_nothing_before_it(model: GPT2, idx: torch.Tensor) -> None:
+    other = idx.clone()
+    other[:, 10] = (other[:, 10] + 1) % TINY.vocab_size
+    with torch.no_grad():
+        before, after = model(idx)[0], model(other)[0]
+    torch.testing.assert_close(before[:, :10], after[:, :10], rtol=0, atol=1e-5)
+    assert ((before - after)[:, 10:].abs().amax(-1) > 1e-3).all()  # and every position from it on
+
+
+def test_the_same_token_means_something_else_elsewhere(model: GPT2) -> None:
+    with torch.no_grad():
+        logits, _ = model(torch.full((1, 5), 7))
+    assert (logits[0, 1:] - logits[0, :-1]).abs().amax(-1).min() > 1e-3
+
+
+def test_a_context_longer_than_block_size_is_refused(model: GPT2) -> None:
+    model(torch.zeros(1, TINY.block_size, dtype=torch.long))
+    with pytest.raises(ValueError, match="block_size = 24"):
+        model(torch.zeros(1, TINY.block_size + 1, dtype=torch.long))
+
+
+def test_flops_per_token_are_those_that_pytorch_counts() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    T = 16
+    with torch.device("meta"):
+        model = GPT2(TINY)
+        x = torch.zeros(2, T, dtype=torch.long)
+    # The plain attention, whose backward pass computes nothing twice.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        _, loss = model(x, x)
+        loss.backward()
+    assert counter.get_total_flops() == TINY.flops_per_token(T) * x.numel()
+
+
+def test_flops_per_token_of_gpt2() -> None:
+    # 6 · (12 · 12 · 768² + 50,304 · 768) + 12 · 12 · 768 · 1024
+    assert SIZES["gpt2"].for_training().flops_per_token(1024) == 854_654_976

@@ -1,0 +1,160 @@
+"""The progress line, and what it is made of."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rekindle import storage
+from rekindle.model.config import GPT2Config
+from rekindle.observe import metrics as module
+from rekindle.observe.metrics import Console, Metrics, duration
+from rekindle.storage import JsonLines
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of the console, to be set by the test."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"), (0.4, "0 s"), (42, "42 s"), (59.4, "59 s"), (59.6, "1 min 00 s"),
+        (60, "1 min 00 s"), (200, "3 min 20 s"), (3599, "59 min 59 s"), (3599.7, "1 h 00 min"),
+        (3600, "1 h 00 min"), (5 * 3600 + 7 * 60, "5 h 07 min"), (100 * 3600, "100 h 00 min"),
+    ],
+)  # fmt: skip
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.progress("one")
+    clock[0] += 9
+    console.progress("too early")
+    console.progress("important", important=True)
+    clock[0] += 11
+    console.progress("two")
+    console.say("said")
+    assert stream.getvalue() == "one\nimportant\ntwo\nsaid\n"
+
+
+def test_a_terminals_line_is_rewritten_in_place(clock: list[float]) -> None:
+    stream = Terminal()
+    console = Console(stream=stream)
+    console.progress("one")
+    clock[0] += 0.1
+    console.progress("too early")
+    clock[0] += 0.2
+    console.progress("two")
+    assert stream.getvalue() == "\r\033[Kone\r\033[Ktwo"
+    console.say("said")  # does not stand in the progress line
+    assert stream.getvalue().endswith("two\nsaid\n")
+    console.progress("three", important=True)
+    assert stream.getvalue().endswith("said\n\r\033[Kthree\n")
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_other_ranks_are_quiet(stream: io.StringIO) -> None:
+    console = Console(quiet=True, stream=stream)
+    console.say("a")
+    console.progress("b", important=True)
+    assert stream.getvalue() == ""
+
+
+def make_metrics(stream: io.StringIO, log: JsonLines | None = None, **changes: Any) -> Metrics:
+    numbers = {"steps": 100, "tokens_per_step": 1000, "flops_per_token": 10, "peak_flops": None}
+    return Metrics(log, Console(stream=stream), **{**numbers, **changes})
+
+
+STEP = {"loss": 3.14159, "lr": 6e-4, "norm": 1.5, "data_wait": 0.0025, "accepted": True}
+
+
+def test_the_progress_line() -> None:
+    stream = io.StringIO()
+    make_metrics(stream, peak_flops=20_000.0).step(0, seconds=2.0, **STEP)
+    assert stream.getvalue() == (
+        "step     0/100 | loss 3.1416 | lr 6.00e-04 | norm 1.50 | 500 tok/s | util 25.0% | "
+        "data 2.5 ms | 3 min 18 s left\n"
+    )
+
+
+def test_the_utilisation_of_an_unknown_device_is_unknown(tmp_path: Path) -> None:
+    stream, log = io.StringIO(), JsonLines(tmp_path / "log.jsonl")
+    make_metrics(stream, log).step(0, seconds=2.0, **STEP)
+    assert "| util unknown |" in stream.getvalue()
+    assert storage.read_json_lines(tmp_path / "log.jsonl")[0]["utilisation"] is None
+
+
+def test_a_refused_step_says_so_at_once(clock: list[float]) -> None:
+    stream = io.StringIO()
+    metrics = make_metrics(stream)
+    metrics.step(1, seconds=2.0, **STEP)
+    metrics.step(2, seconds=2.0, **{**STEP, "loss": float("nan"), "accepted": False})
+    lines = stream.getvalue().splitlines()
+    assert "REFUSED" not in lines[0]
+    assert "loss nan" in lines[1]
+    assert lines[1].endswith("REFUSED: not finite")
+
+
+def test_the_time_left_is_that_of_a_typical_step(clock: list[float]) -> None:
+    """One step that compiles, or stalls, says nothing of those to come."""
+    stream = io.StringIO()
+    metrics = make_metrics(stream)
+    for step, seconds in enumerate([60.0, 1.0, 1.0, 50.0, 1.0]):
+        clock[0] += 11
+        metrics.step(step, seconds=seconds, **STEP)
+    assert stream.getvalue().splitlines()[-1].endswith("| 1 min 35 s left")
+
+
+def test_the_log(tmp_path: Path) -> None:
+    log = JsonLines(tmp_path / "log.jsonl")
+    metrics = make_metrics(io.StringIO(), log, peak_flops=50_000.0)
+    metrics.step(7, seconds=0.5, **STEP)
+    metrics.record("validation", 8, loss=3.0, tokens=12)
+    metrics.close()
+    assert storage.read_json_lines(tmp_path / "log.jsonl") == [
+        {
+            "kind": "train", "step": 7, "loss": 3.14159, "lr": 6e-4, "norm": 1.5,
+            "accepted": True, "tokens_per_s": 2000.0, "utilisation": 0.4,
+            "data_wait_s": 0.0025, "seconds": 0.5,
+        },
+        {"kind": "validation", "step": 8, "loss": 3.0, "tokens": 12},
+    ]  # fmt: skip
+
+
+def test_the_log_is_json_whatever_the_numbers(tmp_path: Path) -> None:
+    log = JsonLines(tmp_path / "log.jsonl")
+    metrics = make_metrics(io.StringIO(), log)
+    bad = {"loss": float("nan"), "norm": float("inf"), "accepted": False}
+    metrics.step(0, seconds=1.0, **{**STEP, **bad})
+    text = (tmp_path / "log.jsonl").read_text()
+    record = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    assert (record["loss"], record["norm"], record["accepted"]) == (None, None, False)
+
+
+def test_a_rank_without_a_log_logs_nothing() -> None:
+    metrics = make_metrics(io.StringIO())
+    metrics.step(0, seconds=1.0, **STEP)
+    metrics.record("validation", 1, loss=3.0)
+    metrics.close()
+
+
+def test_flops_per_token_are_those_of_the_palm_paper() -> None:
+    """6 N + 12 L C T, with N the 124M weights of GPT-2 that multiply: 0.86 GFLOP a token."""
+    config = GPT2Config()
+    weights = 12 * 12 * 768**2 + 50257 * 768
+    assert config.flops_per_token(1024) == 6 * weights + 12 * 12 * 768 * 1024

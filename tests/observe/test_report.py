@@ -1,0 +1,62 @@
+"""A run's loss curve as a picture."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rekindle import storage
+from rekindle.storage import JsonLines
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny: Any) -> Path:
+    """A run's log and description, without the run."""
+    from rekindle.recipes import flatten
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    storage.write_json(folder / "run.json", {"recipe": flatten(tiny)})
+    log = JsonLines(folder / "metrics.jsonl")
+    for step in range(5):
+        log.append({"kind": "train", "step": step, "loss": 5.0 - step})
+    log.append({"kind": "train", "step": 5, "loss": None})  # it was not finite
+    log.append({"kind": "validation", "step": 5, "loss": 1.25})
+    log.append({"kind": "validation", "step": 6, "loss": None})
+    log.close()
+    return folder
+
+
+def test_report_draws_a_picture(rekindle: Callable, run: Path) -> None:
+    pytest.importorskip("matplotlib")
+    outcome = rekindle("report", run)
+    assert outcome.status == 0
+    assert outcome.out == f"wrote {run / 'loss.png'}\n"
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_the_run(rekindle: Callable, run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none"}):  # text as text
+        assert rekindle("report", run, "--picture", tmp_path / "loss.svg").status == 0
+    picture = (tmp_path / "loss.svg").read_text()
+    for words in ("1.250", "demo: 2 layers, 16 wide", "optimizer steps", "validation"):
+        assert words in picture
+
+
+def test_nothing_to_draw(refuses: Callable, run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    refuses(["report", tmp_path / "nowhere"], "has no metrics.jsonl")
+    (run / "metrics.jsonl").write_text("")
+    refuses(["report", run], "has taken no step yet")
+
+
+def test_without_matplotlib_it_says_how_to_get_it(
+    refuses: Callable, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refuses(["report", run], "pip install 'rekindle[plot]'")

@@ -1,0 +1,170 @@
+"""A checkpoint comes back bit for bit, or is refused by name."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rekindle import storage
+from rekindle.errors import UserError
+from rekindle.model.gpt2 import GPT2
+from rekindle.optim.adamw import make_adamw
+from rekindle.recipes import Recipe
+from rekindle.runtime import checkpoint
+
+FILES = ["checkpoint.json", "model.safetensors", "optimizer.safetensors"]
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def trained(tiny: Recipe) -> tuple[GPT2, torch.optim.Optimizer]:
+    """A model that has taken three steps."""
+    torch.manual_seed(0)
+    model = GPT2(tiny.model)
+    optimizer = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    for _ in range(3):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    idx = torch.arange(32).view(2, 16)
+    optimizer.zero_grad()
+    _, loss = model(idx, idx)
+    loss.backward()
+    optimizer.step()
+
+
+def state(model: GPT2, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    remembered = [v for p in model.parameters() for _, v in sorted(optimizer.state[p].items())]
+    return [t.detach().clone() for t in [*model.parameters(), *remembered]]
+
+
+@pytest.fixture
+def saved(trained: tuple[GPT2, torch.optim.Optimizer], tmp_path: Path) -> Path:
+    return checkpoint.save(tmp_path, {"step": 3, "model": {}}, *trained)
+
+
+def test_weights_and_optimizer_come_back(
+    trained: tuple[GPT2, torch.optim.Optimizer], saved: Path, tiny: Recipe
+) -> None:
+    model, optimizer = trained
+    other = GPT2(tiny.model)
+    other_optimizer = make_adamw(other, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    loaded = checkpoint.load(saved)
+    assert loaded.step == 3
+    missing, unexpected = other.load_state_dict(loaded.model, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])  # the tied one, saved once
+    loaded.restore_optimizer(other, other_optimizer)
+    for _ in range(2):
+        before, after = state(model, optimizer), state(other, other_optimizer)
+        assert len(before) == len(after)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        step(model, optimizer)
+        step(other, other_optimizer)
+
+
+def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, tmp_path: Path) -> None:
+    model = GPT2(tiny.model)
+    optimizer = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    loaded = checkpoint.load(checkpoint.save(tmp_path, {"step": 0}, model, optimizer))
+    other = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    loaded.restore_optimizer(model, other)
+    before = [p.detach().clone() for p in model.parameters()]
+    step(model, other)
+    after = [p.detach().clone() for p in model.parameters()]
+    for p, old in zip(model.parameters(), before, strict=True):
+        p.data.copy_(old)
+    step(model, optimizer)
+    assert all(torch.equal(p, new) for p, new in zip(model.parameters(), after, strict=True))
+
+
+def test_names_are_gpt2s_own(saved: Path, trained: tuple[GPT2, torch.optim.Optimizer]) -> None:
+    names = sorted(dict(trained[0].named_parameters()))
+    assert "transformer.h.0.attn.c_attn.weight" in names
+    assert sorted(load_file(saved / "model.safetensors")) == names
+    moments = [f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in names]
+    assert sorted(load_file(saved / "optimizer.safetensors")) == moments
+
+
+def test_a_compiled_model_is_saved_under_clean_names(
+    trained: tuple[GPT2, torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    model, optimizer = trained
+    torch.compile(model, backend="eager")(torch.zeros(1, 4, dtype=torch.long))
+    saved = checkpoint.save(tmp_path, {"step": 3}, model, optimizer)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert not any("_orig_mod" in key for key in load_file(saved / name))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(UserError, match=re.escape(name)):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_short_is_named(saved: Path, name: str, part: float) -> None:
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(UserError, match=re.escape(name)):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found(saved: Path, name: str) -> None:
+    content = bytearray((saved / name).read_bytes())
+    for position in range(0, len(content), max(1, len(content) // 50)):
+        content[position] ^= 1
+        (saved / name).write_bytes(content)
+        with pytest.raises(UserError, match=re.escape(name)):
+            checkpoint.load(saved)
+        content[position] ^= 1
+    (saved / name).write_bytes(content)
+    checkpoint.load(saved)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no"):
+        checkpoint.find(tmp_path / "nothing")
+    with pytest.raises(UserError, match="is no run and no checkpoint"):
+        checkpoint.find(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        checkpoint.find(tmp_path)
+    storage.write_json(tmp_path / "checkpoint.json", ["something else"])
+    with pytest.raises(UserError, match="is not a checkpoint of format 1"):
+        checkpoint.load(tmp_path)
+    storage.write_json(tmp_path / "checkpoint.json", {"format": 2})
+    with pytest.raises(UserError, match="is not a checkpoint of format 1"):
+        checkpoint.load(tmp_path)
+
+
+def make_folders(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+
+
+def test_the_newest_is_found_by_its_number(tmp_path: Path) -> None:
+    names = ["step-000009", "step-000010", "step-999999", "step-1000000"]
+    make_folders(tmp_path / "checkpoints", *reversed(names), ".tmp-step-2000000", "step-x")
+    (tmp_path / "checkpoints" / "step-3000000").write_text("a file")
+    found = checkpoint.list_checkpoints(tmp_path / "checkpoints")
+    assert [p.name for p in found] == names
+    assert checkpoint.find(tmp_path) == found[-1]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, 4), (1, 1), (3, 3), (4, 4), (9, 4)])
+def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: int) -> None:
+    names = [f"step-{n:06d}" for n in (5, 10, 15, 20)]
+    make_folders(tmp_path, *names)
+    checkpoint.prune(tmp_path, keep)
+    assert sorted(p.name for p in tmp_path.iterdir()) == names[-left:]

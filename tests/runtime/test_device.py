@@ -1,0 +1,253 @@
+"""One place decides device, precision and compilation: its table, without any of the devices."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rekindle.errors import UserError
+from rekindle.runtime import device as devices
+from rekindle.runtime.device import Device, get_device, gpu_on_machine, why_not_compile
+
+CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
+
+
+@pytest.fixture(autouse=True)
+def _matmul_precision_as_it_was():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`machine(cuda=..., mps=..., gpu=...)`: what torch says is there, and what is built in."""
+
+    def pretend(
+        cuda: bool = False, mps: bool = False, gpu: str | None = None, built: str | None = "13.0",
+        name: str = "NVIDIA H200", capability: tuple[int, int] = (9, 0), broken: str = "",
+    ) -> None:  # fmt: skip
+        def probe(device: torch.device) -> None:
+            if broken:
+                raise UserError(broken)
+
+        set_to = SimpleNamespace(device=None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: vars(set_to).update(d=device))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.version, "cuda", built)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(devices, "gpu_on_machine", lambda: gpu)
+        monkeypatch.setattr(devices, "_probe_cuda", probe)
+
+    return pretend
+
+
+NVIDIA = "there is an NVIDIA GPU"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "chosen"),
+    [
+        ("auto", {}, "cpu"),
+        ("auto", {"cuda": True, "gpu": NVIDIA}, "cuda"),
+        ("auto", {"mps": True}, "mps"),
+        ("auto", {"cuda": True, "mps": True}, "cuda"),
+        ("cpu", {"cuda": True, "gpu": NVIDIA}, "cpu"),
+        ("cpu", {"gpu": NVIDIA}, "cpu"),  # unusable, and not wanted
+        ("cpu", {"mps": True}, "cpu"),
+        ("cuda", {"cuda": True, "mps": True}, "cuda"),
+        ("mps", {"mps": True}, "mps"),
+        ("mps", {"cuda": True, "mps": True}, "mps"),
+    ],
+)
+def test_the_device_that_is_chosen(
+    machine: Callable[..., None], wanted: str, there: dict, chosen: str
+) -> None:
+    machine(**there)
+    assert get_device(wanted).torch.type == chosen
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "reason"),
+    [
+        ("auto", {"gpu": NVIDIA}, "NVIDIA GPU but .*update the NVIDIA driver.*--device cpu"),
+        (
+            "auto",
+            {"gpu": NVIDIA, "built": None},
+            "NVIDIA GPU but .*without GPU support.*CUDA build",
+        ),
+        ("auto", {"cuda": True, "broken": "too old"}, "too old"),
+        ("cuda", {"cuda": True, "broken": "too old"}, "too old"),
+        ("cuda", {"gpu": NVIDIA}, "--device cuda: .*driver"),
+        ("cuda", {}, "--device cuda: "),
+        ("cuda", {"mps": True}, "--device cuda: "),
+        ("mps", {}, "no Apple GPU"),
+        ("mps", {"cuda": True}, "no Apple GPU"),
+        ("tpu", {"cuda": True}, "auto, cpu, cuda or mps, not 'tpu'"),
+    ],
+)
+def test_what_cannot_be_had_is_an_error_and_never_the_cpu(
+    machine: Callable[..., None], wanted: str, there: dict, reason: str
+) -> None:
+    machine(**there)
+    with pytest.raises(UserError, match=reason) as caught:
+        get_device(wanted)
+    assert "\n" not in str(caught.value)
+
+
+def test_each_rank_takes_its_own_gpu(machine: Callable[..., None]) -> None:
+    machine(cuda=True)
+    assert get_device("auto", local_rank=3).torch == torch.device("cuda", 3)
+
+
+def test_a_gpu_that_fails_its_first_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(*shape: int, device: torch.device) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(UserError, match=r"\(CUDA error: no kernel image is available\)") as caught:
+        get_device("auto")
+    assert "\n" not in str(caught.value)
+    assert "--device cpu" in str(caught.value)
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_hidden_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
+    monkeypatch.setattr(devices.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_on_machine() == NVIDIA
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert gpu_on_machine() == NVIDIA
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert gpu_on_machine() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert get_device("auto").torch.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "wanted", "precision", "matmul"),
+    [
+        ("cpu", None, "auto", "fp32", "highest"),
+        ("cpu", None, "autocast", "autocast", "high"),
+        ("cpu", None, "fp32", "fp32", "highest"),
+        ("mps", None, "auto", "fp32", "highest"),
+        ("cuda", (8, 0), "auto", "autocast", "high"),
+        ("cuda", (10, 0), "auto", "autocast", "high"),
+        ("cuda", (7, 5), "auto", "fp32", "highest"),  # no bf16: slow, but the right numbers
+        ("cuda", (9, 0), "tf32", "tf32", "high"),
+        ("cuda", (9, 0), "fp32", "fp32", "highest"),
+    ],
+)
+def test_the_precision_that_is_chosen(
+    machine: Callable[..., None], device: str, capability: tuple[int, int], wanted: str,
+    precision: str, matmul: str,
+) -> None:  # fmt: skip
+    machine(cuda=device == "cuda", mps=device == "mps", capability=capability)
+    assert get_device(device, wanted).precision == precision
+    assert torch.get_float32_matmul_precision() == matmul
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"), [("tf32", "needs an NVIDIA GPU"), ("fp8", "not 'fp8'")]
+)
+def test_a_precision_that_cannot_be_had(wanted: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        get_device("cpu", wanted)
+
+
+def test_autocast_computes_in_bf16_and_only_where_it_is_chosen() -> None:
+    a = torch.ones(2, 2)
+    with Device(CPU, "CPU", "autocast").autocast():
+        assert (a @ a).dtype == torch.bfloat16
+    with Device(CPU, "CPU", "fp32").autocast():
+        assert (a @ a).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        # Names that hold or begin the name of another, and are slower or faster than that.
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA H20", None),
+        ("NVIDIA A10", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Tesla T4", None),
+        ("Apple GPU", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_its_own_or_unknown(name: str, peak: float | None) -> None:
+    assert Device(CUDA, name, "autocast").peak_flops == peak
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_the_peak_in_another_precision_is_unknown(precision: str) -> None:
+    assert Device(CUDA, "NVIDIA H200", precision).peak_flops is None
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with a C++ compiler in `PATH`, this file, and with Python's headers."""
+    include = tmp_path / "include"
+    include.mkdir()
+    (include / "Python.h").touch()
+    program = tmp_path / "bin" / "g++"
+    program.parent.mkdir()
+    program.touch(0o755)
+    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name: str(include))
+    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.delenv("CXX", raising=False)
+    return program
+
+
+def test_with_compiler_and_headers_a_model_is_compiled(compiler: Path) -> None:
+    assert why_not_compile(CPU) is None
+
+
+def test_without_a_compiler_there_is_a_reason(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = compiler.rename(compiler.parents[1] / "my-compiler")
+    assert why_not_compile(CPU) == "there is no C++ compiler"
+    monkeypatch.setenv("CXX", str(elsewhere))
+    assert why_not_compile(CPU) is None
+
+
+def test_without_pythons_headers_there_is_a_reason(compiler: Path, tmp_path: Path) -> None:
+    (tmp_path / "include" / "Python.h").unlink()
+    assert "headers are missing" in (why_not_compile(CPU) or "")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_gpu_needs_triton(compiler: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: there)
+    assert ("Triton" in (why_not_compile(CUDA) or "")) is not there
+
+
+def test_apple_gpus_run_eager(compiler: Path) -> None:
+    assert "Apple" in (why_not_compile(MPS) or "")

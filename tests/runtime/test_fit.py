@@ -1,0 +1,110 @@
+"""The micro-batch fits itself to the device; what it divides does not change."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rekindle.errors import UserError
+from rekindle.model.config import SIZES, GPT2Config
+from rekindle.model.gpt2 import GPT2
+from rekindle.runtime import fit
+from rekindle.runtime.device import Device
+from rekindle.runtime.distributed import World
+
+CPU = Device(torch.device("cpu"), "CPU", "fp32")
+TINY = GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=64, padded_vocab_size=64)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2:
+    return GPT2(TINY)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "fits", "micro"),
+    [
+        (512, 1, 64, 64),
+        (512, 8, 64, 64),
+        (512, 8, 50, 32),  # 64 rows a rank: 50 do not divide them
+        (480, 1, 64, 60),
+        (48, 8, 64, 6),  # no more than there are
+        (6, 2, 2, 1),
+        (7, 1, 3, 1),
+    ],
+)
+def test_the_most_rows_that_fit_and_divide(
+    monkeypatch: pytest.MonkeyPatch, model: GPT2, rows: int, ranks: int, fits: int, micro: int
+) -> None:
+    monkeypatch.setattr(fit, "rows_for", lambda config, T, device: fits)
+    monkeypatch.setattr(World, "min", lambda self, value, device: value)
+    assert fit.choose_micro(model, rows, 16, CPU, World(size=ranks)) == micro
+
+
+def test_the_smallest_gpu_decides(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
+    monkeypatch.setattr(World, "min", lambda self, value, device: min(value, 4))
+    assert fit.choose_micro(model, 64, 16, CPU, World(size=2)) == 4
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks(model: GPT2) -> None:
+    with pytest.raises(UserError, match="10 rows does not divide over 4 ranks"):
+        fit.choose_micro(model, 10, 16, CPU, World(size=4))
+
+
+@pytest.mark.parametrize(
+    ("config", "T", "rows"),
+    [
+        (SIZES["gpt2"].for_training(), 1024, 1),  # 206 MB of logits a row
+        (SIZES["gpt2"].for_training(), 128, 10),
+        (TINY, 16, 64),  # no more than a GPU takes
+        (GPT2Config(padded_vocab_size=10**6), 1024, 1),  # at least one
+    ],
+)
+def test_rows_by_the_size_of_their_logits(config: GPT2Config, T: int, rows: int) -> None:
+    assert fit.rows_for(config, T, CPU) == rows
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """`gpu(peaks, total)`: a GPU of `total` bytes that takes `peaks` bytes for one and two rows."""
+
+    def pretend(peaks: list[float], total: float) -> Device:
+        left = list(peaks)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: left.pop(0))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, total))
+        # Tensors stay on the CPU; only the decision is tested here.
+        fake = SimpleNamespace(torch=torch.device("cpu"), name="GPU", autocast=CPU.autocast)
+        return fake  # type: ignore[return-value]
+
+    return pretend
+
+
+def test_rows_are_reckoned_from_two_measurements(gpu, model: GPT2) -> None:
+    moments = sum(2 * 4 * p.numel() for p in model.parameters())
+    device = gpu([1000.0, 1100.0], (moments + 1000 + 550) / 0.9)
+    assert fit._rows_in_gpu_memory(model, 16, device) == 1 + 5  # 550 bytes are left, 100 a row
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_two_rows_too_many_leave_one_and_one_is_a_users_mistake(
+    monkeypatch: pytest.MonkeyPatch, gpu, model: GPT2
+) -> None:
+    forward = model.forward
+
+    def out_of_memory(most: int):
+        def call(idx, targets):
+            if len(idx) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(idx, targets)
+
+        return call
+
+    device = gpu([1000.0, 1100.0], 1e9)
+    monkeypatch.setattr(model, "forward", out_of_memory(1))
+    assert fit._rows_in_gpu_memory(model, 16, device) == 1
+    assert all(p.grad is None for p in model.parameters())
+    monkeypatch.setattr(model, "forward", out_of_memory(0))
+    with pytest.raises(UserError, match="no memory for one row of 16 tokens"):
+        fit._rows_in_gpu_memory(model, 16, device)

@@ -1,0 +1,423 @@
+"""The command line: help at once, and one line for each mistake."""
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rekindle import cli, recipes, storage
+from rekindle.data.shards import read_manifest, write_shard
+
+Refuses = Callable[..., str]
+
+HELP = """
+import sys
+from rekindle.cli import main
+for command in ["", "demo", "prepare", "train", "eval", "sample", "verify", "report"]:
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as end:
+        assert end.code == 0
+heavy = {"torch", "numpy", "tiktoken", "pyarrow", "transformers", "huggingface_hub"}
+print("LOADED", sorted(heavy & set(sys.modules)))
+"""
+
+IMPORTS = """
+import os, pkgutil, sys, threading, importlib
+import torch
+before = torch.get_num_threads(), torch.get_float32_matmul_precision(), dict(os.environ)
+random = torch.random.get_rng_state()
+import rekindle
+names = [m.name for m in pkgutil.walk_packages(rekindle.__path__, "rekindle.")]
+for name in names:
+    if name != "rekindle.__main__":
+        importlib.import_module(name)
+assert len(names) > 25, names
+after = torch.get_num_threads(), torch.get_float32_matmul_precision(), dict(os.environ)
+assert after == before
+assert torch.equal(torch.random.get_rng_state(), random)
+assert not torch.are_deterministic_algorithms_enabled()
+assert not torch.distributed.is_initialized()
+assert not torch.cuda.is_initialized()
+assert threading.active_count() == 1, threading.enumerate()
+assert not {"matplotlib", "transformers"} & set(sys.modules)
+"""
+
+
+@pytest.fixture
+def data(shard_set: Path, tmp_path: Path) -> Path:
+    """A copy of the shards, to be spoilt."""
+    return Path(shutil.copytree(shard_set, tmp_path / "data"))
+
+
+@pytest.fixture
+def begin(data: Path, tiny_flags: list[str], tmp_path: Path) -> list[str]:
+    """Arguments that train on `data` into a folder that is not there yet."""
+    out = ["--out", str(tmp_path / "run"), "--device", "cpu", "--no-compile"]
+    return ["train", "demo", "--data", str(data), *out, *tiny_flags]
+
+
+@pytest.fixture
+def run(begin: list[str], tmp_path: Path, rekindle: Callable, one_thread: None) -> Path:
+    """A run of four steps on `data`."""
+    assert rekindle(*begin, "--steps", 4).status == 0
+    return tmp_path / "run"
+
+
+# -- help -----------------------------------------------------------------------------------------
+
+
+def test_help_answers_without_loading_anything(python: Callable, tmp_path: Path) -> None:
+    done = python("-c", HELP, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("LOADED []\n")
+    assert done.stdout.count("usage: rekindle") == 8
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_names_its_recipes_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for name in [*recipes.RECIPES, "--batch.micro", "--device", "--precision", "--no-compile"]:
+        assert name in text
+
+
+def test_importing_does_nothing(python: Callable, tmp_path: Path) -> None:
+    """A process that is spawned imports everything anew, and must not begin anything."""
+    done = python("-c", IMPORTS, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_reach_the_recipe(run: Path) -> None:
+    recipe = storage.read_json(run / "run.json")["recipe"]
+    assert recipe["optim.lr"] == 0.01
+    assert recipe["model.n_embd"] == 16
+    assert recipe["steps"] == 4
+    assert recipe["model.vocab_size"] == 257  # the shards'
+
+
+# -- data -----------------------------------------------------------------------------------------
+
+
+def test_no_such_data_folder(begin: list[str], data: Path, refuses: Refuses) -> None:
+    shutil.rmtree(data)
+    refuses(begin, f"there is no data folder {data}", "rekindle prepare")
+
+
+def test_a_data_folder_without_manifest(begin: list[str], data: Path, refuses: Refuses) -> None:
+    (data / "manifest.json").unlink()
+    refuses(begin, f"{data} has no manifest.json")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1, "shards": [{"a": 1}]}'])
+def test_a_damaged_manifest(begin: list[str], data: Path, refuses: Refuses, content: str) -> None:
+    (data / "manifest.json").write_text(content)
+    refuses(begin, "manifest.json")
+
+
+def spoil_header(shard: Path) -> None:
+    shard.write_bytes(b"\0\0\0\0" + shard.read_bytes()[4:])
+
+
+def spoil_version(shard: Path) -> None:
+    content = shard.read_bytes()
+    shard.write_bytes(content[:4] + b"\7" + content[5:])
+
+
+def cut_short(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-10])
+
+
+def cut_header(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:100])
+
+
+def lengthen(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes() + b"\0\0")
+
+
+def flip_bit(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1  # a token's lower byte
+    shard.write_bytes(content)
+
+
+def foreign_id(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[1024:1026] = np.uint16(257).tobytes()
+    shard.write_bytes(content)
+
+
+def shorter_shard(shard: Path) -> None:
+    write_shard(shard, [np.zeros(50, np.uint16)])
+
+
+@pytest.mark.parametrize("name", ["train-0001.bin", "val-0000.bin"])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_header, "does not start with the header of a token shard"),
+        (spoil_version, "does not start with the header of a token shard"),
+        (cut_header, "does not start with the header of a token shard"),
+        (cut_short, "damaged or cut short"),
+        (lengthen, "damaged or cut short"),
+        (flip_bit, "its SHA-256 differs"),
+        (foreign_id, "holds the id 257 beyond the vocabulary of 257 (first at token 0)"),
+        (shorter_shard, "holds 50 tokens, its manifest says"),
+        (Path.unlink, "is missing"),
+    ],
+)
+def test_a_damaged_shard(
+    begin: list[str], data: Path, refuses: Refuses, name: str,
+    spoil: Callable[[Path], None], words: str,
+) -> None:  # fmt: skip
+    spoil(data / name)
+    refuses(begin, str(data / name), words)
+
+
+def test_fewer_tokens_than_one_step(begin: list[str], refuses: Refuses) -> None:
+    words = "one step needs 1,600 tokens, the training split has 1,200 in whole windows of 16"
+    refuses([*begin, "--batch.tokens", 1600], words)
+
+
+# -- recipes --------------------------------------------------------------------------------------
+
+
+def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
+    refuses([begin[0], "gpt2-124", *begin[2:]], "no recipe 'gpt2-124'", "gpt2-124m")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch.tokens", 130], "not a whole number of windows of --batch.length 16"),
+        (["--batch.micro", 3], "8 rows does not divide into micro-batches of 3 rows on 1 ranks"),
+        (["--batch.length", 64], "--batch.length 64 is longer than --model.block-size 32"),
+        (["--model.n-head", 3], "--model.n-embd 16 is not a multiple of --model.n-head 3"),
+        (["--optim.lr", "nan"], "--optim.lr must be at least 0"),
+        (["--device", "tpu"], "--device is auto, cpu, cuda or mps, not 'tpu'"),
+        (["--precision", "fp8"], "not 'fp8'"),
+        (["--precision", "tf32"], "--precision tf32 needs an NVIDIA GPU"),
+        (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
+        (["--fork", "nowhere"], "there is no nowhere"),
+    ],
+)
+def test_numbers_that_do_not_go_together(
+    begin: list[str], refuses: Refuses, flags: list[Any], words: str
+) -> None:
+    refuses([*begin, *flags], words)
+
+
+def test_a_mistake_under_torchrun_names_the_rank(
+    begin: list[str], rekindle: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    outcome = rekindle(begin[0], "gtp2", *begin[2:])
+    assert outcome.status == 2
+    assert re.fullmatch(r"rekindle: error \(rank 1\): there is no recipe 'gtp2'.*\n", outcome.err)
+
+
+# -- folders --------------------------------------------------------------------------------------
+
+
+def test_out_is_something_else(begin: list[str], tmp_path: Path, refuses: Refuses) -> None:
+    out = tmp_path / "run"
+    out.write_text("a file")
+    refuses(begin, f"{out} exists and is no run")
+    beneath = [str(out / "below") if a == str(out) else a for a in begin]
+    refuses(beneath, str(out))
+    out.unlink()
+    out.mkdir()
+    (out / "thesis.txt").write_text("not ours")
+    refuses(begin, f"{out} exists and is no run")
+
+
+def test_an_empty_folder_is_as_good_as_none(
+    begin: list[str], tmp_path: Path, rekindle: Callable
+) -> None:
+    (tmp_path / "run").mkdir()
+    assert rekindle(*begin, "--steps", 0).status == 0
+
+
+def test_going_on_with_another_recipe(begin: list[str], run: Path, refuses: Refuses) -> None:
+    line = refuses([*begin, "--optim.lr", 0.5, "--seed", 3, "--batch.order", "sequential"])
+    for words in (
+        "was begun with another recipe",
+        "--optim.lr was 0.01, now 0.5",
+        "--seed was 1337, now 3",
+        "--batch.order was shuffled, now sequential",
+        "--fork",
+    ):
+        assert words in line
+    refuses([begin[0], "gpt2-10m", *begin[2:]], "--name was demo, now gpt2-10m")
+
+
+def test_going_on_with_other_data(
+    begin: list[str], run: Path, data: Path, refuses: Refuses, write_shards: Callable
+) -> None:
+    other = data.with_name("other")
+    write_shards(other, [700, 520], [201, 101], seed=5)
+    arguments = [str(other) if a == str(data) else a for a in begin]
+    refuses(arguments, "was begun on other data", str(data), read_manifest(other).fingerprint[:12])
+
+
+def test_the_same_data_may_move(
+    begin: list[str], run: Path, data: Path, rekindle: Callable
+) -> None:
+    moved = data.rename(data.with_name("moved"))
+    arguments = [str(moved) if a == str(data) else a for a in begin]
+    assert rekindle(*arguments, "--steps", 4).status == 0
+
+
+def fork(begin: list[str], run: Path) -> list[Any]:
+    return [str(run.with_name("fork")) if a == str(run) else a for a in begin] + ["--fork", run]
+
+
+def test_a_fork_of_another_model(begin: list[str], run: Path, refuses: Refuses) -> None:
+    arguments = [*fork(begin, run), "--model.n-layer", 3, "--model.n-embd", 32]
+    refuses(arguments, "holds another model (n_layer is 2, not 3; n_embd is 16, not 32)")
+
+
+def test_a_fork_with_another_tokenizer(
+    begin: list[str], run: Path, data: Path, refuses: Refuses, write_shards: Callable
+) -> None:
+    other = data.with_name("other")
+    write_shards(other, [700], [201], tokenizer_sha256="0" * 64)
+    arguments = [str(other) if a == str(data) else a for a in fork(begin, run)]
+    refuses(arguments, "was trained with the tokenizer bytes", "the data is made with bytes")
+    write_shards(other, [700], [201], tokenizer="gpt2", vocab_size=50257)
+    refuses(arguments, "holds another model (vocab_size is 257, not 50257")
+
+
+def test_a_fork_of_what_is_no_run(begin: list[str], data: Path, refuses: Refuses) -> None:
+    refuses([*begin, "--fork", data], f"{data} is no run and no checkpoint")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("spoil", [Path.unlink, cut_short])
+def test_going_on_from_a_damaged_checkpoint(
+    begin: list[str], run: Path, refuses: Refuses, name: str, spoil: Callable[[Path], None]
+) -> None:
+    saved = run / "checkpoints" / "step-000004"
+    spoil(saved / name)
+    refuses(begin, str(saved), name)
+    refuses(["sample", run], str(saved), name)
+    refuses(["eval", run], str(saved), name)
+
+
+# -- eval and sample ------------------------------------------------------------------------------
+
+
+def test_eval_of_a_run(run: Path, rekindle: Callable, data: Path) -> None:
+    outcome = rekindle("eval", run, "--device", "cpu", "--json")
+    assert outcome.status == 0
+    results = json.loads(outcome.out)
+    logged = storage.read_json_lines(run / "metrics.jsonl")
+    last = [r for r in logged if r["kind"] == "validation"][-1]
+    assert results["validation"]["tokens"] == last["tokens"] == 300
+    assert results["validation"]["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert results["validation"]["data"] == str(data)
+    fewer = rekindle("eval", run, "--device", "cpu", "--tokens", 100)
+    assert "over 100 tokens" in fewer.out
+
+
+def test_eval_with_shards_of_another_tokenizer(
+    run: Path, data: Path, refuses: Refuses, write_shards: Callable
+) -> None:
+    other = data.with_name("other")
+    write_shards(other, [700], [201], tokenizer="gpt2", tokenizer_sha256="1" * 64)
+    arguments = ["eval", run, "--data", other, "--device", "cpu"]
+    refuses(arguments, f"{other} was prepared with the tokenizer gpt2", "knows bytes")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "nowhere"], "there is no data folder nowhere"),
+        (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
+        (["--tokens", -5], "--tokens"),
+        (["--limit", 0, "--hellaswag", "nowhere.jsonl"], "--limit"),
+        (["--device", "tpu"], "not 'tpu'"),
+    ],
+)
+def test_eval_of_nothing(run: Path, refuses: Refuses, flags: list[Any], words: str) -> None:
+    refuses(["eval", run, "--device", "cpu", *flags], words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", "x" * 40], "the prompt of 40 tokens and 32 more do not fit"),
+        (["--prompt", "x", "--tokens", 32], "do not fit"),
+        (["--tokens", -1], "--tokens"),
+        (["--num", 0], "--num"),
+        (["--temperature", -1], "--temperature"),
+        (["--top-k", -1], "--top-k"),
+    ],
+)  # fmt: skip
+def test_samples_that_cannot_be_had(
+    run: Path, refuses: Refuses, flags: list[Any], words: str
+) -> None:
+    refuses(["sample", run, "--device", "cpu", *flags], words)
+
+
+def test_sample_of_what_is_no_model(tmp_path: Path, refuses: Refuses) -> None:
+    refuses(["sample", tmp_path], "is no run and no checkpoint")
+    refuses(["sample", "gpt-2"], "gpt-2 is no folder and none of the models", "did you mean gpt2")
+
+
+def test_sample_speaks(run: Path, rekindle: Callable) -> None:
+    flags = ["--device", "cpu", "--prompt", "ab", "--tokens", 5, "--num", 2, "--json"]
+    outcome = rekindle("sample", run, *flags)
+    assert outcome.status == 0
+    result = json.loads(outcome.out)
+    assert len(result["samples"]) == 2
+    assert all(text.startswith("ab") for text in result["samples"])
+    assert rekindle("sample", run, *flags).out == outcome.out
+
+
+def test_control_c_ends_in_one_line(
+    begin: list[str], rekindle: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rekindle import train as module
+
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module, "learning_rate", interrupt)
+    outcome = rekindle(*begin)
+    assert outcome.status == 130
+    assert outcome.err == "\nrekindle: stopped; the same command goes on from what was saved\n"
+
+
+def test_the_whole_road(
+    tmp_path: Path, tiny: Any, rekindle: Callable, monkeypatch: pytest.MonkeyPatch,
+    write_shards: Callable, one_thread: None,
+) -> None:  # fmt: skip
+    """`rekindle demo` but for the text, which other tests prepare."""
+    from rekindle import demo as module
+
+    def prepare(source: Any, out: Path, *, tokenizer: str, val_tokens: int) -> None:
+        assert (tokenizer, val_tokens) == ("bytes", tiny.eval_tokens)
+        write_shards(out, [700, 520], [201])
+
+    monkeypatch.setattr(module, "from_arguments", lambda *, embedded: None)
+    monkeypatch.setattr(module, "prepare", prepare)
+    monkeypatch.setitem(recipes.RECIPES, "demo", tiny)
+    where = ["--data", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu"]
+    outcome = rekindle("demo", *where, "--steps", 8)
+    assert outcome.status == 0, outcome.err
+    assert "8 steps at" in outcome.out
+    assert re.search(r"validation loss \d\.\d{3} → \d\.\d{3} nats per byte", outcome.out)
+    assert f"rekindle sample {tmp_path / 'run'}" in outcome.out
+    assert (tmp_path / "run" / "checkpoints" / "step-000008").is_dir()

@@ -1,0 +1,150 @@
+"""RUN_OR_MODEL: whatever a person may name becomes a model, or one line about what it is not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rekindle.errors import UserError
+from rekindle.load import load
+from rekindle.runtime.device import Device
+
+CPU = Device(torch.device("cpu"), "CPU", "fp32")
+
+
+@pytest.fixture
+def run(tmp_path: Path, train: Callable[..., Any]) -> Path:
+    """A run of 8 steps with checkpoints at 4 and at 8."""
+    train(tmp_path / "run", "--steps", 8)
+    return tmp_path / "run"
+
+
+def test_a_run_is_its_newest_checkpoint(run: Path) -> None:
+    newest = run / "checkpoints" / "step-000008"
+    by_run, by_checkpoint = load(str(run), CPU), load(str(newest), CPU)
+    assert by_run.name == by_checkpoint.name == str(newest)
+    assert by_run.run is not None
+    assert by_run.run["step"] == 8
+    older = load(str(newest.with_name("step-000004")), CPU)
+    assert older.run is not None
+    assert older.run["step"] == 4
+    for p, q, r in zip(
+        by_run.model.parameters(), by_checkpoint.model.parameters(), older.model.parameters(),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(p, q)
+        assert not torch.equal(p, r)
+
+
+def test_a_loaded_run_is_whole(run: Path) -> None:
+    loaded = load(str(run), CPU)
+    model = loaded.model
+    assert loaded.tokenizer.name == "bytes"
+    assert (model.config.vocab_size, model.config.padded_vocab_size) == (257, 384)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert all(p.device.type == "cpu" and p.requires_grad for p in model.parameters())
+    logits, _ = model(torch.tensor([[1, 2, 3]]))
+    assert logits.shape == (1, 3, 257)
+
+
+def test_a_loaded_run_has_the_loss_that_its_training_saw(
+    run: Path, records: Callable[..., list[dict[str, Any]]], rekindle: Callable[..., Any]
+) -> None:
+    outcome = rekindle("eval", run, "--device", "cpu", "--json")
+    assert outcome.status == 0, outcome.err
+    scored, logged = json.loads(outcome.out)["validation"], records(run, "validation")[-1]
+    assert logged["step"] == 8
+    assert scored["tokens"] == logged["tokens"] == 300
+    assert scored["loss"] == pytest.approx(logged["loss"], rel=1e-6)
+    assert scored["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], rel=1e-6)
+
+
+def export(folder: Path, vocab_size: int) -> Path:
+    """A GPT-2 of one narrow block in Hugging Face's layout."""
+    C = 8
+    shapes = {
+        "wte.weight": (vocab_size, C), "wpe.weight": (16, C),
+        "ln_f.weight": (C,), "ln_f.bias": (C,),
+        "h.0.ln_1.weight": (C,), "h.0.ln_1.bias": (C,),
+        "h.0.ln_2.weight": (C,), "h.0.ln_2.bias": (C,),
+        "h.0.attn.c_attn.weight": (C, 3 * C), "h.0.attn.c_attn.bias": (3 * C,),
+        "h.0.attn.c_proj.weight": (C, C), "h.0.attn.c_proj.bias": (C,),
+        "h.0.mlp.c_fc.weight": (C, 4 * C), "h.0.mlp.c_fc.bias": (4 * C,),
+        "h.0.mlp.c_proj.weight": (4 * C, C), "h.0.mlp.c_proj.bias": (C,),
+    }  # fmt: skip
+    folder.mkdir()
+    save_file({name: torch.randn(s) for name, s in shapes.items()}, folder / "model.safetensors")
+    config = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": C, "n_positions": 16}
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": vocab_size}))
+    return folder
+
+
+def test_a_folder_in_hugging_faces_layout(tmp_path: Path) -> None:
+    folder = export(tmp_path / "exported", 50257)
+    loaded = load(str(folder), CPU)
+    assert (loaded.name, loaded.run, loaded.tokenizer.name) == (str(folder), None, "gpt2")
+    assert loaded.model.config.padded_vocab_size == 50257
+
+
+def test_a_folder_with_another_vocabulary_has_no_tokenizer(tmp_path: Path) -> None:
+    folder = export(tmp_path / "exported", 300)
+    with pytest.raises(UserError, match="has 300 ids, GPT-2's tokenizer 50257"):
+        load(str(folder), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("gpt2-mediun", "did you mean gpt2-medium"),
+        ("gpt2xl", "did you mean gpt2-xl"),
+        ("runs/nothing-like-it", "no folder and none of the models gpt2, gpt2-medium"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_ones(refuses: Callable[..., str], name: str, near: str):
+    error = refuses(["sample", name, "--device", "cpu"], f"{name} is no folder", near)
+    assert ("did you mean" in error) == ("did you mean" in near)
+
+
+def test_a_folder_that_is_no_checkpoint(refuses: Callable[..., str], tmp_path: Path) -> None:
+    refuses(["eval", tmp_path, "--device", "cpu"], str(tmp_path), "is no run and no checkpoint")
+    (tmp_path / "checkpoints").mkdir()
+    refuses(["eval", tmp_path, "--device", "cpu"], "has no checkpoint yet")
+
+
+def test_a_file_is_no_model(refuses: Callable[..., str], run: Path) -> None:
+    file = run / "checkpoints" / "step-000008" / "model.safetensors"
+    refuses(["sample", file, "--device", "cpu"], str(file), "is no run and no checkpoint")
+
+
+@pytest.mark.parametrize("keep", ["all but a byte", "a kilobyte", "nothing"])
+def test_a_truncated_checkpoint(refuses: Callable[..., str], run: Path, keep: str) -> None:
+    file = run / "checkpoints" / "step-000008" / "model.safetensors"
+    size = {"all but a byte": file.stat().st_size - 1, "a kilobyte": 1024, "nothing": 0}[keep]
+    with open(file, "r+b") as opened:
+        opened.truncate(size)
+    refuses(["sample", run, "--device", "cpu"], str(file), "is damaged")
+
+
+def test_a_checkpoint_with_one_bit_changed(refuses: Callable[..., str], run: Path) -> None:
+    file = run / "checkpoints" / "step-000008" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    refuses(["sample", run, "--device", "cpu"], str(file), "is damaged")
+
+
+@pytest.mark.parametrize("content", ["", '{"format": 1, "st', "{}", "[]", '{"format": 99}'])
+def test_a_damaged_description(refuses: Callable[..., str], run: Path, content: str) -> None:
+    file = run / "checkpoints" / "step-000008" / "checkpoint.json"
+    file.write_text(content)
+    refuses(["sample", run, "--device", "cpu"], str(file))
+
+
+def test_a_checkpoint_that_lost_its_weights(refuses: Callable[..., str], run: Path) -> None:
+    file = run / "checkpoints" / "step-000008" / "model.safetensors"
+    file.unlink()
+    refuses(["sample", run, "--device", "cpu"], "has lost its model.safetensors")

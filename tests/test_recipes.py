@@ -1,0 +1,116 @@
+"""Recipes: their names, flags, and the numbers that cannot be trained with."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from rekindle import recipes
+from rekindle.cli import FLAGS
+from rekindle.errors import UserError
+from rekindle.recipes import RECIPES, Recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_trained(name: str) -> None:
+    recipe = recipes.get_recipe(name)
+    recipes.check(recipe)
+    assert recipe.name == name
+    assert recipe.schedule.warmup < recipe.steps
+
+
+def test_the_lectures_numbers() -> None:
+    lecture = recipes.flatten(RECIPES["gpt2-124m"])
+    for name, value in {
+        "batch.tokens": 524_288, "batch.length": 1024, "batch.order": "sequential",
+        "optim.lr": 6e-4, "optim.beta1": 0.9, "optim.beta2": 0.95, "optim.eps": 1e-8,
+        "optim.weight_decay": 0.1, "optim.clip": 1.0, "schedule.warmup": 715,
+        "schedule.final": 0.1, "steps": 19_073, "seed": 1337, "eval_every": 250,
+        "eval_tokens": 20 * 524_288, "model.n_layer": 12, "model.n_head": 12,
+        "model.n_embd": 768, "model.block_size": 1024, "model.vocab_size": 50_257,
+    }.items():  # fmt: skip
+        assert lecture[name] == value, name
+    tuned = RECIPES["gpt2-124m-tuned"]
+    assert (tuned.batch.order, tuned.optim.lr) == ("shuffled", 1.8e-3)
+
+
+def test_nearest_names() -> None:
+    with pytest.raises(UserError, match=r"no recipe 'gpt2-124': did you mean gpt2-124m or "):
+        recipes.get_recipe("gpt2-124")
+    with pytest.raises(UserError, match=r"demo or demo-gpu|demo-gpu or demo"):
+        recipes.get_recipe("dmeo")
+    with pytest.raises(UserError, match="gpt2-xl"):  # nothing is near: all of them
+        recipes.get_recipe("%%%")
+
+
+def test_flatten_and_override_are_inverse() -> None:
+    xl, demo = RECIPES["gpt2-xl"], RECIPES["demo"]
+    assert recipes.override(demo, recipes.flatten(xl)) == xl
+    assert recipes.override(demo, {}) == demo
+    changed = recipes.override(demo, {"steps": 3, "optim.lr": 0.5, "optim.eps": 0.25})
+    assert (changed.steps, changed.optim.lr, changed.optim.eps) == (3, 0.5, 0.25)
+    assert changed.optim.beta2 == demo.optim.beta2
+    assert demo.optim.lr == RECIPES["demo"].optim.lr == 3e-3  # the recipe itself has not changed
+
+
+def test_every_number_has_a_flag() -> None:
+    """But for what the data decides, and what the recipe is called."""
+    names = set(recipes.flatten(RECIPES["demo"]))
+    decided = {"name", "about", "model.vocab_size", "model.padded_vocab_size"}
+    assert set(FLAGS) == names - decided
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch.length": 33}, "--batch.length 33 is longer than --model.block-size 32"),
+        ({"batch.tokens": 130}, "--batch.tokens 130 is not a whole number of windows"),
+        ({"batch.tokens": 0}, "--batch.tokens 0"),
+        ({"batch.length": 0}, "--batch.length 0"),
+        ({"batch.order": "random"}, "shuffled or sequential, not 'random'"),
+        ({"model.n_embd": 15}, "--model.n-embd 15 is not a multiple of --model.n-head 2"),
+        ({"model.n_head": 0}, "--model.n-head"),
+        ({"model.n_layer": 0}, "--model.n-layer"),
+        ({"model.n_embd": 0}, "--model.n-embd must be at least 1"),
+        ({"optim.lr": -1.0}, "--optim.lr must be at least 0, but is -1.0"),
+        ({"optim.lr": float("nan")}, "--optim.lr must be at least 0, but is nan"),
+        ({"optim.weight_decay": -0.1}, "--optim.weight-decay must be at least 0"),
+        ({"steps": -1}, "--steps must be at least 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"optim.beta1": 1.0}, "--optim.beta1 must be below 1"),
+        ({"batch.micro": -2}, "--batch.micro must be at least 0"),
+    ],
+)
+def test_numbers_that_cannot_be_trained_with(
+    tiny: Recipe, changes: dict[str, Any], words: str
+) -> None:
+    recipes.check(tiny)
+    with pytest.raises(UserError) as error:
+        recipes.check(recipes.override(tiny, changes))
+    assert words in str(error.value)
+
+
+def test_differences_name_each_field(tiny: Recipe) -> None:
+    before = recipes.flatten(tiny)
+    now = {**before, "optim.lr": 0.5, "model.n_layer": 9, "seed": 3}
+    assert recipes.differences(before, now) == [
+        "--model.n-layer was 2, now 9",
+        "--optim.lr was 0.01, now 0.5",
+        "--seed was 1337, now 3",
+    ]
+
+
+def test_what_may_change_on_a_resume(tiny: Recipe) -> None:
+    before = recipes.flatten(tiny)
+    free = {
+        "steps": 99, "eval_every": 9, "checkpoint_every": 9, "keep_checkpoints": 9,
+        "eval_tokens": 9, "prompt": "x", "about": "x", "batch.micro": 2,
+    }  # fmt: skip
+    assert recipes.differences(before, {**before, **free}) == []
+    for name in set(before) - set(free):
+        assert len(recipes.differences(before, {**before, name: "other"})) == 1, name
+
+
+def test_a_recipe_cannot_be_changed_by_accident(tiny: Recipe) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny.steps = 3  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,201 @@
+"""A whole training through the command line: what it writes, says, and when it gives up."""
+
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import rekindle.train
+from rekindle import storage
+from rekindle.data.shards import Manifest, Shard, write_shard
+from rekindle.data.tokenizer import ByteTokenizer
+from rekindle.train import GIVE_UP_AFTER, due
+
+Train = Callable[..., Any]
+Records = Callable[..., list[dict[str, Any]]]
+
+
+def test_due() -> None:
+    assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if due(step, 0, 10)] == [10]
+    assert [step for step in range(1, 11) if due(step, 1, 10)] == list(range(1, 11))
+
+
+def test_what_a_run_writes(tmp_path: Path, train: Train) -> None:
+    """And nothing under a temporary name."""
+    train(tmp_path / "run", "--steps", 4)
+    files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert files == [
+        "run/checkpoints/step-000004/checkpoint.json",
+        "run/checkpoints/step-000004/model.safetensors",
+        "run/checkpoints/step-000004/optimizer.safetensors",
+        "run/metrics.jsonl",
+        "run/run.json",
+    ]
+
+
+def test_what_a_run_says(tmp_path: Path, train: Train) -> None:
+    """The facts first, then steps, in plain lines; utilisation and waiting among them."""
+    lines = train(tmp_path / "run", "--steps", 4).out.splitlines()
+    assert "1,220 training and 302 validation tokens, every hash checked" in lines[0]
+    assert lines[1] == "running without torch.compile: as asked"
+    assert lines[2].startswith("model: 2 layers, 2 heads, 16 wide, 11,216 parameters")
+    assert "128 tokens a step = 8 rows x 16 x 1 micro-steps x 1 ranks" in lines[3]
+    assert lines[4].startswith(f"run: {tmp_path / 'run'}, 4 steps from the beginning")
+    assert lines[5].startswith("step     0 | validation loss")
+    first = next(line for line in lines if line.startswith("step     0/4"))
+    assert "util unknown" in first
+    assert "| data " in first
+    assert not any("\r" in line or "\033" in line for line in lines)
+
+
+def test_the_loss_starts_at_chance_and_falls(
+    tmp_path: Path, train: Train, records: Records
+) -> None:
+    train(tmp_path / "run", "--steps", 60, "--eval-every", 0)
+    first, last = records(tmp_path / "run", "validation")
+    assert first["loss"] == pytest.approx(math.log(384), abs=0.1)
+    assert last["loss"] < first["loss"] - 1
+    assert last["bits_per_byte"] == pytest.approx(last["loss"] / math.log(2), rel=0.1)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(
+    tmp_path: Path, train: Train, records: Records
+) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tmp_path / name, "--steps", 4, "--seed", seed)
+    assert records(tmp_path / "a") == records(tmp_path / "b")
+    a, c = (records(tmp_path / name, "train") for name in "ac")
+    assert all(x["loss"] != y["loss"] for x, y in zip(a, c, strict=True))
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_the_micro_batch_changes_only_rounding(
+    tmp_path: Path, train: Train, records: Records, micro: int
+) -> None:
+    runs = []
+    for rows in (8, micro):
+        out = tmp_path / str(rows)
+        train(out, "--batch.micro", rows, "--steps", 6, "--optim.eps", 1e-6)
+        runs.append(records(out, "train", "validation"))
+    for one, other in zip(*runs, strict=True):
+        assert one["step"] == other["step"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        if one["kind"] == "train":
+            assert one["norm"] == pytest.approx(other["norm"], rel=1e-4)
+
+
+def test_where_nothing_compiles_it_trains_eager_and_says_so_in_one_line(
+    tmp_path: Path, command: Callable, rekindle: Callable, monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
+) -> None:  # fmt: skip
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("tried to compile")
+
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setattr(shutil, "which", lambda *arguments, **options: None)
+    monkeypatch.setattr(torch, "compile", never)
+    arguments = [a for a in command(tmp_path / "run") if a != "--no-compile"]
+    outcome = rekindle(*arguments, "--steps", 2)
+    assert outcome.status == 0
+    about = [line for line in outcome.out.splitlines() if "torch.compile" in line]
+    assert about == ["running without torch.compile: there is no C++ compiler"]
+
+
+def spoil_loss(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """Make the loss of the n-th training step infinite where `bad(n)`."""
+    original, calls = rekindle.train.train_step, []
+
+    def spoilt(forward: Any, *arguments: Any, **options: Any) -> Any:
+        number = len(calls)
+        calls.append(number)
+
+        def infinite(x: Any, y: Any) -> Any:
+            logits, loss = forward(x, y)
+            return logits, loss * (float("inf") if bad(number) else 1.0)
+
+        return original(infinite, *arguments, **options)
+
+    monkeypatch.setattr(rekindle.train, "train_step", spoilt)
+
+
+def test_a_refused_step_is_shown_and_logged_and_the_run_goes_on(
+    tmp_path: Path, train: Train, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_loss(monkeypatch, lambda step: step in (3, 4))
+    outcome = train(tmp_path / "run", "--steps", 8)
+    shown = [line for line in outcome.out.splitlines() if "REFUSED" in line]
+    assert [line.split("/")[0].split()[1] for line in shown] == ["3", "4"]
+    steps = records(tmp_path / "run", "train")
+    assert [r["accepted"] for r in steps] == [True] * 3 + [False] * 2 + [True] * 3
+    saved = tmp_path / "run" / "checkpoints" / "step-000008" / "checkpoint.json"
+    assert storage.read_json(saved)["updates"] == 6
+
+
+def test_it_gives_up_after_ten_refusals_in_a_row(
+    tmp_path: Path, command: Callable, rekindle: Callable, records: Records,
+    monkeypatch: pytest.MonkeyPatch, one_thread: None,
+) -> None:  # fmt: skip
+    """Nine of them, and one that is accepted, do not count; and the checkpoint before stays."""
+    spoil_loss(monkeypatch, lambda step: 5 <= step < 14 or step >= 15)
+    outcome = rekindle(*command(tmp_path / "run"), "--steps", 100, "--checkpoint-every", 5)
+    assert outcome.status == 2
+    assert outcome.err == (
+        "rekindle: error: the loss or gradient of 10 steps in a row was not finite (now step 24): "
+        "lower --optim.lr and start anew, or fork an earlier checkpoint\n"
+    )
+    assert GIVE_UP_AFTER == 10
+    assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(25))
+    assert (tmp_path / "run" / "checkpoints" / "step-000005").is_dir()
+
+
+def test_a_learning_rate_that_explodes_ends_in_one_line(
+    tmp_path: Path, command: Callable, rekindle: Callable, one_thread: None
+) -> None:
+    outcome = rekindle(*command(tmp_path / "run"), "--optim.lr", 1e38, "--steps", 50)
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1
+    assert "was not finite" in outcome.err
+
+
+def test_validation_never_trains(tmp_path: Path, train: Train, records: Records) -> None:
+    train(tmp_path / "often", "--eval-every", 1)
+    train(tmp_path / "seldom", "--eval-every", 0)
+    assert records(tmp_path / "often", "train") == records(tmp_path / "seldom", "train")
+
+
+def test_a_set_without_validation_shards_trains(
+    tmp_path: Path, train: Train, records: Records, write_shards: Callable
+) -> None:
+    write_shards(tmp_path / "data", [700], [])
+    train(tmp_path / "run", "--steps", 2, data=tmp_path / "data")
+    assert records(tmp_path / "run", "validation") == []
+
+
+def test_a_model_takes_its_vocabulary_from_the_shards(tmp_path: Path, train: Train) -> None:
+    tokens = np.arange(600, dtype=np.uint16) % 1000 + 49_000
+    (tmp_path / "data").mkdir()
+    entries = []
+    for split in ("train", "val"):
+        count, sha256 = write_shard(tmp_path / "data" / f"{split}.bin", [tokens])
+        entries.append(Shard(f"{split}.bin", split, count, 1, sha256))
+    manifest = Manifest("gpt2", "0" * 64, 50_257, {}, tuple(entries))
+    manifest.write(tmp_path / "data")
+    outcome = train(tmp_path / "run", "--steps", 1, "--eval-tokens", 16, data=tmp_path / "data")
+    assert "vocabulary 50,257" in outcome.out
+    assert storage.read_json(tmp_path / "run" / "run.json")["recipe"][
+        "model.padded_vocab_size"
+    ] == 50_304  # fmt: skip
+    assert ByteTokenizer.vocab_size != 50_257
+
+
+def test_it_runs_as_a_module(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = python("-m", "rekindle", "train", "nothing", "--data", "a", "--out", "b")
+    assert done.returncode == 2
+    assert done.stderr.startswith("rekindle: error: there is no recipe 'nothing'")

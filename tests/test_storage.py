@@ -1,0 +1,292 @@
+"""What is written is there whole or not at all, whenever it is interrupted."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rekindle import storage
+from rekindle.errors import UserError
+from rekindle.storage import JsonLines, new_folder, write_file
+
+
+class Killed(BaseException):
+    """The process ended here: nobody tidies up."""
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The order in which files are flushed and renamed."""
+    seen: list[str] = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        seen.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        seen.append(f"rename to {target.name}")
+        replace(source, target)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        seen.append(f"rename to {target.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    return seen
+
+
+def kill_in(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(os, function, killed)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names open files")
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def test_write_file_writes_and_hashes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    pieces = [b"abc", np.arange(3, dtype="<u2"), bytearray(b"xyz")]
+    content = b"abc\x00\x00\x01\x00\x02\x00xyz"
+    assert write_file(path, pieces) == hashlib.sha256(content).hexdigest()
+    assert path.read_bytes() == content
+    assert storage.file_sha256(path) == hashlib.sha256(content).hexdigest()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_write_file_is_readable_by_those_whom_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_file(tmp_path / "file", [b"a"])
+        with new_folder(tmp_path / "folder") as new:
+            new.write_tensors("a.safetensors", {"a": np.zeros(1)})
+            new.write_json("a.json", {})
+    finally:
+        os.umask(before)
+    for file in ("file", "folder/a.safetensors", "folder/a.json"):
+        assert (tmp_path / file).stat().st_mode & 0o777 == 0o640, file
+
+
+@needs_proc
+def test_write_file_flushes_before_it_renames(tmp_path: Path, calls: list[str]) -> None:
+    write_file(tmp_path / "file", [b"a"])
+    assert calls == ["flush .tmp-file", "rename to file", f"flush {tmp_path.name}"]
+
+
+@needs_proc
+def test_move_file_flushes_before_it_renames(tmp_path: Path, calls: list[str]) -> None:
+    (tmp_path / "source").write_bytes(b"a")
+    storage.move_file(tmp_path / "source", tmp_path / "file")
+    assert calls == ["flush source", "rename to file", f"flush {tmp_path.name}"]
+    assert (tmp_path / "file").read_bytes() == b"a"
+
+
+def broken_chunks() -> Iterator[bytes]:
+    yield b"half"
+    raise Killed
+
+
+def test_a_file_is_absent_if_its_content_fails(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        write_file(tmp_path / "file", broken_chunks())
+    assert not (tmp_path / "file").exists()
+    storage.remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_file_is_the_old_one_if_the_process_dies_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    path = tmp_path / "file"
+    write_file(path, [b"old"])
+    with monkeypatch.context() as patch:
+        kill_in(patch, function)
+        with pytest.raises(Killed):
+            write_file(path, [b"a new one"])
+    assert path.read_bytes() == b"old"
+    write_file(path, [b"new"])  # what was left is in nobody's way
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# -- folders --------------------------------------------------------------------------------------
+
+
+def write_folder(path: Path, number: int = 1) -> storage.Folder:
+    with new_folder(path) as new:
+        new.write_tensors("a.safetensors", {"a": np.full(3, number, np.float32)})
+        new.write_json("b.json", {"number": number})
+    return new
+
+
+def test_new_folder_writes_and_hashes(tmp_path: Path) -> None:
+    path = tmp_path / "above" / "folder"
+    files = write_folder(path).files
+    assert sorted(p.name for p in path.iterdir()) == ["a.safetensors", "b.json"]
+    for name, entry in files.items():
+        assert entry["sha256"] == hashlib.sha256((path / name).read_bytes()).hexdigest()
+        assert entry["bytes"] == (path / name).stat().st_size
+    assert load_file(path / "a.safetensors")["a"].tolist() == [1, 1, 1]
+    assert [p.name for p in path.parent.iterdir()] == ["folder"]
+
+
+@needs_proc
+def test_new_folder_flushes_everything_before_it_renames(tmp_path: Path, calls: list[str]) -> None:
+    write_folder(tmp_path / "folder")
+    rename = calls.index("rename to folder")
+    assert {"flush a.safetensors", "flush .tmp-b.json", "flush .tmp-folder"} <= set(calls[:rename])
+    assert calls[rename + 1 :] == [f"flush {tmp_path.name}"]
+
+
+def write_and_fail(path: Path, error: BaseException) -> None:
+    with new_folder(path) as new:
+        new.write_json("b.json", {"number": 2})
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_a_folder_is_absent_if_its_body_fails(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        write_and_fail(tmp_path / "folder", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_the_old_one_if_its_body_fails(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", 1)
+    with pytest.raises(Killed):
+        write_and_fail(tmp_path / "folder", Killed())
+    assert storage.read_json(tmp_path / "folder" / "b.json") == {"number": 1}
+
+
+@pytest.mark.parametrize("function", ["fsync", "rename"])
+def test_a_folder_is_absent_if_the_process_dies_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_in(patch, function)
+        patch.setattr(storage.shutil, "rmtree", lambda *a, **b: None)  # nobody tidies up
+        with pytest.raises(Killed):
+            write_folder(tmp_path / "folder")
+    assert [p.name for p in tmp_path.iterdir()] == [".tmp-folder"]
+    write_folder(tmp_path / "folder", 2)  # what was left is in nobody's way
+    assert storage.read_json(tmp_path / "folder" / "b.json") == {"number": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", 1)
+    write_folder(tmp_path / "folder", 2)
+    assert storage.read_json(tmp_path / "folder" / "b.json") == {"number": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_is_never_half_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "folder")
+    doomed: list[Path] = []
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            doomed.append(path)
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            storage.remove_folder(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    assert doomed[0].name.startswith(storage.TEMPORARY)
+    storage.remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_remove_unfinished_removes_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-file").write_text("a")
+    (tmp_path / ".tmp-folder").mkdir()
+    (tmp_path / ".tmp-folder" / "file").write_text("a")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / ".tmp-file").write_text("somebody else's")
+    (tmp_path / "file").write_text("a")
+    storage.remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "folder" / ".tmp-file").exists()
+
+
+# -- JSON -----------------------------------------------------------------------------------------
+
+
+def test_json_comes_back(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None], "ä": "→"}
+    digest = storage.write_json(tmp_path / "a.json", value)
+    assert storage.read_json(tmp_path / "a.json") == value
+    assert digest == storage.file_sha256(tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_bytes().endswith(b"}\n")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe{}"])
+def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.json is damaged"):
+        storage.read_json(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"there is no file .*b\.json"):
+        storage.read_json(tmp_path / "b.json")
+
+
+def test_a_log_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for part in ([1, 2], [3]):
+        log = JsonLines(path)
+        for number in part:
+            log.append({"n": number})
+            assert storage.read_json_lines(path)[-1] == {"n": number}  # readers see it at once
+        log.close()
+    assert storage.read_json_lines(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+def test_a_log_goes_back_in_time(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = JsonLines(path)
+    for number in range(5):
+        log.append({"n": number})
+    log.close()
+    log = JsonLines(path, keep=lambda record: record["n"] < 3)
+    log.append({"n": "new"})
+    log.close()
+    assert [r["n"] for r in storage.read_json_lines(path)] == [0, 1, 2, "new"]
+
+
+@pytest.mark.parametrize("keep", [None, lambda record: True])
+def test_a_last_line_cut_short_is_dropped(tmp_path: Path, keep: Any) -> None:
+    path = tmp_path / "log.jsonl"
+    whole = json.dumps({"n": 1}) + "\n"
+    for cut in ('{"n": 2', '{"n": 22}', "{"):  # the second could be a longer number's beginning
+        path.write_text(whole + cut)
+        assert storage.read_json_lines(path) == [{"n": 1}]
+        log = JsonLines(path, keep)
+        log.append({"n": 3})
+        log.close()
+        assert path.read_text() == whole + json.dumps({"n": 3}) + "\n"
+
+
+def test_going_back_in_time_is_whole_or_absent_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n')
+    kill_in(monkeypatch, "replace")
+    with pytest.raises(Killed):
+        JsonLines(path, keep=lambda record: record["n"] < 2)
+    assert path.read_text() == '{"n": 1}\n{"n": 2}\n'

@@ -1,0 +1,198 @@
+"""The training step against plain PyTorch; every split of a batch; steps that are refused."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rekindle.data.batches import Batches, Split, Windows
+from rekindle.data.shards import open_split, read_manifest
+from rekindle.model.gpt2 import GPT2
+from rekindle.optim.adamw import GradientBuffer, make_adamw
+from rekindle.recipes import Recipe
+from rekindle.runtime.device import Device
+from rekindle.runtime.distributed import World
+from rekindle.train import StepResult, train_step
+
+CPU = Device(torch.device("cpu"), "CPU", "fp32")
+# The bias of the keys has no gradient but rounding errors, which GPT-3's 1e-8 would blow up.
+EPS = 1e-6
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def model(tiny: Recipe) -> GPT2:
+    torch.manual_seed(0)
+    return GPT2(tiny.model)
+
+
+@pytest.fixture
+def batches(shard_set: Path) -> Batches:
+    shards = open_split(shard_set, read_manifest(shard_set), "train")
+    return Batches(Windows(shards, 16), 8, 1, "shuffled")
+
+
+@dataclass
+class Training:
+    """A model with all that `train_step` needs."""
+
+    model: GPT2
+    world: World = field(default_factory=World)
+
+    def __post_init__(self) -> None:
+        self.optimizer = make_adamw(self.model, 1.0, (0.9, 0.95), EPS, 0.1)
+        self.gradients = GradientBuffer(self.model.parameters())
+
+    def step(
+        self, xy: tuple[np.ndarray, np.ndarray], lr: float = 1e-2, forward: Any = None
+    ) -> StepResult:
+        x, y = (torch.from_numpy(np.ascontiguousarray(a)) for a in xy)
+        return train_step(
+            forward or self.model, self.gradients, self.optimizer, x, y,
+            lr=lr, clip=0.5, device=CPU, world=self.world,
+        )  # fmt: skip
+
+    def state(self) -> list[Tensor]:
+        """Weights and everything the optimizer remembers."""
+        inner = [v for s in self.optimizer.state.values() for v in s.values()]
+        return [t.detach().clone() for t in [*self.model.parameters(), *inner]]
+
+
+def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_it_is_what_plain_pytorch_does(model: GPT2, batches: Batches) -> None:
+    plain = copy.deepcopy(model)
+    matrices = [p for p in plain.parameters() if p.dim() > 1]
+    others = [p for p in plain.parameters() if p.dim() == 1]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=EPS, foreach=False)
+    training = Training(model)
+    norms = []
+    for step in range(6):
+        lr = 1e-2 / (step + 1)
+        x, y = batches.batch(step, Split.of(8, 2))
+        seen = training.step((x, y), lr)
+
+        optimizer.zero_grad()
+        losses = []
+        for micro_x, micro_y in zip(torch.from_numpy(x), torch.from_numpy(y.copy()), strict=True):
+            _, loss = plain(micro_x, micro_y)
+            losses.append(loss.item())
+            (loss / len(x)).backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+
+        norms.append(norm.item())
+        assert seen.accepted
+        assert seen.loss == pytest.approx(np.mean(losses), rel=1e-6)
+        assert seen.norm == pytest.approx(norm.item(), rel=1e-5)
+    assert max(norms) > 0.5  # the gradient was clipped on the way
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@dataclass(frozen=True)
+class Alone(World):
+    """One rank of many whose others are elsewhere: it keeps what it would have sent them."""
+
+    sent: list[Tensor] = field(default_factory=list)
+
+    def sum_(self, *tensors: Tensor) -> None:
+        self.sent.extend(tensor.clone() for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("micro", "ranks"), [(8, 1), (4, 1), (2, 1), (1, 1), (4, 2), (2, 2), (1, 2), (2, 4), (1, 8)]
+)
+def test_every_split_gives_the_same_gradient_and_loss(
+    model: GPT2, batches: Batches, micro: int, ranks: int
+) -> None:
+    x, y = batches.batch(3, Split.of(8, 8))
+    _, expected_loss = model(torch.from_numpy(x[0]), torch.from_numpy(y[0].copy()))
+    expected = torch.autograd.grad(expected_loss, list(model.parameters()))
+
+    total, loss = torch.zeros(sum(g.numel() for g in expected)), torch.zeros(())
+    for rank in range(ranks):
+        world = Alone(rank, ranks)
+        Training(copy.deepcopy(model), world).step(
+            batches.batch(3, Split.of(8, micro, rank, ranks))
+        )
+        total += world.sent[0]
+        loss += world.sent[1]
+    torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        total, torch.cat([g.flatten() for g in expected]), rtol=1e-4, atol=1e-7
+    )
+
+
+Spoil = Callable[[GPT2, int, Tensor], Tensor]
+
+
+def nan_loss(model: GPT2, call: int, loss: Tensor) -> Tensor:
+    return loss * float("nan") if call == 2 else loss
+
+
+def infinite_loss(model: GPT2, call: int, loss: Tensor) -> Tensor:
+    return loss + float("inf") if call == 3 else loss
+
+
+def finite_loss_of_no_gradient(model: GPT2, call: int, loss: Tensor) -> Tensor:
+    """The slope of a square root at 0 is infinite, its value is not."""
+    bias = model.transformer.ln_f.bias
+    return loss + (bias - bias.detach()).abs().sqrt().sum() if call == 1 else loss
+
+
+@pytest.mark.parametrize("spoil", [nan_loss, infinite_loss, finite_loss_of_no_gradient])
+def test_a_step_that_is_not_finite_leaves_no_trace(
+    model: GPT2, batches: Batches, spoil: Spoil
+) -> None:
+    untroubled = Training(copy.deepcopy(model))
+    training = Training(model)
+    calls = []
+
+    def forward(x: Tensor, y: Tensor) -> tuple[None, Tensor]:
+        _, loss = model(x, y)
+        calls.append(loss.item())
+        return None, spoil(model, len(calls) - 1, loss)
+
+    split = Split.of(8, 2)
+    for step in (0, 1):
+        training.step(batches.batch(step, split))
+        untroubled.step(batches.batch(step, split))
+    before = training.state()
+    refused = training.step(batches.batch(2, split), forward=forward)
+    assert len(calls) == 4
+    assert not refused.accepted
+    assert not (math.isfinite(refused.loss) and math.isfinite(refused.norm))
+    assert same_bits(training.state(), before)
+
+    training.step(batches.batch(3, split))  # and goes on as if it had never been
+    untroubled.step(batches.batch(3, split))
+    assert same_bits(training.state(), untroubled.state())
+
+
+def test_the_reported_loss_and_norm_are_those_before_the_update(
+    model: GPT2, batches: Batches
+) -> None:
+    training = Training(model)
+    xy = batches.batch(0, Split.of(8, 4))
+    first = training.step(xy, lr=0.0)
+    again = training.step(xy, lr=0.0)
+    assert first == again
+    assert first.norm > 0.5  # not the clipped one
