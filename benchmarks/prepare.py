@@ -152,6 +152,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 1),  # figures of a busy machine are not worth much
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
@@ -178,10 +179,11 @@ def main() -> None:
         lecture(arguments.parquet, arguments.lecture)
         return
     rounds = max(1, min(arguments.reference_rounds, arguments.rounds))
+    machine = environment()
     figures = compare(arguments.parquet, max(1, arguments.rounds), rounds)
     command = f"python -m benchmarks.prepare --parquet {arguments.parquet.name}"
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"command": command, **environment(), **figures}, indent=2))
+    arguments.out.write_text(json.dumps({"command": command, **machine, **figures}, indent=2))
     print(
         f"{figures['times_faster']} x faster, "
         f"{figures['rekindle']['tokens_per_second']:,} tokens/s, written to {arguments.out}"

@@ -123,6 +123,7 @@ def examine_model(
         results["validation"] = _score_data(loaded, data, tokens, chosen, world, console)
     if questions is not None:
         results["hellaswag"] = _score_questions(loaded, questions, limit, chosen, world, console)
+    world.close()
     return results
 
 

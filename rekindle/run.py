@@ -164,6 +164,8 @@ def open_run(
     _check_can_be_written(out)
     if (out / "run.json").is_file():
         forked_from = _check_same_run(recipe, manifest, out)
+        if options.fork and not forked_from:
+            raise UserError(f"{out} was not begun as a fork: give --fork a new --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is no run: give --out a new folder")
     elif options.fork:  # only now: a run that has begun no longer needs its parent

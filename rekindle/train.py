@@ -155,9 +155,11 @@ def start(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Session
     console = Console(quiet=not world.is_main)
     manifest = shards.read_manifest(data)
     run = open_run(recipe, manifest, data, out, options, world.size)
+    if run.threads:
+        torch.set_num_threads(run.threads)
     device = get_device(options.device, run.precision, world.local_rank)
     distributed.connect(world, device.torch)
-    make_deterministic(device, run.threads)
+    make_deterministic(device)
     verify_data(data, manifest, world, console)
     batches, validation = open_data(run, data, manifest)
     questions = hellaswag.for_training(options.hellaswag, device, console.say)
@@ -207,10 +209,9 @@ def verify_data(data: Path, manifest: shards.Manifest, world: World, console: Co
     )
 
 
-def make_deterministic(device: Device, threads: int | None) -> None:
+def make_deterministic(device: Device) -> None:
     """On a CPU the same split gives the same bits. On a GPU this would cost speed."""
     if device.torch.type == "cpu":
-        torch.set_num_threads(threads or torch.get_num_threads())
         torch.use_deterministic_algorithms(True)
         # Nobody reads memory before writing it, and filling it costs time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -67,18 +67,11 @@ def _blocks(source: Source, cursor: tuple[int, int]) -> Iterator[Block]:
 
 
 def _encode(block: Block, tokenizer: Tokenizer, split: str | None, fraction: float) -> Encoded:
-    """Encode one block and put `end_of_text` before each document."""
-    encoded, lengths = tokenizer.encode_documents(block.texts)
-    starts = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths + 1, out=starts[1:])
-    ordinary = np.ones(starts[-1], bool)
-    ordinary[starts[:-1]] = False
-    tokens = np.full(starts[-1], tokenizer.end_of_text, np.uint16)
-    tokens[ordinary] = encoded
+    tokens, starts = tokenizer.encode_documents(block.texts)
     if split is None:
         validation = is_validation(block.texts, fraction)
     else:
-        validation = np.full(len(lengths), split == "val")
+        validation = np.full(len(block.texts), split == "val")
     return Encoded(block, tokens, starts, validation)
 
 

@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from rekindle.observe.metrics import duration
+
 Say = Callable[[str], None]
 
 
@@ -60,11 +62,3 @@ class Progress:
         if done <= 0 or part >= 1:  # nothing to judge by, or nothing left
             return ""
         return f" · {duration(self._elapsed() * (1 - part) / done)} left"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 4.2 s, 3 min 20 s, 5 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

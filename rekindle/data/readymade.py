@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rekindle import storage
-from rekindle.data import hub, shards
+from rekindle import hub, storage
+from rekindle.data import shards
 from rekindle.data.encoding import usable_cores
 from rekindle.data.progress import Progress, Say
 from rekindle.data.shards import Manifest, Shard
@@ -17,6 +17,7 @@ from rekindle.errors import UserError
 
 DATASET = "fineweb-10bt-tokenized"
 REPOSITORY = "kjj0/fineweb10B-gpt2"  # modded-nanogpt's tokens of FineWeb's 10BT sample
+INSTEAD = "where there is no network, download the files elsewhere and use --shards DIR"
 DOWNLOADS = 4  # at once: one connection rarely fills a line
 
 
@@ -106,7 +107,9 @@ class _Fetch:
         self.out, self.tokenizer = out, tokenizer
         self.folder = out / shards.UNFINISHED
         state = published.read_state(out)
-        listing = hub.list_files(published.repository, "", ".bin", state["source"].get("revision"))
+        listing = hub.list_files(
+            published.repository, "", ".bin", state["source"].get("revision"), instead=INSTEAD
+        )
         self.folder.mkdir(exist_ok=True)
         storage.remove_unfinished(self.folder)
         hub.remove_partial(self.folder)
@@ -149,7 +152,7 @@ class _Fetch:
         target = self.out / file.path
         if target.exists() and file.sha256 and storage.file_sha256(target) == file.sha256:
             return _describe(target, self.tokenizer)
-        path = hub.download(self.listing, file, self.folder / "downloads", self._count)
+        path = hub.fetch(self.listing, file, self.folder / "downloads", self._count)
         shard = _describe(path, self.tokenizer)
         storage.move_file(path, target)
         return shard

@@ -126,16 +126,16 @@ def from_arguments(
 
 def _dataset(name: str) -> "Source | ReadyMade":
     """A source on the hub, by a short name or by `owner/name[:folder]`."""
-    from rekindle.data import hub, readymade
+    from rekindle.data import readymade, remote
 
     if name == readymade.DATASET:
         return readymade.PublishedShards()
-    if name in hub.DATASETS:
-        return hub.HubSource(*hub.DATASETS[name])
+    if name in remote.DATASETS:
+        return remote.HubSource(*remote.DATASETS[name])
     if "/" in name:
         repository, _, folder = name.partition(":")
-        return hub.HubSource(repository, folder)
-    known = [*hub.DATASETS, readymade.DATASET]
+        return remote.HubSource(repository, folder)
+    known = [*remote.DATASETS, readymade.DATASET]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
     raise UserError(
         f"unknown dataset {name!r}: did you mean {' or '.join(near)}? "

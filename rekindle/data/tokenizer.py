@@ -7,9 +7,10 @@ many times faster; preparing compares the two on a sample of every shard.
 import hashlib
 import json
 import tempfile
+import threading
 from base64 import b64encode
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 # SHA-256 of OpenAI's encoder.json, as tiktoken publishes it (tiktoken_ext/openai_public.py).
 ENCODER = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 END_OF_TEXT = "<|endoftext|>"
+# Stands between documents on the way to the fast encoder. Its end is nowhere like its beginning, so
+# that it cannot arise across a border; a text that holds it is encoded in another way.
+SEPARATOR = "<|rekindle:ffc12fb7c5ad between documents|>"
+
+FORGET_BYTES = 256 << 20  # text after which the fast encoder is made anew, in 0.04 s
 
 
 class Tokenizer(Protocol):
@@ -41,8 +47,9 @@ class Tokenizer(Protocol):
     def encode_documents(self, texts: "pa.StringArray") -> tuple[np.ndarray, np.ndarray]:
         """Encode many documents at once, on the calling thread.
 
-        Returns `(tokens, lengths)`: all tokens in a row without separators, and how many each
-        document has. `texts` holds no nulls.
+        Returns `(tokens, starts)`: all tokens in a row (uint16), each document led by
+        `end_of_text`; and where each begins, then where the last ends. `texts` holds at least one
+        document and no nulls.
         """
         ...
 
@@ -66,7 +73,12 @@ class ByteTokenizer:
 
     def encode_documents(self, texts: "pa.StringArray") -> tuple[np.ndarray, np.ndarray]:
         offsets, data = string_buffers(texts)
-        return data[offsets[0] : offsets[-1]], np.diff(offsets)
+        starts = offsets - offsets[0] + np.arange(len(offsets))
+        ordinary = np.ones(starts[-1], bool)
+        ordinary[starts[:-1]] = False
+        tokens = np.full(starts[-1], self.end_of_text, np.uint16)
+        tokens[ordinary] = data[offsets[0] : offsets[-1]]
+        return tokens, starts
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(t for t in tokens if t < 256).decode(errors="replace")
@@ -88,6 +100,7 @@ class GPT2Tokenizer:
         from tiktoken_ext.openai_public import r50k_pat_str
 
         self._ranks = _merge_ranks()
+        self._fast = _FastEncoder(self._ranks)
         self._tiktoken = tiktoken.Encoding(
             "gpt2",
             pat_str=r50k_pat_str,
@@ -100,21 +113,27 @@ class GPT2Tokenizer:
         return self._tiktoken.encode_ordinary(text)
 
     def encode_documents(self, texts: "pa.StringArray") -> tuple[np.ndarray, np.ndarray]:
-        import awkward as ak
+        import pyarrow as pa
+        from pyarrow import compute
 
-        offsets, data = string_buffers(texts)
-        characters: Any = data  # awkward's own annotation refuses the arrays that it is made for
-        strings = ak.contents.ListOffsetArray(
-            ak.index.Index64(offsets),
-            ak.contents.NumpyArray(characters, parameters={"__array__": "char"}),
-            parameters={"__array__": "string"},
-        )
-        encoded = self._fast_encoder.encode_batch(ak.Array(strings), parallel=False).layout
-        return np.asarray(encoded.content.data), np.diff(np.asarray(encoded.offsets.data))
+        # All documents as one text, with what the encoder takes for one token between them: the
+        # tokens come back in a row, already separated, and no text passes through Python.
+        together = pa.ListArray.from_arrays(pa.array([0, len(texts)], pa.int32()), texts)
+        joined = compute.call_function("binary_join", [together, pa.scalar(SEPARATOR)])[0]
+        encoded = self._fast.encode(joined.as_buffer().to_pybytes())
+        tokens = np.empty(len(encoded) + 1, np.uint16)
+        tokens[0] = self.end_of_text
+        tokens[1:] = encoded
+        starts = np.flatnonzero(tokens == self.end_of_text)
+        if len(starts) != len(texts):  # a document holds the separator itself
+            return self._encode_slowly(texts.to_pylist())
+        return tokens, np.append(starts, len(tokens))
 
-    @cached_property
-    def _fast_encoder(self) -> Any:
-        return _gigatoken(self._ranks)
+    def _encode_slowly(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        documents = [[self.end_of_text, *self.encode(text)] for text in texts]
+        tokens = [token for document in documents for token in document]
+        starts = np.cumsum([0, *map(len, documents)])
+        return np.array(tokens, np.uint16), starts
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tiktoken.decode(tokens)
@@ -178,13 +197,38 @@ def _merge_ranks() -> dict[bytes, int]:
         ) from None
 
 
+class _FastEncoder:
+    """gigatoken, for many threads at once, and made anew from time to time: it remembers every word
+    that it has met, and over a large data set that would fill the memory."""
+
+    def __init__(self, ranks: dict[bytes, int]) -> None:
+        self._ranks = ranks
+        self._lock = threading.Lock()
+        self._encoder: Any = None
+        self._left = 0  # bytes until it is made anew
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """The tokens of `text`; `SEPARATOR` is one of them, `<|endoftext|>` is ordinary text."""
+        from gigatoken import BytesSource
+
+        with self._lock:
+            self._left -= len(text)
+            if self._encoder is None or self._left < 0:
+                self._encoder = _gigatoken(self._ranks)
+                self._left = FORGET_BYTES
+            encoder = self._encoder
+        # A batch of one: unlike the call for a single text it lets other threads run, and a matrix
+        # of one row has no padding.
+        rows, _ = encoder.encode_batch_padded(BytesSource(text), pad_id=0, parallel=False)
+        return rows.reshape(-1)
+
+
 def _gigatoken(ranks: dict[bytes, int]) -> Any:
-    """The fast encoder. It is not told of `<|endoftext|>`, so that in a document this is ordinary
-    text, as in tiktoken's `encode_ordinary`."""
     import gigatoken
 
     lines = (b64encode(token) + b" %d\n" % i for token, i in ranks.items())
+    special = {SEPARATOR: GPT2Tokenizer.end_of_text}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "gpt2.tiktoken")
         file.write_bytes(b"".join(lines))
-        return gigatoken.Tokenizer.from_tiktoken(file, pretokenizer="gpt2", special_tokens={})
+        return gigatoken.Tokenizer.from_tiktoken(file, pretokenizer="gpt2", special_tokens=special)

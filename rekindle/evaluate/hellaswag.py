@@ -218,4 +218,4 @@ def _row_losses(
         logits.float(), torch.tensor(target).to(device.torch), reduction="none"
     )
     total = torch.zeros(len(rows), dtype=torch.float64)
-    return total.index_add_(0, torch.tensor(owner), losses.double().cpu())
+    return total.index_add_(0, torch.tensor(owner), losses.cpu().double())

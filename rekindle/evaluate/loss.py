@@ -55,7 +55,7 @@ def validation_loss(
                 torch.from_numpy(y).to(device.torch, non_blocking=True),
             )
         assert mean is not None
-        nats = mean.double().item() * len(real)
+        nats = mean.item() * len(real)
         totals += torch.tensor([nats, len(real), token_bytes[real].sum()], dtype=torch.float64)
     totals = totals.to(device.torch) if device.torch.type == "cuda" else totals
     world.sum_(totals)

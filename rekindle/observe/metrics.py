@@ -9,7 +9,9 @@ from rekindle.storage import JsonLines
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 20 s, 5 h 07 min."""
+    """Seconds as a person says them: 4.2 s, 42 s, 3 min 20 s, 5 h 07 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

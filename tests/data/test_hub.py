@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rekindle.data import hub as module
+from rekindle.data import remote as module
 from rekindle.data import shards
-from rekindle.data.hub import HubSource
 from rekindle.data.prepare import prepare
+from rekindle.data.remote import HubSource
 from rekindle.data.shards import Manifest
 from rekindle.data.sources import Block, from_arguments
 from rekindle.errors import UserError
@@ -186,7 +186,9 @@ def test_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, repository: str
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", nowhere())
-    with pytest.raises(UserError, match=rf"{repository}.*http://127.*--parquet DIR") as caught:
+    with pytest.raises(
+        UserError, match=rf"{repository}.*http://127.*--(parquet|shards) DIR"
+    ) as caught:
         run(dataset, tmp_path, tokenizer="gpt2")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "manifest.json").exists()

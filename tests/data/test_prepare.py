@@ -141,15 +141,20 @@ def test_shards_end_with_the_document_that_fills_them(
     assert len(manifest.split("val")) >= 2
 
 
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
 def test_blocks_and_threads_change_nothing(
-    tmp_path: Path, texts: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    texts: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: str,
 ) -> None:
     documents = texts(200)
     made = []
     for threads, block in ((1, 200), (2, 7), (8, 1)):
         monkeypatch.setattr(encoding, "usable_cores", lambda threads=threads: threads)
         out = tmp_path / str(threads)
-        run(ListSource(documents, block=block), out, shard_tokens=2000)
+        source = ListSource(documents, block=block)
+        run(source, out, tokenizer=tokenizer, shard_tokens=2000)
         made.append(contents(out))
     assert made[0] == made[1] == made[2]
 
@@ -474,7 +479,9 @@ def test_a_wrong_token_stops_with_both_encodings(
         return tokens, lengths
 
     monkeypatch.setattr(type(tokenizer), "encode_documents", faulty)
-    with pytest.raises(UserError, match=r"train_000000\.bin: .*['\"]0-\d+ .*\[15, 11,.*\[15, 12,") as e:
+    with pytest.raises(
+        UserError, match=r"train_000000\.bin: .*['\"]0-\d+ .*\[15, 11,.*\[15, 12,"
+    ) as e:
         run(ListSource(texts(90), block=1), tmp_path, tokenizer="gpt2", val_tokens=0)
     assert "\n" not in str(e.value)
     assert not list(tmp_path.glob("*.bin"))

@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -39,11 +41,18 @@ NASTY = [
 ]
 
 
+def documents_of(name: str, array: pa.StringArray) -> list[list[int]]:
+    """What `encode_documents` gives, cut into documents; checks the layout on the way."""
+    tokens, starts = get_tokenizer(name).encode_documents(array)
+    assert tokens.dtype == np.uint16
+    assert starts[0] == 0
+    assert starts[-1] == len(tokens)
+    assert (tokens[starts[:-1]] == get_tokenizer(name).end_of_text).all()
+    return [part[1:].tolist() for part in np.split(tokens, starts[1:-1])]
+
+
 def split_documents(name: str, texts: list[str]) -> list[list[int]]:
-    """What `encode_documents` gives, cut into documents again."""
-    tokens, lengths = get_tokenizer(name).encode_documents(pa.array(texts, pa.string()))
-    assert len(tokens) == lengths.sum()
-    return [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])] if texts else []
+    return documents_of(name, pa.array(texts, pa.string()))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
@@ -53,24 +62,33 @@ def test_documents_are_encoded_like_single_texts(name: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=60), max_size=8))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=("Cs",)), max_size=60), min_size=1, max_size=8
+    )
+)
 def test_fast_encoder_is_tiktoken_on_any_unicode(texts: list[str]) -> None:
     assert split_documents("gpt2", texts) == [get_tokenizer("gpt2").encode(t) for t in texts]
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text("ab '\n\t1é<|endotx>.,S\u00a0", max_size=200))
-def test_fast_encoder_is_tiktoken_where_words_are_split(text: str) -> None:
-    assert split_documents("gpt2", [text]) == [get_tokenizer("gpt2").encode(text)]
+@given(st.lists(st.text("ab '\n\t1é<|endotx>.,S\u00a0", max_size=200), min_size=1, max_size=3))
+def test_fast_encoder_is_tiktoken_where_words_are_split(texts: list[str]) -> None:
+    assert split_documents("gpt2", texts) == [get_tokenizer("gpt2").encode(t) for t in texts]
+
+
+@pytest.mark.parametrize("part", [module.SEPARATOR, module.SEPARATOR[:-1], module.SEPARATOR[1:]])
+def test_a_document_may_hold_what_separates_documents(part: str) -> None:
+    """Whole or in part, at the border to another document and elsewhere."""
+    texts = [part, "a", part + part, f"x{part}y", part[5:], part[:5], ""]
+    assert split_documents("gpt2", texts) == [get_tokenizer("gpt2").encode(t) for t in texts]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
 def test_a_slice_of_an_array_is_encoded_as_itself(name: str) -> None:
     array = pa.array(NASTY, pa.string()).slice(3, 5)
-    tokens, lengths = get_tokenizer(name).encode_documents(array)
     expected = [get_tokenizer(name).encode(text) for text in NASTY[3:8]]
-    assert tokens.tolist() == [token for part in expected for token in part]
-    assert lengths.tolist() == [len(part) for part in expected]
+    assert documents_of(name, array) == expected
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
@@ -78,6 +96,48 @@ def test_text_survives_the_round_trip(name: str) -> None:
     tokenizer = get_tokenizer(name)
     for text in NASTY:
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_other_threads_run_while_one_encodes() -> None:
+    """Else preparing would use one core only."""
+    array = pa.array([random.Random(0).randbytes(4_000_000).hex()])
+    longest = 0.0
+    with ThreadPoolExecutor(1) as pool:
+        start = last = time.perf_counter()
+        encoded = pool.submit(get_tokenizer("gpt2").encode_documents, array)
+        while not encoded.done():
+            now = time.perf_counter()
+            last, longest = now, max(longest, now - last)
+        assert longest < (time.perf_counter() - start) / 2
+
+
+def test_many_threads_encode_at_once() -> None:
+    rng = random.Random(0)
+    arrays = [pa.array([rng.randbytes(200_000).hex()]) for _ in range(8)]
+    encode = get_tokenizer("gpt2").encode_documents
+    with ThreadPoolExecutor(4) as pool:
+        found = [tokens for tokens, _ in pool.map(encode, arrays)]
+    for tokens, array in zip(found, arrays, strict=True):
+        assert (tokens == encode(array)[0]).all()
+
+
+def test_ordinary_text_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.GPT2Tokenizer, "_encode_slowly", None)
+    split_documents("gpt2", NASTY)
+
+
+def test_the_encoder_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It remembers every word it meets: gigabytes, if it lived as long as the data set."""
+    made: list[int] = []
+    make = module._gigatoken
+    monkeypatch.setattr(module, "_gigatoken", lambda ranks: made.append(1) or make(ranks))
+    monkeypatch.setattr(module, "FORGET_BYTES", 1000)
+    tokenizer = module.GPT2Tokenizer()
+    for i in range(9):
+        text = f"{i} is the number of the text " * 10  # 300 bytes
+        tokens, _ = tokenizer.encode_documents(pa.array([text]))
+        assert tokens[1:].tolist() == tokenizer.encode(text)
+    assert len(made) == 3  # for 4, 4 and 1 of them
 
 
 def test_end_of_text_in_a_document_is_ordinary_text() -> None:

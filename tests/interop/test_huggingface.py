@@ -25,6 +25,7 @@ def test_every_weight_arrives_where_it_belongs(
     expected = dict(model.named_parameters())
     assert dict(read.named_parameters()).keys() == expected.keys()
     for name, p in read.named_parameters():
+        assert p.dtype == torch.float32
         assert torch.equal(p, expected[name].to(dtype).float()), name
 
 
@@ -195,7 +196,7 @@ def test_without_the_hub_the_file_and_the_way_out_are_named(
 ) -> None:
     with pytest.raises(
         UserError,
-        match=r"config\.json of model openai-community/gpt2-xl .*name a folder that holds",
+        match=r"config\.json of openai-community/gpt2-xl .*name a folder that holds",
     ) as caught:
         GPT2.from_pretrained("gpt2-xl")
     assert "\n" not in str(caught.value)

@@ -118,7 +118,8 @@ def test_training_pads_the_vocabulary_to_a_multiple_of_128() -> None:
     assert SIZES["gpt2"].padded_vocab_size == 50257
     padded = SIZES["gpt2"].for_training()
     assert (padded.vocab_size, padded.padded_vocab_size) == (50257, 50304)
-    assert GPT2Config(vocab_size=256, padded_vocab_size=256).for_training().padded_vocab_size == 256
+    for vocabulary, rows in ((256, 256), (257, 384)):
+        assert GPT2Config(vocab_size=vocabulary).for_training().padded_vocab_size == rows
 
 
 def test_head_and_token_table_are_one_parameter(model: GPT2, idx: torch.Tensor) -> None:

@@ -30,7 +30,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0 s"), (0.4, "0 s"), (42, "42 s"), (59.4, "59 s"), (59.6, "1 min 00 s"),
+        (0, "0.0 s"), (4.23, "4.2 s"), (9.96, "10 s"), (42, "42 s"), (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
         (60, "1 min 00 s"), (200, "3 min 20 s"), (3599, "59 min 59 s"), (3599.7, "1 h 00 min"),
         (3600, "1 h 00 min"), (5 * 3600 + 7 * 60, "5 h 07 min"), (100 * 3600, "100 h 00 min"),
     ],

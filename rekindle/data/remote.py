@@ -1,0 +1,119 @@
+"""Data sets of the hub, read file by file.
+
+A revision is fixed when a data set is first listed, and every file is checked against the size and
+hash that the hub states for it. One file is downloaded while another is encoded, and removed when
+its documents are in finished shards, so the disk never holds a whole data set of text.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rekindle import hub
+from rekindle.data.local import parquet_blocks
+from rekindle.data.progress import Progress, Say
+from rekindle.data.sources import Block, Source, SourceFile
+from rekindle.errors import UserError
+
+# Short names: repository and the folder in it.
+DATASETS = {
+    "fineweb-edu-10bt": ("HuggingFaceFW/fineweb-edu", "sample/10BT"),
+    "fineweb-10bt": ("HuggingFaceFW/fineweb", "sample/10BT"),
+}
+TEXT_RATIO = 1.6  # bytes of text in a byte of Parquet, as in FineWeb; only estimates need it
+INSTEAD = "where there is no network, download the files elsewhere and use --parquet DIR"
+
+
+class HubSource(Source):
+    """All Parquet files below a folder of a dataset, with a column `text`.
+
+    Files named `val*` are validation; files named `test*` are left out.
+    """
+
+    def __init__(self, repository: str, folder: str = "") -> None:
+        self._repository, self._folder = repository, folder.strip("/")
+        self.name = f"{repository}:{self._folder}" if self._folder else repository
+        self._pinned: str | None = None
+        self._coming: dict[int, Future[Path]] = {}
+        self._received = 0  # bytes, by all downloads
+        self._closed = False
+
+    def is_same(self, record: dict[str, Any]) -> bool:
+        """A folder once begun keeps its revision, whatever is published meanwhile, so what was
+        prepared is recognised without a network."""
+        if record.get("name") != self.name:
+            return False
+        self._pinned = record["revision"]
+        return True
+
+    def open(self, folder: Path, say: Say) -> None:
+        hub.remove_partial(folder)
+        self._downloads, self._say = folder, say
+        listing = hub.list_files(
+            self._repository, self._folder, ".parquet", self._pinned, instead=INSTEAD
+        )
+        kept = [file for file in listing.files if not _base(file).startswith("test")]
+        if not kept:
+            raise UserError(f"{self.name} on the hub has no *.parquet file to train on")
+        self._listing = dataclasses.replace(listing, files=tuple(kept))
+        self.revision, self.licence = listing.revision, listing.licence
+        splits = ["val" if _base(file).startswith("val") else "train" for file in kept]
+        explicit = "val" in splits
+        self.files = [
+            SourceFile(file.path, file.size, split if explicit else None)
+            for file, split in zip(kept, splits, strict=True)
+        ]
+        self._pool = ThreadPoolExecutor(1)
+
+    @property
+    def text_bytes(self) -> int:
+        return int(TEXT_RATIO * sum(file.size for file in self.files))
+
+    @property
+    def fingerprint(self) -> str:
+        return self._listing.fingerprint
+
+    def blocks(self, file: int, skip: int = 0) -> Iterator[Block]:
+        for number in (file, file + 1):  # the next one comes while this one is encoded
+            if number < len(self.files) and number not in self._coming:
+                remote = self._listing.files[number]
+                self._coming[number] = self._pool.submit(
+                    hub.fetch, self._listing, remote, self._downloads, self._count
+                )
+        yield from parquet_blocks(self._wait(file), file, skip)
+
+    def release(self, file: int) -> None:
+        for number in sorted(self._coming):  # sorted: a copy, since the reading thread adds to it
+            if number < file:
+                self._coming.pop(number).result().unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._closed = True
+        if hasattr(self, "_pool"):
+            self._pool.shutdown(cancel_futures=True)
+
+    def _wait(self, file: int) -> Path:
+        """The local copy of a file; shows how its download goes."""
+        coming, remote = self._coming[file], self._listing.files[file]
+        if coming.done():
+            return coming.result()
+        progress = Progress(self._say, "bytes")
+        progress.say(f"downloading {remote.path} ({remote.size:,} bytes)")
+        before = self._received
+        while not coming.done():
+            received = self._received - before
+            progress.update(received, received / max(1, remote.size))
+            time.sleep(0.05)
+        return coming.result()
+
+    def _count(self, received: int) -> None:
+        if self._closed:
+            raise hub.StoppedError
+        self._received += received
+
+
+def _base(file: hub.RemoteFile) -> str:
+    return PurePosixPath(file.path).name
