@@ -8,7 +8,7 @@ RUN/checkpoints/      see `runtime.checkpoint`
 import dataclasses
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Run:
     compile: bool
     threads: int | None  # of the CPU, as the run was begun
     micro: int  # rows per forward pass, or 0: to be found
+    split: dict[str, Any] = field(default_factory=dict)  # as it is recorded; known from `begin` on
 
     @property
     def step(self) -> int:
@@ -62,7 +63,7 @@ class Run:
 
     def begin(self, device: Device, split: Split, *, compiled: bool, console: Console) -> None:
         """Say what is about to happen, and write the run down if it is new."""
-        self._split = {
+        self.split = {
             "micro": split.micro, "ranks": split.ranks, "threads": torch.get_num_threads(),
             "device": device.torch.type, "precision": device.precision, "compile": self.compile,
         }  # fmt: skip
@@ -138,7 +139,7 @@ class Run:
                 **self._identity(),
                 "data_position": {"windows": step * self.recipe.batch.rows},
                 "model": dataclasses.asdict(self.recipe.model),
-                "split": self._split,
+                "split": self.split,
                 "versions": {"rekindle": __version__, "torch": torch.__version__},
             }
             path = checkpoint.save(self.folder / "checkpoints", description, model, optimizer)

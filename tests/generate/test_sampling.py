@@ -141,6 +141,15 @@ def test_numbers_without_a_meaning_are_a_users_mistake(model: GPT2, odd: dict[st
         generate(model, PROMPT, **arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_broken_weights_are_a_users_mistake_and_not_a_text(temperature: float) -> None:
+    model = GPT2(CONFIG)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="its weights are broken"):
+        generate(model, PROMPT, 3, temperature=temperature)
+
+
 def test_text_ends_where_the_document_does() -> None:
     assert cut_at_end([9, 1, 2, 9, 3], 9, start=1) == [9, 1, 2]
     assert cut_at_end([9, 1, 2], 9) == []
