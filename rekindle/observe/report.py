@@ -32,7 +32,8 @@ def draw_loss(run: Path, picture: Path) -> Path:
               color="#9db4c8", linewidth=1, label="training, each step")  # fmt: skip
     if validation:
         axes.plot([r["step"] for r in validation], [r["loss"] for r in validation],
-                  color="#c8502d", marker="o", markersize=4, label="validation")  # fmt: skip
+                  color="#c8502d", marker="o", markersize=4, linewidth=0.8, linestyle="--",
+                  label="validation")  # fmt: skip
         _label_last(axes, validation[-1])
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss, nats per token")

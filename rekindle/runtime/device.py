@@ -105,7 +105,7 @@ def gpu_on_machine() -> str | None:
     `CUDA_VISIBLE_DEVICES` hides it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
-    if any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi"):
+    if any(Path("/dev").glob("nvidia[0-9]*")) or (os.name == "nt" and shutil.which("nvidia-smi")):
         return "there is an NVIDIA GPU"
     if Path("/dev/kfd").exists():
         return "there is an AMD GPU"

@@ -9,8 +9,8 @@ from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
 MOST_ROWS = 64  # the lecture's; more gives less than 1 % on an H200
-# The largest part of a micro-batch are its logits; more than this gains nothing on a CPU.
-CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 256 * 2**20, 2 * 2**30
+# The largest part of a micro-batch are its logits in float32; see benchmarks/LOG.md for the CPU.
+CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 2**30, 2 * 2**30
 
 
 def choose_micro(model: GPT2, rows: int, T: int, device: Device, world: World) -> int:
