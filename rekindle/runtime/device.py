@@ -103,7 +103,7 @@ def _choose(wanted: str) -> str:
 def gpu_on_machine() -> str | None:
     """What tells that a GPU is built in, whatever torch thinks of it; None if there is none or
     `CUDA_VISIBLE_DEVICES` hides it."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    if _hidden():
         return None
     if any(Path("/dev").glob("nvidia[0-9]*")) or (os.name == "nt" and shutil.which("nvidia-smi")):
         return "there is an NVIDIA GPU"
@@ -112,7 +112,14 @@ def gpu_on_machine() -> str | None:
     return None
 
 
+def _hidden() -> bool:
+    """Whether the user has said that no GPU is to be seen."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+
+
 def _why_no_cuda() -> str:
+    if _hidden():
+        return "CUDA_VISIBLE_DEVICES hides every GPU: unset it, or say --device cpu"
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} was built without GPU support: install a CUDA build"
     return (

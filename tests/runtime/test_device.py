@@ -1,5 +1,6 @@
 """One place decides device, precision and compilation: its table, without any of the devices."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,9 +118,18 @@ def test_a_gpu_that_fails_its_first_kernel_says_why(monkeypatch: pytest.MonkeyPa
     assert "--device cpu" in str(caught.value)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there the program is all that tells of a GPU")
+def test_an_installed_nvidia_smi_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Container images carry it to machines that have none."""
+    monkeypatch.setattr(devices.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(devices.Path, "glob", lambda self, pattern: iter([]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_on_machine() != NVIDIA
+
+
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_a_hidden_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
-    monkeypatch.setattr(devices.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(devices.Path, "glob", lambda self, pattern: iter([self / "nvidia0"]))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpu_on_machine() == NVIDIA
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
