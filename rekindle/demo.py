@@ -25,10 +25,10 @@ def demo(data: Path, out: Path, device: str, steps: int | None) -> None:
     prepare(source, data, tokenizer="bytes", val_tokens=recipe.eval_tokens)
     print(f"\n2. Tokens → a GPT-2: the recipe `{recipe.name}`, {recipe.about}")
     run = train(recipe, data, out, RunOptions(device=device))
-    print(_summary(data, run.folder, time.perf_counter() - began))
+    print(_summary(recipe.name, data, run.folder, time.perf_counter() - began))
 
 
-def _summary(data: Path, out: Path, seconds: float) -> str:
+def _summary(recipe: str, data: Path, out: Path, seconds: float) -> str:
     records = storage.read_json_lines(out / "metrics.jsonl")
     validation = [r for r in records if r["kind"] == "validation"]
     steps = [r for r in records if r["kind"] == "train"]
@@ -45,13 +45,13 @@ def _summary(data: Path, out: Path, seconds: float) -> str:
    it now writes:
 {quoted}
 
-   {data}/                   the tokens: manifest.json and shards
-   {out}/checkpoints/   the weights, as safetensors
-   {out}/metrics.jsonl  every step, for machines
+   {f"{data}/":<28} the tokens: manifest.json and shards
+   {f"{out}/checkpoints/":<28} the weights, as safetensors
+   {f"{out}/metrics.jsonl":<28} every step, for machines
 
 4. What next (each command has --help)
-   rekindle sample {out} --prompt "The " --tokens 80       more text from this model
-   rekindle train demo --data {data} --out {out} --steps 2000    train it further
-   rekindle prepare fineweb-edu-10bt --out data/fineweb-edu   then the real thing, on a GPU:
-   rekindle train gpt2-124m --data data/fineweb-edu --out runs/gpt2
+   more text:         rekindle sample {out} --prompt "The " --tokens 80
+   train it further:  rekindle train {recipe} --data {data} --out {out} --steps 2000
+   the real thing:    rekindle prepare fineweb-edu-10bt --out data/fineweb-edu
+                      rekindle train gpt2-124m --data data/fineweb-edu --out runs/gpt2
    The commands are in .venv/bin (or: source .venv/bin/activate)."""

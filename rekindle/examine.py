@@ -86,12 +86,13 @@ class Examiner:
         if not self.world.is_main:
             return
         prompt = self.tokenizer.encode(self.run.recipe.prompt)
-        room = self.model.config.block_size - len(prompt)
+        wanted = 96 if self.tokenizer.name == "bytes" else 32  # about as much text
+        room = min(wanted, self.model.config.block_size - len(prompt))
         if not prompt or room < 1:
             return
         try:
             with self.device.autocast():
-                ids = generate(self.model, prompt, min(32, room), num=2, seed=42)
+                ids = generate(self.model, prompt, room, num=2, seed=42)
         except UserError as error:  # what to do about broken weights, the training loop tells
             self.metrics.console.say(f"step {step:>5} | no samples: {error}")
             return

@@ -1,6 +1,7 @@
 """The progress line for people and `metrics.jsonl` for machines."""
 
 import math
+import shutil
 import sys
 import time
 from typing import Any, TextIO
@@ -48,6 +49,7 @@ class Console:
         if not self._live:
             print(text, file=self._stream, flush=True)
             return
+        text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be rewritten
         print(f"\r\033[K{text}", end="", file=self._stream, flush=True)
         self._pending = True
         if important:
