@@ -49,7 +49,7 @@ class Console:
         if not self._live:
             print(text, file=self._stream, flush=True)
             return
-        text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be rewritten
+        text = text[: shutil.get_terminal_size().columns - 1]  # wrapped, it would stay
         print(f"\r\033[K{text}", end="", file=self._stream, flush=True)
         self._pending = True
         if important:
