@@ -1,5 +1,7 @@
 """How many rows a device takes at once. The global batch never changes, only its cutting."""
 
+import os
+
 import torch
 
 from rekindle.errors import UserError
@@ -9,8 +11,10 @@ from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
 MOST_ROWS = 64  # the lecture's; more gives less than 1 % on an H200
-# The largest part of a micro-batch are its logits in float32; see benchmarks/LOG.md for the CPU.
+# The largest part of a micro-batch are its logits in float32. More than this gains nothing on a CPU
+# (benchmarks/LOG.md), and all that comes with it is some ten times as much.
 CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 2**30, 2 * 2**30
+CPU_LOGITS_SHARE = 1 / 16  # of the machine's memory
 
 
 def choose_micro(model: GPT2, rows: int, T: int, device: Device, world: World) -> int:
@@ -31,8 +35,17 @@ def choose_micro(model: GPT2, rows: int, T: int, device: Device, world: World) -
 
 def rows_for(config: GPT2Config, T: int, device: Device) -> int:
     """A safe number of rows without measuring: by the size of their logits."""
-    budget = CPU_LOGITS_BYTES if device.torch.type == "cpu" else GPU_LOGITS_BYTES
+    budget = GPU_LOGITS_BYTES
+    if device.torch.type == "cpu":
+        budget = min(CPU_LOGITS_BYTES, int(CPU_LOGITS_SHARE * memory()))
     return max(1, min(MOST_ROWS, budget // (T * config.padded_vocab_size * 4)))
+
+
+def memory() -> int:
+    """The machine's memory in bytes; 8 GiB where the system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return 8 * 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _rows_in_gpu_memory(model: GPT2, T: int, device: Device) -> int:

@@ -52,16 +52,24 @@ def test_a_batch_that_does_not_divide_over_the_ranks(model: GPT2) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "T", "rows"),
+    ("config", "T", "gib", "rows"),
     [
-        (SIZES["gpt2"].for_training(), 1024, 1),  # 206 MB of logits a row
-        (SIZES["gpt2"].for_training(), 128, 10),
-        (TINY, 16, 64),  # no more than a GPU takes
-        (GPT2Config(padded_vocab_size=10**6), 1024, 1),  # at least one
+        (SIZES["gpt2"].for_training(), 1024, 64, 5),  # 206 MB of logits a row
+        (SIZES["gpt2"].for_training(), 1024, 8, 2),  # a machine with little memory
+        (SIZES["gpt2"].for_training(), 128, 64, 41),
+        (TINY, 16, 64, 64),  # no more than a GPU takes
+        (GPT2Config(padded_vocab_size=10**6), 1024, 64, 1),  # at least one
     ],
 )
-def test_rows_by_the_size_of_their_logits(config: GPT2Config, T: int, rows: int) -> None:
+def test_rows_by_the_size_of_their_logits(
+    config: GPT2Config, T: int, gib: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "memory", lambda: gib * 2**30)
     assert fit.rows_for(config, T, CPU) == rows
+
+
+def test_the_machines_memory_is_known() -> None:
+    assert 2**29 < fit.memory() < 2**50
 
 
 @pytest.fixture
