@@ -58,12 +58,6 @@ class Device:
             return None
         return PEAKS.get(self.name)
 
-    def synchronize(self) -> None:
-        if self.torch.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.torch.type == "mps":
-            torch.mps.synchronize()
-
 
 def get_device(wanted: str = "auto", precision: str = "auto", local_rank: int = 0) -> Device:
     """Decide on a device and its precision. Raises `UserError` if what is wanted, or what is
