@@ -319,5 +319,7 @@ def _add_report(commands: Any) -> None:
 def _add_device(parser: Any, precision: str | None = "auto") -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument(
-        "--precision", default=precision, help="auto, autocast (bf16 where it helps), tf32 or fp32"
+        "--precision",
+        default=precision,
+        help="auto, autocast (products in bf16), bf16 (the residual stream too), tf32 or fp32",
     )

@@ -14,6 +14,7 @@ from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
 from rekindle.runtime import checkpoint
 from rekindle.runtime.device import Device
+from rekindle.runtime.fit import choose_compute
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,19 @@ class Loaded:
 def load(name: str, device: Device) -> Loaded:
     """Load a run folder (its newest checkpoint), a checkpoint, a model of the hub, or a folder in
     Hugging Face's layout. Raises `UserError` that says what `name` is not."""
+    loaded = _load(name)
+    loaded.model.to(device.torch)
+    loaded.model.use(choose_compute(device, loaded.model.config.block_size))
+    return loaded
+
+
+def _load(name: str) -> Loaded:
     path = Path(name)
     if name in huggingface.HUB or (path / "config.json").is_file():
         model = huggingface.GPT2.from_pretrained(name)
         if model.config.vocab_size != 50257:
             raise UserError(f"{name} has {model.config.vocab_size} ids, GPT-2's tokenizer 50257")
-        return Loaded(model.to(device.torch), get_tokenizer("gpt2"), name)
+        return Loaded(model, get_tokenizer("gpt2"), name)
     if not path.exists():
         near = get_close_matches(name, huggingface.HUB, n=2)
         hint = f": did you mean {' or '.join(near)}?" if near else ""
@@ -49,6 +57,4 @@ def load(name: str, device: Device) -> Loaded:
         {**saved.model, "lm_head.weight": saved.model["transformer.wte.weight"]}, assign=True
     )
     model.tie()
-    return Loaded(
-        model.requires_grad_(True).to(device.torch), tokenizer, str(saved.path), saved.description
-    )
+    return Loaded(model.requires_grad_(True), tokenizer, str(saved.path), saved.description)

@@ -30,7 +30,7 @@ from rekindle.run import Run, RunOptions, open_run
 from rekindle.runtime import distributed
 from rekindle.runtime.device import Device, get_device, why_not_compile
 from rekindle.runtime.distributed import World
-from rekindle.runtime.fit import choose_micro
+from rekindle.runtime.fit import choose_compute, choose_micro
 
 GIVE_UP_AFTER = 10  # refused steps in a row
 
@@ -168,7 +168,7 @@ def start(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Session
     model = GPT2(run.recipe.model)
     if run.checkpoint:
         model.load_state_dict(run.checkpoint.model, strict=False)  # the tied head has no own entry
-    model.to(device.torch)
+    model.to(device.torch).use(choose_compute(device, run.recipe.batch.length))
     o = run.recipe.optim
     optimizer = make_adamw(model, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
     if run.checkpoint:

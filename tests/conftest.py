@@ -166,7 +166,7 @@ def train(
 
 def train_command(data: Path, out: Path, flags: Sequence[str]) -> list[str]:
     fixed = ["train", "demo", "--data", str(data), "--out", str(out), "--device", "cpu"]
-    return [*fixed, "--no-compile", *flags]
+    return [*fixed, "--no-compile", "--precision", "fp32", *flags]
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_a_loaded_run_is_whole(run: Path) -> None:
 def test_a_loaded_run_has_the_loss_that_its_training_saw(
     run: Path, records: Callable[..., list[dict[str, Any]]], rekindle: Callable[..., Any]
 ) -> None:
-    outcome = rekindle("eval", run, "--device", "cpu", "--json")
+    outcome = rekindle("eval", run, "--device", "cpu", "--precision", "fp32", "--json")
     assert outcome.status == 0, outcome.err
     scored, logged = json.loads(outcome.out)["validation"], records(run, "validation")[-1]
     assert logged["step"] == 8

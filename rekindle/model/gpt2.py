@@ -4,20 +4,34 @@ Shapes in comments: B sequences in a batch, T positions, C = n_embd channels, H 
 D = C / H, V rows of the (padded) vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rekindle.model.config import GPT2Config
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model computes, never what: all of these give the same result within rounding."""
+
+    dtype: torch.dtype = torch.float32  # of the residual stream; weights are cast where they act
+    attention: str = "fused"  # or "plain": the scores written out, as the lecture begins
+    separate_qkv: bool = False  # three products, whose gradients need no copy into one
+    recompute: bool = (
+        False  # keep only the blocks' inputs for backward: less memory, a third slower
+    )
 
 
 class LayerCache(Protocol):
     """One layer's keys and values of the positions seen so far (see `generate.cache`)."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, H, T, D) keys and values; return those of all positions, (B, H, past + T, D)."""
+        """Add (B, H, T, D) keys and values; return those of all positions, (B, H, S, D)."""
         ...
 
 
@@ -29,29 +43,70 @@ class Cache(Protocol):
     def __getitem__(self, layer: int) -> LayerCache: ...
 
 
+class Linear(nn.Linear):
+    """A linear layer in its input's type: the weights stay float32 and are cast where they act."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Likewise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention written out: (B, H, T, D) queries, (B, H, S, D) keys and values → (B, H, T, D).
+
+    `mask` is True where a query may look at a key; with `causal`, at itself and what is before.
+    """
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, S)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
 class CausalSelfAttention(nn.Module):
     """Every position looks at itself and those before it, in H heads side by side."""
+
+    compute: Compute = Compute()
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         heads = (B, T, self.n_head, C // self.n_head)
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (t.view(heads).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-        causal = True
+        q, k, v = (t.view(heads).transpose(1, 2) for t in self._qkv(x))  # (B, H, T, D)
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, past + T, D)
-            if k.shape[2] > T:
-                if T > 1:
-                    raise ValueError("a cache takes the prompt at once, then one token at a time")
-                causal = False  # the newest position may look at all of them
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+            k, v = cache.append(k, v)  # (B, H, S, D)
+        S = k.shape[2]
+        if mask is None and S > T > 1:
+            raise ValueError("a cache takes the prompt at once, then one token at a time")
+        causal = mask is None and T > 1  # one new position may look at all of them
+        if self.compute.attention == "plain":
+            y = attend(q, k, v, mask, causal)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # from (B, H, T, D)
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (B, T, C) each."""
+        if not self.compute.separate_qkv:
+            return self.c_attn(x).chunk(3, dim=2)
+        weight, bias = self.c_attn.weight.to(x.dtype), self.c_attn.bias.to(x.dtype)
+        return tuple(F.linear(x, w, b) for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True))
 
 
 class MLP(nn.Module):
@@ -59,8 +114,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -71,33 +126,49 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
     """Tokens → the residual stream, normalised: all of GPT-2 but its head."""
 
+    compute: Compute = Compute()
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = LayerNorm(config.n_embd)
 
-    def forward(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """(B, T) token ids → (B, T, C)."""
-        past = 0 if cache is None else cache.length
-        positions = torch.arange(past, past + idx.shape[1], device=idx.device)  # (T,)
-        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
+    def forward(
+        self, idx: Tensor, cache: Cache | None = None, positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, T) token ids → (B, T, C).
+
+        `positions` (T,) or (B, T): where in the text the tokens stand, if not one after the other
+        from the cache's end on. `mask` (B or 1, 1, T, S): True where a token may look at one of S
+        (those of the cache, or the T themselves), if not at itself and all before.
+        """
+        if positions is None:
+            past = 0 if cache is None else cache.length
+            positions = torch.arange(past, past + idx.shape[1], device=idx.device)  # (T,)
+        x = (self.wte(idx) + self.wpe(positions)).to(self.compute.dtype)  # (B, T, C)
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i])
+            if self.compute.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, None if cache is None else cache[i], mask)
         return self.ln_f(x)
 
 
@@ -110,13 +181,20 @@ class GPT2(nn.Module):
         self.config = config
         # The order of construction is the lecture's: with its seed it gives its initial weights.
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.tie()
         self._init_weights()
 
     def tie(self) -> None:
         """Make the table that reads tokens and the head that writes them one parameter."""
         self.transformer.wte.weight = self.lm_head.weight
+
+    def use(self, compute: Compute) -> "GPT2":
+        """Compute like this from now on; returns the model. The weights stay as they are."""
+        for module in self.modules():
+            if isinstance(module, CausalSelfAttention | Transformer):
+                module.compute = compute
+        return self
 
     def _init_weights(self) -> None:
         """The lecture's: 0.02, and less for what adds to the residual stream 2·n_layer times.
@@ -145,4 +223,4 @@ class GPT2(nn.Module):
         logits = self.lm_head(self.transformer(idx, cache))  # (B, T, V)
         if targets is None:
             return logits[..., : self.config.vocab_size], None
-        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -34,7 +34,9 @@ PEAKS = {
     "NVIDIA GeForce RTX 3090": 71e12,
 }
 
-PRECISIONS = ("auto", "autocast", "tf32", "fp32")
+# autocast: products in bf16, the residual stream in float32, as in the lecture. bf16: the stream as
+# well, which is faster; the weights themselves are float32 in all of them.
+PRECISIONS = ("auto", "autocast", "bf16", "tf32", "fp32")
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,14 @@ class Device:
         return torch.autocast(self.torch.type, dtype=torch.bfloat16)
 
     @property
+    def dtype(self) -> "torch.dtype":
+        """Of the model's residual stream."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
     def peak_flops(self) -> float | None:
         """FLOP/s at best in this precision, or None where no data sheet was read."""
-        if self.precision != "autocast":
+        if self.precision not in ("autocast", "bf16"):
             return None
         return PEAKS.get(self.name)
 
@@ -72,7 +79,8 @@ def get_device(wanted: str = "auto", precision: str = "auto", local_rank: int = 
         device = torch.device(kind)
         name = "Apple GPU" if kind == "mps" else f"CPU, {torch.get_num_threads()} threads"
     precision = _choose_precision(precision, device)
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    tf32 = device.type == "cuda" and precision != "fp32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     return Device(device, name, precision)
 
 
@@ -138,12 +146,20 @@ def _choose_precision(wanted: str, device: torch.device) -> str:
     if wanted not in PRECISIONS:
         raise UserError(f"--precision is {', '.join(PRECISIONS)}, not {wanted!r}")
     if wanted == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 needs an NVIDIA GPU: use fp32 or autocast")
+        raise UserError("--precision tf32 needs an NVIDIA GPU: use fp32, autocast or bf16")
     if wanted != "auto":
         return wanted
-    if device.type != "cuda":
+    if device.type == "cpu":
+        return "autocast" if _cpu_multiplies_bf16() else "fp32"
+    if device.type == "mps":
         return "fp32"
     return "autocast" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether the processor has instructions for it; without, bf16 is slower than float32."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def why_not_compile(device: torch.device) -> str | None:

@@ -1,4 +1,7 @@
-"""How many rows a device takes at once. The global batch never changes, only its cutting."""
+"""How a device computes a model, and how many rows it takes at once.
+
+The global batch never changes, only its cutting.
+"""
 
 import os
 
@@ -6,7 +9,7 @@ import torch
 
 from rekindle.errors import UserError
 from rekindle.model.config import GPT2Config
-from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
@@ -15,6 +18,15 @@ MOST_ROWS = 64  # the lecture's; more gives less than 1 % on an H200
 # (benchmarks/LOG.md), and all that comes with it is some ten times as much.
 CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 2**30, 2 * 2**30
 CPU_LOGITS_SHARE = 1 / 16  # of the machine's memory
+
+# On a CPU attention written out is faster than the fused one up to here (benchmarks/LOG.md).
+SHORT = 256
+
+
+def choose_compute(device: Device, T: int) -> Compute:
+    """How `device` computes windows of T tokens best."""
+    plain = device.torch.type == "cpu" and T <= SHORT
+    return Compute(dtype=device.dtype, attention="plain" if plain else "fused")
 
 
 def choose_micro(model: GPT2, rows: int, T: int, device: Device, world: World) -> int:

@@ -124,7 +124,7 @@ def everywhere_causal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that also looks ahead."""
     plain = F.scaled_dot_product_attention
     monkeypatch.setattr(
-        gpt2.F, "scaled_dot_product_attention", lambda q, k, v, is_causal: plain(q, k, v)
+        gpt2.F, "scaled_dot_product_attention", lambda q, k, v, **how: plain(q, k, v)
     )
 
 

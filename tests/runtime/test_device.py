@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -144,8 +145,13 @@ def test_a_hidden_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch, hidden: str) ->
 @pytest.mark.parametrize(
     ("device", "capability", "wanted", "precision", "matmul"),
     [
-        ("cpu", None, "auto", "fp32", "highest"),
-        ("cpu", None, "autocast", "autocast", "high"),
+        ("cpu", {}, "auto", "fp32", "highest"),
+        ("cpu", {"avx512_bf16": True}, "auto", "autocast", "highest"),
+        ("cpu", {"amx_bf16": True}, "auto", "autocast", "highest"),
+        ("cpu", {"avx512_bf16": True}, "fp32", "fp32", "highest"),
+        ("cpu", {}, "bf16", "bf16", "highest"),
+        ("cuda", (9, 0), "bf16", "bf16", "high"),
+        ("cpu", {}, "autocast", "autocast", "highest"),
         ("cpu", None, "fp32", "fp32", "highest"),
         ("mps", None, "auto", "fp32", "highest"),
         ("cuda", (8, 0), "auto", "autocast", "high"),
@@ -156,10 +162,11 @@ def test_a_hidden_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch, hidden: str) ->
     ],
 )
 def test_the_precision_that_is_chosen(
-    machine: Callable[..., None], device: str, capability: tuple[int, int], wanted: str,
-    precision: str, matmul: str,
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, device: str, capability: Any,
+    wanted: str, precision: str, matmul: str,
 ) -> None:  # fmt: skip
     machine(cuda=device == "cuda", mps=device == "mps", capability=capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capability, raising=False)
     assert get_device(device, wanted).precision == precision
     assert torch.get_float32_matmul_precision() == matmul
 
