@@ -148,6 +148,29 @@ def demo(o: argparse.Namespace) -> None:
     demo(data=o.data, out=o.out, device=o.device, steps=o.steps)
 
 
+def ladder(o: argparse.Namespace) -> None:
+    import time
+
+    from rekindle.data import sources
+    from rekindle.data.prepare import prepare
+    from rekindle.ladder import climb, summary
+    from rekindle.observe.report import draw_ladder
+
+    if o.steps < 2:
+        raise UserError(f"--steps must be at least 2, but is {o.steps}")
+    began = time.perf_counter()
+    data = o.data or o.out / "data"
+    if o.data is None:
+        prepare(sources.from_arguments(embedded=True), data, tokenizer="gpt2", val_tokens=0)
+    result = climb(data, o.out, o.device, o.recipe, o.steps)
+    print(summary(result, time.perf_counter() - began))
+    print(f"wrote {o.out / 'ladder.json'}")
+    try:
+        print(f"wrote {draw_ladder(result, o.out / 'ladder.png')}")
+    except UserError as error:  # the figures are there
+        print(f"no picture: {error}")
+
+
 def report(o: argparse.Namespace) -> None:
     from rekindle.observe.report import draw_loss
 
@@ -169,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_sample(commands)
     _add_verify(commands)
+    _add_ladder(commands)
     _add_report(commands)
     return parser
 
@@ -308,6 +332,25 @@ def _add_verify(commands: Any) -> None:
     )
     p.add_argument("--layers", type=int, metavar="N", help="with --random-weights: fewer blocks")
     p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_ladder(commands: Any) -> None:
+    p = _add(
+        commands, "ladder", ladder,
+        "climb the lecture's optimisations on this machine, from the naive step to the fastest",
+    )  # fmt: skip
+    p.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of shards (default: Python's own manual)"
+    )
+    p.add_argument(
+        "--out", type=Path, default=Path("runs/ladder"), metavar="DIR",
+        help="where table and picture go (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument("--recipe", metavar="RECIPE", help="default: gpt2-124m on a GPU, else gpt2-10m")
+    p.add_argument(
+        "--steps", type=int, default=20, help="timed steps a rung (default: %(default)s)"
+    )
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
 
 
 def _add_report(commands: Any) -> None:

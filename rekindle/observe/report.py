@@ -1,4 +1,4 @@
-"""A run's loss curve as a picture."""
+"""Pictures: a run's loss curve, and the ladder."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,7 @@ def draw_loss(run: Path, picture: Path) -> Path:
 
     Raises `UserError` if there is no log, or no matplotlib.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install 'rekindle[plot]'") from None
+    plt = _pyplot()
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run} has no metrics.jsonl: it is no run, or has not begun")
     records = storage.read_json_lines(run / "metrics.jsonl")
@@ -41,9 +35,52 @@ def draw_loss(run: Path, picture: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    return _save(figure, picture)
+
+
+def draw_ladder(result: dict[str, Any], picture: Path) -> Path:
+    """Draw the rungs of a `ladder.json` as bars of tokens per second; return the path.
+
+    Raises `UserError` if there is no matplotlib.
+    """
+    plt = _pyplot()
+    rungs = result["rungs"]
+    fastest = max(r["tokens_per_s"] for r in rungs)
+    figure, axes = plt.subplots(figsize=(8, 0.62 * len(rungs) + 1.1), dpi=150)
+    for i, rung in enumerate(rungs):
+        rate, last = rung["tokens_per_s"], i == len(rungs) - 1
+        axes.barh(i, rate, height=0.5, color="#c8502d" if last else "#9db4c8")
+        gain = rate / rungs[0]["tokens_per_s"]
+        axes.text(rate + 0.01 * fastest, i, f"{rate:,.0f}   {gain:.2f} ×", va="center", fontsize=9)
+        axes.text(0, i + 0.42, rung["why"], va="center", fontsize=7, color="#666666")
+    axes.set_yticks(range(len(rungs)), [r["rung"] for r in rungs])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * fastest)
+    axes.set_xlabel("tokens per second")
+    axes.set_title(
+        f"{result['recipe']}, {result['rows']} × {result['length']} tokens a step, on "
+        f"{result['device']} (torch {result['versions']['torch']}, {result['date']})",
+        fontsize=10, loc="left",
+    )  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, picture)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install 'rekindle[plot]'") from None
+    return pyplot
+
+
+def _save(figure: Any, picture: Path) -> Path:
     figure.tight_layout()
     figure.savefig(picture, metadata={"Software": None} if picture.suffix == ".png" else None)
-    plt.close(figure)
+    _pyplot().close(figure)
     return picture
 
 

@@ -1,0 +1,72 @@
+"""The correctness gate: every way to compute a step moves each weight as the plain arithmetic in
+float64 does, and ten planted bugs are all caught."""
+
+import pytest
+import torch
+
+from benchmarks import gate
+from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2 import Compute
+from rekindle.runtime.device import Device, why_not_compile
+
+CPU = Device(torch.device("cpu"), "CPU", "fp32")
+CONFIG = GPT2Config(
+    n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257, padded_vocab_size=257
+)
+WAYS = {
+    "as training does": Compute(),
+    "attention written out": Compute(attention="plain"),
+    "separate q, k, v": Compute(separate_qkv=True),
+    "recompute": Compute(recompute=True),
+}
+
+
+@pytest.fixture(scope="module")
+def trial() -> gate.Trial:
+    random = torch.Generator().manual_seed(3)
+    skewed = torch.rand(gate.STEPS, 2, 4, 33, generator=random) ** 3  # some tokens come often
+    return gate.Trial.make(CONFIG, (skewed * 257).long())
+
+
+@pytest.fixture(scope="module")
+def reference(trial: gate.Trial) -> gate.Updates:
+    return gate.plain_updates(trial)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_passes(
+    trial: gate.Trial, reference: gate.Updates, way: str, one_thread: None
+) -> None:
+    error, worst = gate.distance(gate.fast_updates(trial, WAYS[way], CPU), reference)
+    assert error < gate.LIMIT / 3, worst
+
+
+def test_a_compiled_step_passes(
+    trial: gate.Trial, reference: gate.Updates, one_thread: None
+) -> None:
+    if reason := why_not_compile(CPU.torch):
+        pytest.skip(reason)
+
+    def compiled(model: torch.nn.Module) -> object:
+        torch._dynamo.reset()
+        return torch.compile(model, fullgraph=True, dynamic=False)
+
+    updates = gate.fast_updates(trial, Compute(), CPU, compiled)
+    error, worst = gate.distance(updates, reference)
+    assert error < gate.LIMIT / 3, worst
+
+
+@pytest.mark.parametrize("bug", gate.BUGS)
+def test_every_planted_bug_is_caught(
+    trial: gate.Trial, reference: gate.Updates, bug: str, one_thread: None
+) -> None:
+    error, _ = gate.distance(gate.fast_updates(trial, Compute(), CPU, bug=bug), reference)
+    assert error > 2 * gate.LIMIT
+    assert len(gate.BUGS) == 10
+
+
+def test_the_whole_gate_in_one(trial: gate.Trial, one_thread: None) -> None:
+    result = gate.check(trial, {"bf16": Compute(dtype=torch.bfloat16)}, CPU)
+    assert not result["passed"]  # bf16 is judged by its loss, not by its bits
+    result = gate.check(trial, {"fp32": Compute()}, CPU)
+    assert result["passed"], result
