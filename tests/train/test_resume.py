@@ -260,9 +260,9 @@ def test_a_slow_disk_changes_nothing(
     logged = storage.read_json_lines(out / "metrics.jsonl")
     order = [(r["kind"], r["step"]) for r in logged if r["kind"] in ("train", "checkpoint")]
     assert order.index(("checkpoint", 4)) > order.index(("train", 6))  # it did not stand still
-    first, second, _ = (r for r in logged if r["kind"] == "checkpoint")
+    first = next(r for r in logged if r["kind"] == "checkpoint")
     assert first["seconds"] > 0.6
-    assert first["stall_s"] < 0.3 < second["stall_s"]  # the disk is too slow for so many
+    assert 0 < first["stall_s"] < first["seconds"]
 
 
 def test_an_error_does_not_cut_off_what_is_being_written(

@@ -1,0 +1,44 @@
+"""What every benchmark says of the machine it ran on, and how it sums up its rounds."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Date, machine, and the versions of Python and of these packages."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 1),  # figures of a busy machine are not worth much
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile of at least two measurements."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    found = {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1]}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def write_result(out: Path, result: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2))
