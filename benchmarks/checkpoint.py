@@ -79,7 +79,7 @@ def plain_write(file: Path, arrays: list[np.ndarray]) -> float:
     began = time.perf_counter()
     with open(file, "wb") as handle:
         for array in arrays:
-            handle.write(array)
+            handle.write(array.data)
         handle.flush()
         os.fsync(handle.fileno())
     seconds = time.perf_counter() - began
