@@ -6,22 +6,20 @@ Both are timed as whole commands in fresh processes, in turn, and must give the 
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.common import environment, write_result
 
 SHARD_TOKENS = 100_000_000
 RESULT = Path(__file__).parent / "results" / "prepare.json"
@@ -146,27 +144,6 @@ def summary(
     return {"tokens": counts, "identical_tokens": True, "times_faster": round(ratio, 1), **result}
 
 
-def environment() -> dict[str, Any]:
-    packages = ("numpy", "pyarrow", "tiktoken", "gigatoken", "awkward")
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 1),  # figures of a busy machine are not worth much
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="rekindle prepare against the lecture's way")
     parser.add_argument("--parquet", type=Path, required=True, metavar="DIR")
@@ -179,11 +156,10 @@ def main() -> None:
         lecture(arguments.parquet, arguments.lecture)
         return
     rounds = max(1, min(arguments.reference_rounds, arguments.rounds))
-    machine = environment()
+    machine = environment("numpy", "pyarrow", "tiktoken", "gigatoken", "awkward")
     figures = compare(arguments.parquet, max(1, arguments.rounds), rounds)
     command = f"python -m benchmarks.prepare --parquet {arguments.parquet.name}"
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"command": command, **machine, **figures}, indent=2))
+    write_result(arguments.out, {"command": command, **machine, **figures})
     print(
         f"{figures['times_faster']} x faster, "
         f"{figures['rekindle']['tokens_per_second']:,} tokens/s, written to {arguments.out}"

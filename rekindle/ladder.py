@@ -17,6 +17,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rekindle import __version__, recipes, storage
 from rekindle.data import shards
@@ -173,9 +174,9 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
     optimizer = make_adamw(model, LR, (0.9, 0.95), 1e-8, 0.1, fused=levers.fused_adamw)
     gradients = GradientBuffer(model.parameters())
     prefetcher = _prefetcher(recipe, work, levers, device)
-    ends, losses = [time.perf_counter()], []
+    ends, losses, last = [time.perf_counter()], [], ()
     for _ in range(work.warmup + work.steps):
-        x, y = prefetcher.next()
+        x, y = last = prefetcher.next()
         result = train_step(
             forward, gradients, optimizer, x, y, lr=LR, clip=1.0, device=device, world=World()
         )
@@ -201,7 +202,7 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
         "first_loss": losses[0],
         "loss": losses[-1],
         "data_wait_ms": prefetcher.waited / len(seconds) * 1e3,
-        "attention_kernel": attention_kernel(forward, x, y, device),
+        "attention_kernel": attention_kernel(forward, *last, device),
     }
 
 
@@ -241,7 +242,7 @@ def peak_memory(device: Device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def attention_kernel(forward: Any, x: torch.Tensor, y: torch.Tensor, device: Device) -> str | None:
+def attention_kernel(forward: Any, x: Tensor, y: Tensor, device: Device) -> str | None:
     """The GPU kernel that torch has chosen for attention, by its own name."""
     if device.torch.type != "cuda":
         return None

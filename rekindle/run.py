@@ -7,7 +7,6 @@ RUN/checkpoints/      see `runtime.checkpoint`
 
 import dataclasses
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from rekindle.runtime import checkpoint
 from rekindle.runtime.checkpoint import Checkpoint
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
+from rekindle.runtime.saving import Saver
 
 
 @dataclass(frozen=True)
@@ -127,27 +127,25 @@ class Run:
             return record["step"] < self.step
         return self.step > 0 and record["step"] <= self.step
 
-    def save(
-        self, step: int, model: GPT2, optimizer: torch.optim.Optimizer, world: World,
-        metrics: Metrics,
-    ) -> None:  # fmt: skip
-        """Write the checkpoint of `step` and drop the oldest beyond those to keep."""
-        if world.is_main:
-            began = time.perf_counter()
-            description = {
-                "step": step,
-                **self._identity(),
-                "data_position": {"windows": step * self.recipe.batch.rows},
-                "model": dataclasses.asdict(self.recipe.model),
-                "split": self.split,
-                "versions": {"rekindle": __version__, "torch": torch.__version__},
-            }
-            path = checkpoint.save(self.folder / "checkpoints", description, model, optimizer)
-            checkpoint.prune(self.folder / "checkpoints", self.recipe.keep_checkpoints)
-            seconds = time.perf_counter() - began
-            metrics.record("checkpoint", step, seconds=seconds)
-            metrics.console.say(f"step {step:>5} | saved {path} ({seconds:.1f} s)")
-        world.barrier()
+    def open_saver(
+        self, model: GPT2, optimizer: torch.optim.Optimizer, metrics: Metrics, world: World
+    ) -> Saver:
+        """What writes the run's checkpoints."""
+        return Saver(
+            self.folder / "checkpoints", self.recipe.keep_checkpoints, model, optimizer, metrics,
+            is_main=world.is_main,
+        )  # fmt: skip
+
+    def save(self, step: int, saver: Saver) -> None:
+        """Begin the checkpoint of `step`; it is written while training goes on."""
+        saver.save({
+            "step": step,
+            **self._identity(),
+            "data_position": {"windows": step * self.recipe.batch.rows},
+            "model": dataclasses.asdict(self.recipe.model),
+            "split": self.split,
+            "versions": {"rekindle": __version__, "torch": torch.__version__},
+        })  # fmt: skip
 
 
 def open_run(

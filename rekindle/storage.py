@@ -8,28 +8,43 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from rekindle.errors import UserError
 
 TEMPORARY = ".tmp-"  # names that start so are unfinished and may be removed by whoever comes next
+SAFETENSORS = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}  # what the format calls NumPy's types
 
 
 def write_file(path: Path, chunks: Iterable[Any]) -> str:
-    """Write `chunks` (anything with the buffer protocol) to `path`; return the SHA-256 as hex."""
+    """Write `chunks` (anything with the buffer protocol) to `path`; return the SHA-256 as hex.
+
+    A thread hashes the same memory while it is being written and flushed, each of which takes about
+    as long as the other: nobody may change it before this returns.
+    """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    views = [memoryview(chunk).cast("B") for chunk in chunks]
     digest = hashlib.sha256()
-    with open(temporary, "wb") as file:
-        for chunk in chunks:
-            view = memoryview(chunk).cast("B")
+
+    def hash_all() -> None:
+        for view in views:
             digest.update(view)
-            file.write(view)
-        _flush(file.fileno())
+
+    hashing = threading.Thread(target=hash_all)
+    hashing.start()
+    try:
+        with open(temporary, "wb") as file:
+            for view in views:
+                file.write(view)
+            _flush(file)
+    finally:
+        hashing.join()
     os.replace(temporary, path)
     _flush_folder(path.parent)
     return digest.hexdigest()
@@ -43,7 +58,7 @@ def write_json(path: Path, value: Any) -> str:
 def move_file(source: Path, path: Path) -> None:
     """Give a finished file, on the same disk, its lasting name, once its content is on disk."""
     with open(source, "rb+") as file:
-        _flush(file.fileno())
+        _flush(file)
     os.replace(source, path)
     _flush_folder(path.parent)
 
@@ -56,19 +71,28 @@ class Folder:
         self.files: dict[str, dict[str, Any]] = {}  # name -> {"sha256", "bytes"}
 
     def write_tensors(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        from safetensors.numpy import save_file
-
-        file = self.path / name
-        save_file(dict(arrays), file)
-        file.chmod(0o666 & ~_umask())  # safetensors creates the file for its owner alone
-        with open(file, "rb+") as handle:
-            _flush(handle.fileno())
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        self.files[name] = {"sha256": digest, "bytes": file.stat().st_size}
+        """Write `arrays` as safetensors, straight from the memory they are in."""
+        ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))  # aligned
+        header, end = {}, 0
+        for key, array in ordered:
+            start, end = end, end + array.nbytes
+            header[key] = {
+                "dtype": SAFETENSORS[array.dtype.str],
+                "shape": list(array.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        flat = [array.reshape(-1) for _, array in ordered]
+        self._note(
+            name, write_file(self.path / name, [len(text).to_bytes(8, "little"), text, *flat])
+        )
 
     def write_json(self, name: str, value: Any) -> None:
-        digest = write_json(self.path / name, value)
-        self.files[name] = {"sha256": digest, "bytes": (self.path / name).stat().st_size}
+        self._note(name, write_json(self.path / name, value))
+
+    def _note(self, name: str, sha256: str) -> None:
+        self.files[name] = {"sha256": sha256, "bytes": (self.path / name).stat().st_size}
 
 
 @contextmanager
@@ -116,10 +140,13 @@ class JsonLines:
             kept = [r for r in read_json_lines(path) if keep is None or keep(r)]
             write_file(path, [(json.dumps(record) + "\n").encode() for record in kept])
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+        self._lock = threading.Lock()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Add a line, from any thread."""
+        with self._lock:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -146,8 +173,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(descriptor: int) -> None:
-    os.fsync(descriptor)
+def _flush(file: IO[bytes]) -> None:
+    """What was written to `file` is on the disk, not in Python's buffer and not in the system's."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _flush_folder(path: Path) -> None:
@@ -158,9 +187,3 @@ def _flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

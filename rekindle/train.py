@@ -31,6 +31,7 @@ from rekindle.runtime import distributed
 from rekindle.runtime.device import Device, get_device, why_not_compile
 from rekindle.runtime.distributed import World
 from rekindle.runtime.fit import choose_compute, choose_micro
+from rekindle.runtime.saving import Saver
 
 GIVE_UP_AFTER = 10  # refused steps in a row
 
@@ -123,10 +124,13 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
             if due(step + 1, recipe.eval_every, recipe.steps):
                 s.examine(step + 1)
             if due(step + 1, recipe.checkpoint_every, recipe.steps):
-                s.run.save(step + 1, s.model, s.optimizer, s.world, s.metrics)
+                s.run.save(step + 1, s.saver)
+        s.saver.finish()
     finally:
         prefetcher.close()
+        s.saver.close()  # a checkpoint under way is finished, whatever ended the loop
         s.metrics.close()
+    s.world.barrier()  # on every rank the last checkpoint is whole from here on
     s.world.close()
     return s.run
 
@@ -145,6 +149,7 @@ class Session:
     batches: Batches
     split: Split
     metrics: Metrics
+    saver: Saver
     examine: Examiner
 
 
@@ -180,13 +185,15 @@ def start(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Session
 
     run.begin(device, split, compiled=forward is not model, console=console)
     metrics = run.open_metrics(device, console, world)
+    saver = run.open_saver(model, optimizer, metrics, world)
     examine = Examiner(
         run, model, forward, transformer, validation, questions,
         get_tokenizer(manifest.tokenizer), split.micro, device, world, metrics,
     )  # fmt: skip
     return Session(
-        run, world, device, model, forward, gradients, optimizer, batches, split, metrics, examine
-    )
+        run, world, device, model, forward, gradients, optimizer, batches, split, metrics, saver,
+        examine,
+    )  # fmt: skip
 
 
 def open_data(run: Run, data: Path, manifest: shards.Manifest) -> tuple[Batches, list]:

@@ -21,7 +21,7 @@ from rekindle.recipes import Batch, Optim, Recipe, Schedule, flatten
 ROOT = Path(__file__).parents[1]
 
 # What differs between two equal runs.
-CLOCKS = {"seconds", "tokens_per_s", "utilisation", "data_wait_s"}
+CLOCKS = {"seconds", "tokens_per_s", "utilisation", "data_wait_s", "stall_s"}
 
 
 class Outcome(NamedTuple):

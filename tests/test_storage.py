@@ -3,13 +3,16 @@
 import hashlib
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
 
 from rekindle import storage
 from rekindle.errors import UserError
@@ -86,6 +89,75 @@ def test_write_file_flushes_before_it_renames(tmp_path: Path, calls: list[str]) 
     assert calls == ["flush .tmp-file", "rename to file", f"flush {tmp_path.name}"]
 
 
+@pytest.mark.parametrize("pieces", [[b"a"], [b"a" * 10_000, b"b"], [np.zeros(10**6), b"b" * 8192]])
+def test_write_file_flushes_the_last_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[Any]
+) -> None:
+    """And does not leave the end, or all of something short, to a buffer of Python's."""
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_size))
+    write_file(tmp_path / "file", pieces)
+    assert (
+        flushed[0]
+        == (tmp_path / "file").stat().st_size
+        == sum(memoryview(p).nbytes for p in pieces)
+    )
+
+
+def test_write_file_hashes_while_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, fsync = threading.Event(), os.fsync
+
+    class Digest:
+        def update(self, view: memoryview) -> None:
+            hashed.set()
+
+        def hexdigest(self) -> str:
+            return "hash"
+
+    def flush(descriptor: int) -> None:
+        assert hashed.wait(10)
+        fsync(descriptor)
+
+    monkeypatch.setattr(hashlib, "sha256", Digest)
+    monkeypatch.setattr(os, "fsync", flush)
+    assert write_file(tmp_path / "file", [b"a"]) == "hash"
+
+
+def test_the_hash_is_of_all_that_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the disk is faster than it."""
+    sha256 = hashlib.sha256
+
+    class Slow:
+        def __init__(self) -> None:
+            self._digest = sha256()
+
+        def update(self, view: memoryview) -> None:
+            time.sleep(0.02)
+            self._digest.update(view)
+
+        def hexdigest(self) -> str:
+            return self._digest.hexdigest()
+
+    monkeypatch.setattr(hashlib, "sha256", Slow)
+    digest = write_file(tmp_path / "file", [b"abc", b"", b"def", b"ghi"])
+    assert digest == sha256(b"abcdefghi").hexdigest()
+
+
+def test_nothing_reads_the_memory_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = threading.active_count()
+    with pytest.raises(OSError, match="No space left"):
+        write_file(tmp_path / "file", [np.zeros(10**6)] * 20)
+    assert threading.active_count() == before
+
+
 @needs_proc
 def test_move_file_flushes_before_it_renames(tmp_path: Path, calls: list[str]) -> None:
     (tmp_path / "source").write_bytes(b"a")
@@ -144,11 +216,45 @@ def test_new_folder_writes_and_hashes(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["folder"]
 
 
+def test_tensors_are_read_by_the_library(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = {
+        "transposed": random.normal(size=(30, 500)).astype(np.float32).T,
+        "large": random.normal(size=700_001).astype(np.float32),
+        "half": random.normal(size=(3, 1)).astype(np.float16),
+        "double": random.normal(size=(2, 3, 4)),
+        "scalar": np.array(2.5, np.float32),
+        "empty": np.zeros((0, 3), np.float32),
+        "transformer.h.0.ü": np.ones(1, np.float32),
+    }
+    with new_folder(tmp_path / "folder") as new:
+        new.write_tensors("a.safetensors", arrays)
+    file = tmp_path / "folder" / "a.safetensors"
+    read = load_file(file)
+    assert read.keys() == arrays.keys() == load_torch_file(file).keys()
+    for name, array in arrays.items():
+        assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+        assert np.array_equal(read[name], array)
+        assert np.array_equal(load_torch_file(file)[name].numpy(), array)
+    entry = new.files["a.safetensors"]
+    assert entry == {"sha256": storage.file_sha256(file), "bytes": file.stat().st_size}
+
+
+def test_tensors_lie_as_the_library_lays_them(tmp_path: Path) -> None:
+    """Each one at a multiple of its element's size, so that it can be mapped into memory."""
+    arrays = {"a": np.ones(3, np.float16), "b": np.ones(1), "c": np.ones((2, 2), np.float32)}
+    save_file(arrays, tmp_path / "theirs")
+    with new_folder(tmp_path / "folder") as new:
+        new.write_tensors("ours", arrays)
+    assert (tmp_path / "folder" / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 @needs_proc
 def test_new_folder_flushes_everything_before_it_renames(tmp_path: Path, calls: list[str]) -> None:
     write_folder(tmp_path / "folder")
     rename = calls.index("rename to folder")
-    assert {"flush a.safetensors", "flush .tmp-b.json", "flush .tmp-folder"} <= set(calls[:rename])
+    flushes = {"flush .tmp-a.safetensors", "flush .tmp-b.json", "flush .tmp-folder"}
+    assert flushes <= set(calls[:rename])
     assert calls[rename + 1 :] == [f"flush {tmp_path.name}"]
 
 

@@ -3,6 +3,7 @@
 import math
 import shutil
 import sys
+import threading
 import time
 from typing import Any, TextIO
 
@@ -25,7 +26,7 @@ def duration(seconds: float) -> str:
 
 class Console:
     """Prints for the main process only. On a terminal the progress line is rewritten in place;
-    elsewhere a plain line comes now and then."""
+    elsewhere a plain line comes now and then. Lines may come from several threads."""
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -33,10 +34,13 @@ class Console:
         self._live = self._stream.isatty()
         self._pending = False  # a progress line is on the screen, without its end of line
         self._next = 0.0  # when the next progress line is due
+        self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        if not self._quiet:
+        if self._quiet:
+            return
+        with self._lock:
             self._end_line()
             print(text, file=self._stream, flush=True)
 
@@ -46,14 +50,15 @@ class Console:
         if self._quiet or (now < self._next and not important):
             return
         self._next = now + (0.2 if self._live else 10.0)
-        if not self._live:
-            print(text, file=self._stream, flush=True)
-            return
-        text = text[: shutil.get_terminal_size().columns - 1]  # wrapped, it would stay
-        print(f"\r\033[K{text}", end="", file=self._stream, flush=True)
-        self._pending = True
-        if important:
-            self._end_line()
+        with self._lock:
+            if not self._live:
+                print(text, file=self._stream, flush=True)
+                return
+            text = text[: shutil.get_terminal_size().columns - 1]  # wrapped, it would stay
+            print(f"\r\033[K{text}", end="", file=self._stream, flush=True)
+            self._pending = True
+            if important:
+                self._end_line()
 
     def _end_line(self) -> None:
         if self._pending:

@@ -47,29 +47,71 @@ class Checkpoint:
             optimizer.state[p] = {"step": count.to(p.device) if fused else count, **state}
 
 
-def parameters_on_cpu(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter once (a tied one under its first name), as float32 on the CPU."""
-    return {name: p.detach().float().cpu() for name, p in model.named_parameters()}
+class Snapshot:
+    """A model's parameters and AdamW's moments as they were at one moment, in the CPU's memory.
+
+    Takes 12 bytes for each parameter (1.5 GB for 124M) beside what training on a CPU needs. It is
+    taken when this is made, so that a lack of it shows before the first step, and used again by
+    every `take`. For a GPU it is pinned: only then can a copy go on while the CPU does else.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        sizes = [p.numel() for p in parameters.values()]
+        self._pinned = next(iter(parameters.values())).is_cuda
+        views = []
+        for _ in range(1 + len(_MOMENTS)):  # a few large pieces: pinning rounds each one up
+            flat = torch.empty(sum(sizes), pin_memory=self._pinned).zero_()  # now, not at a save
+            pieces = zip(parameters.items(), flat.split(sizes), strict=True)
+            views.append({name: piece.view_as(p) for (name, p), piece in pieces})
+        self.model: dict[str, Tensor] = views[0]
+        self.optimizer = {
+            f"{key}.{name}": view
+            for key, named in zip(_MOMENTS, views[1:], strict=True)
+            for name, view in named.items()
+        }
+        self._updates = torch.zeros((), pin_memory=self._pinned)
+        self._copied: torch.cuda.Event | None = None
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that were not refused."""
+        return int(self._updates)
+
+    def take(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Copy what is to be saved. On a GPU the copies are only begun, before whatever the GPU is
+        given to do next; after `wait` they are whole."""
+        for name, p in model.named_parameters():
+            self._copy(p.detach(), self.model[name])
+            state = optimizer.state.get(p)
+            for key in _MOMENTS:
+                moment = self.optimizer[f"{key}.{name}"]
+                self._copy(state[key], moment) if state else moment.zero_()
+            if state:
+                self._copy(state["step"], self._updates)
+        if self._pinned:
+            self._copied = torch.cuda.Event(blocking=True)
+            self._copied.record()
+
+    def wait(self) -> None:
+        if self._copied:
+            self._copied.synchronize()
+
+    def _copy(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(source, non_blocking=self._pinned)
 
 
-def save(
-    folder: Path, description: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Path:
+def write(folder: Path, description: dict[str, Any], snapshot: Snapshot) -> Path:
     """Write the checkpoint of `description["step"]` under `folder`; return its path."""
-    moments: dict[str, Tensor] = {}
-    updates = 0
-    for name, p in model.named_parameters():
-        state = optimizer.state.get(p)
-        for key in _MOMENTS:
-            moment = state[key] if state else torch.zeros_like(p)
-            moments[f"{key}.{name}"] = moment.detach().cpu()
-        updates = int(state["step"]) if state else 0
+    snapshot.wait()
     path = folder / f"step-{description['step']:06d}"
     with storage.new_folder(path) as new:
-        for name, tensors in (("model", parameters_on_cpu(model)), ("optimizer", moments)):
+        for name, tensors in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
             arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
             new.write_tensors(f"{name}.safetensors", arrays)
-        whole = {"format": FORMAT, **description, "updates": updates, "files": dict(new.files)}
+        whole = {
+            "format": FORMAT, **description, "updates": snapshot.updates, "files": dict(new.files),
+        }  # fmt: skip
         new.write_json(DESCRIPTION, {**whole, "sha256": _description_sha256(whole)})
     return path
 

@@ -24,9 +24,10 @@ Train = Callable[..., Any]
 FLAGS = ("--optim.eps", 1e-4)
 
 WORK = """
-import json, sys
+import json, sys, time
+from pathlib import Path
 import torch, torch.distributed as dist
-from rekindle import train
+from rekindle import storage, train
 from rekindle.cli import main
 
 commands, out = json.loads(sys.argv[1]), sys.argv[2]
@@ -39,9 +40,19 @@ def remembered(self):  # what every rank holds once they have been added up
 
 train.GradientBuffer.norm = remembered
 train.World.close = lambda self: None  # gloo cannot meet twice under one torchrun
+write = storage.write_file
+
+def slow(path, chunks):
+    time.sleep(0.2)
+    return write(path, chunks)
+
+storage.write_file = slow
 for command in commands:
     status = main(command)
     assert status == 0, status
+    if command[0] == "train":  # whichever rank comes out first
+        run = Path(command[command.index("--out") + 1])
+        assert (run / "checkpoints" / "step-000012").is_dir()
 from rekindle.runtime.distributed import place
 torch.save(gradients, f"{out}-{place().rank}.pt")
 """

@@ -15,6 +15,7 @@ from rekindle.model.gpt2 import GPT2
 from rekindle.optim.adamw import make_adamw
 from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint
+from rekindle.runtime.checkpoint import Snapshot
 
 FILES = ["checkpoint.json", "model.safetensors", "optimizer.safetensors"]
 
@@ -46,9 +47,17 @@ def state(model: GPT2, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t.detach().clone() for t in [*model.parameters(), *remembered]]
 
 
+def save(
+    folder: Path, description: dict[str, Any], model: GPT2, optimizer: torch.optim.Optimizer
+) -> Path:
+    snapshot = Snapshot(model)
+    snapshot.take(model, optimizer)
+    return checkpoint.write(folder, description, snapshot)
+
+
 @pytest.fixture
 def saved(trained: tuple[GPT2, torch.optim.Optimizer], tmp_path: Path) -> Path:
-    return checkpoint.save(tmp_path, {"step": 3, "model": {}}, *trained)
+    return save(tmp_path, {"step": 3, "model": {}}, *trained)
 
 
 def test_weights_and_optimizer_come_back(
@@ -70,10 +79,44 @@ def test_weights_and_optimizer_come_back(
         step(other, other_optimizer)
 
 
+def test_a_snapshot_stays_as_it_was(trained: tuple[GPT2, torch.optim.Optimizer]) -> None:
+    """And the next one takes no more memory."""
+    model, optimizer = trained
+    snapshot = Snapshot(model)
+    memory = [t.data_ptr() for t in (*snapshot.model.values(), *snapshot.optimizer.values())]
+    for updates in (3, 4):
+        snapshot.take(model, optimizer)
+        names = dict(model.named_parameters())
+        before = {name: p.detach().clone() for name, p in names.items()}
+        moments = {
+            f"{key}.{name}": optimizer.state[p][key].clone()
+            for key in ("exp_avg", "exp_avg_sq")
+            for name, p in names.items()
+        }
+        step(model, optimizer)
+        assert snapshot.updates == updates
+        for taken, expected in ((snapshot.model, before), (snapshot.optimizer, moments)):
+            assert taken.keys() == expected.keys()
+            assert all(torch.equal(taken[name], expected[name]) for name in expected)
+        assert not any(torch.equal(snapshot.model[name], p) for name, p in names.items())
+    now = [t.data_ptr() for t in (*snapshot.model.values(), *snapshot.optimizer.values())]
+    assert now == memory
+
+
+def test_a_snapshot_takes_twelve_bytes_a_parameter(
+    trained: tuple[GPT2, torch.optim.Optimizer],
+) -> None:
+    model, _ = trained
+    snapshot = Snapshot(model)
+    tensors = [*snapshot.model.values(), *snapshot.optimizer.values()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert sum(storages.values()) == 12 * sum(p.numel() for p in model.parameters())
+
+
 def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, tmp_path: Path) -> None:
     model = GPT2(tiny.model)
     optimizer = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
-    loaded = checkpoint.load(checkpoint.save(tmp_path, {"step": 0}, model, optimizer))
+    loaded = checkpoint.load(save(tmp_path, {"step": 0}, model, optimizer))
     other = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
     loaded.restore_optimizer(model, other)
     before = [p.detach().clone() for p in model.parameters()]
@@ -98,7 +141,7 @@ def test_a_compiled_model_is_saved_under_clean_names(
 ) -> None:
     model, optimizer = trained
     torch.compile(model, backend="eager")(torch.zeros(1, 4, dtype=torch.long))
-    saved = checkpoint.save(tmp_path, {"step": 3}, model, optimizer)
+    saved = save(tmp_path, {"step": 3}, model, optimizer)
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert not any("_orig_mod" in key for key in load_file(saved / name))
 

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ setattr(module, function, deadly)
 main(sys.argv[4:])
 """
 
+OTHER_KINDS = ("train", "validation", "samples")
+
 Train = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
 
@@ -52,18 +55,24 @@ def straight(straight_folder: Path, train: Train) -> Path:
     return straight_folder
 
 
-def stop_before(monkeypatch: pytest.MonkeyPatch, train: Train, step: int, *arguments: Any) -> None:
-    """Start a training that is interrupted when it comes to `step`."""
+def raise_before(patch: pytest.MonkeyPatch, step: int, error: type[BaseException]) -> list[int]:
+    """From now on `error` comes before `step`; the list tells which steps were begun."""
     original, calls = rekindle.train.learning_rate, []
 
     def interrupted(at: int, **options: Any) -> float:
         calls.append(at)
         if at == step:
-            raise Interrupted
+            raise error
         return original(at, **options)
 
+    patch.setattr(rekindle.train, "learning_rate", interrupted)
+    return calls
+
+
+def stop_before(monkeypatch: pytest.MonkeyPatch, train: Train, step: int, *arguments: Any) -> None:
+    """Start a training that is interrupted when it comes to `step`."""
     with monkeypatch.context() as patch:
-        patch.setattr(rekindle.train, "learning_rate", interrupted)
+        calls = raise_before(patch, step, Interrupted)
         with pytest.raises(Interrupted):
             train(*arguments)
     assert calls[-1] == step
@@ -88,7 +97,10 @@ def final_state(run: Path, step: int = 12) -> dict[str, Any]:
 
 def assert_same(run: Path, other: Path, records: Records) -> None:
     assert final_state(run) == final_state(other)
-    assert records(run) == records(other)  # every loss, norm and sample, and each of them once
+    # Every loss, norm and sample, and each of them once; a checkpoint is told of when it is whole.
+    assert records(run, "checkpoint") == records(other, "checkpoint")
+    for each in zip(records(run, *OTHER_KINDS), records(other, *OTHER_KINDS), strict=True):
+        assert each[0] == each[1]
 
 
 @pytest.mark.parametrize("at", [2, 4, 6, 9, 11])
@@ -220,6 +232,88 @@ def test_keep_checkpoints(tmp_path: Path, train: Train) -> None:
     train(tmp_path / "run", "--keep-checkpoints", 2, "--checkpoint-every", 2)
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-000010", "step-000012"]
+
+
+# -- stopped while a checkpoint is being written --------------------------------------------------
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor file of a checkpoint takes much longer than a step."""
+    original = storage.Folder.write_tensors
+
+    def slow(self: storage.Folder, name: str, arrays: Any) -> None:
+        time.sleep(0.3)
+        original(self, name, arrays)
+
+    monkeypatch.setattr(storage.Folder, "write_tensors", slow)
+
+
+def test_a_slow_disk_changes_nothing(
+    straight: Path, tmp_path: Path, train: Train, records: Records, slow_disk: None
+) -> None:
+    """What is written is the state at the time of the save, though the training has gone on."""
+    out = tmp_path / "run"
+    train(out)
+    for step in (4, 8, 12):
+        assert final_state(out, step) == final_state(straight, step)
+    logged = storage.read_json_lines(out / "metrics.jsonl")
+    order = [(r["kind"], r["step"]) for r in logged if r["kind"] in ("train", "checkpoint")]
+    assert order.index(("checkpoint", 4)) > order.index(("train", 6))  # it did not stand still
+    first = next(r for r in logged if r["kind"] == "checkpoint")
+    assert first["seconds"] > 0.6
+    assert 0 < first["stall_s"] < first["seconds"]
+
+
+def test_an_error_does_not_cut_off_what_is_being_written(
+    straight: Path, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, slow_disk: None
+) -> None:
+    out = tmp_path / "run"
+    stop_before(monkeypatch, train, 5, out)
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000004"]
+    assert final_state(out, 4) == final_state(straight, 4)
+
+
+def test_nor_does_ctrl_c(
+    straight: Path, tmp_path: Path, rekindle: Callable, command: Callable, records: Records,
+    monkeypatch: pytest.MonkeyPatch, slow_disk: None,
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    raise_before(monkeypatch, 5, KeyboardInterrupt)
+    outcome = rekindle(*command(out))
+    assert outcome.status == 130
+    assert "finishing the checkpoint under way" in outcome.out
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000004"]
+    assert final_state(out, 4) == final_state(straight, 4)
+    assert [r["step"] for r in records(out, "checkpoint")] == [4]
+
+
+@pytest.mark.parametrize("at", [8, 12])
+def test_a_full_disk_ends_the_run_in_one_line(
+    straight: Path, tmp_path: Path, train: Train, records: Records, rekindle: Callable,
+    command: Callable, monkeypatch: pytest.MonkeyPatch, at: int,
+) -> None:  # fmt: skip
+    """At the save after, or at the end; the checkpoint before is untouched, and it goes on."""
+    out, original = tmp_path / "run", storage.Folder.write_tensors
+
+    def full(self: storage.Folder, name: str, arrays: Any) -> None:
+        original(self, name, arrays)
+        if self.path.name.endswith(f"{at:06d}"):
+            raise OSError(28, "No space left on device", str(self.path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.Folder, "write_tensors", full)
+        outcome = rekindle(*command(out), "--keep-checkpoints", 1)
+    assert outcome.status == 2
+    assert outcome.err == (
+        f"rekindle: error: saving the checkpoint of step {at} in {out / 'checkpoints'} failed (No "
+        "space left on device): make room or see that it may be written to, then give the same "
+        "command again; it goes on from the newest checkpoint there\n"
+    )
+    assert f"step {at:>5} | saving failed: No space left on device" in outcome.out
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{at - 4:06d}"]
+    assert f"goes on at step {at - 4} of 12" in train(out).out
+    assert_same(out, straight, records)
 
 
 # -- killed by the system -------------------------------------------------------------------------

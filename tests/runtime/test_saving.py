@@ -1,0 +1,255 @@
+"""A checkpoint is written while training goes on, and holds what was there when it was begun."""
+
+import io
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rekindle import storage
+from rekindle.errors import UserError
+from rekindle.model.gpt2 import GPT2
+from rekindle.observe.metrics import Console, Metrics
+from rekindle.optim.adamw import make_adamw
+from rekindle.recipes import Recipe
+from rekindle.runtime import checkpoint
+from rekindle.runtime.saving import Saver
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Training:
+    """A tiny model in training, whose run folder is `folder`."""
+
+    def __init__(self, recipe: Recipe, folder: Path, *, keep: int = 0, is_main: bool = True):
+        torch.manual_seed(0)
+        self.folder = folder
+        self.model = GPT2(recipe.model)
+        self.optimizer = make_adamw(self.model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+        self.steps, self.printed = 0, io.StringIO()
+        metrics = Metrics(
+            storage.JsonLines(folder / "metrics.jsonl"), Console(stream=self.printed), steps=9,
+            tokens_per_step=1, flops_per_token=1, peak_flops=None,
+        )  # fmt: skip
+        self.saver = Saver(
+            folder / "checkpoints", keep, self.model, self.optimizer, metrics, is_main=is_main
+        )
+
+    def step(self) -> None:
+        idx = torch.arange(32).view(2, 16)
+        self.optimizer.zero_grad()
+        _, loss = self.model(idx, idx)
+        assert loss is not None
+        loss.backward()
+        self.optimizer.step()
+        self.steps += 1
+
+    def save(self) -> dict[str, Tensor]:
+        """Step, begin a checkpoint, and return what must be in it."""
+        self.step()
+        self.saver.save({"step": self.steps})
+        return self.state()
+
+    def state(self) -> dict[str, Tensor]:
+        parameters = dict(self.model.named_parameters())
+        return {name: p.detach().clone() for name, p in parameters.items()} | {
+            f"{key}.{name}": self.optimizer.state[p][key].clone()
+            for key in ("exp_avg", "exp_avg_sq")
+            for name, p in parameters.items()
+        }
+
+    def written(self, step: int) -> dict[str, Tensor]:
+        """What the checkpoint of `step` holds, its hashes checked."""
+        from safetensors.torch import load_file
+
+        loaded = checkpoint.load(self.folder / "checkpoints" / f"step-{step:06d}")
+        assert loaded.description["updates"] == step
+        return {**loaded.model, **load_file(loaded.path / "optimizer.safetensors")}
+
+    def names(self) -> list[str]:
+        return sorted(p.name for p in (self.folder / "checkpoints").glob("*"))
+
+    def records(self) -> list[dict[str, Any]]:
+        return storage.read_json_lines(self.folder / "metrics.jsonl")
+
+
+@pytest.fixture
+def training(tiny: Recipe, tmp_path: Path) -> Training:
+    return Training(tiny, tmp_path)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, nothing is written."""
+    opened, original = threading.Event(), storage.write_file
+
+    def write(path: Path, chunks: Any) -> str:
+        assert opened.wait(30)
+        return original(path, chunks)
+
+    monkeypatch.setattr(storage, "write_file", write)
+    return opened
+
+
+def assert_equal(written: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(written[name], tensor), name
+
+
+def test_training_goes_on_and_changes_nothing(training: Training, gate: threading.Event) -> None:
+    """And the checkpoint is told of when it is whole."""
+    state = training.save()
+    training.step()
+    training.step()
+    assert "step-000001" not in training.names()
+    assert (training.records(), training.printed.getvalue()) == ([], "")
+    gate.set()
+    training.saver.finish()
+    assert_equal(training.written(1), state)
+    assert training.names() == ["step-000001"]
+    (record,) = training.records()
+    assert (record["kind"], record["step"]) == ("checkpoint", 1)
+    assert record["seconds"] > 0
+    assert record["stall_s"] > 0
+    path = training.folder / "checkpoints" / "step-000001"
+    assert training.printed.getvalue().startswith(f"step     1 | saved {path} (")
+
+
+def test_a_save_waits_for_the_one_before(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, under_way = checkpoint.write, []
+
+    def slow(*arguments: Any) -> Path:
+        under_way.append(1)
+        assert len(under_way) == 1
+        time.sleep(0.3)
+        path = write(*arguments)
+        under_way.pop()
+        return path
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    states = [training.save() for _ in range(3)]
+    training.saver.finish()
+    for step, state in enumerate(states, 1):
+        assert_equal(training.written(step), state)
+    _, second, third = (r["stall_s"] for r in training.records())
+    assert min(second, third) > 0.1  # what it waited for is seen
+
+
+def test_closing_waits(training: Training, gate: threading.Event) -> None:
+    state = training.save()
+    threading.Timer(0.2, gate.set).start()
+    training.saver.close()
+    assert_equal(training.written(1), state)
+    assert training.printed.getvalue().startswith("finishing the checkpoint under way\n")
+
+
+UNCLOSED = """
+import sys, time
+from pathlib import Path
+from rekindle import storage
+from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2 import GPT2
+from rekindle.observe.metrics import Console, Metrics
+from rekindle.optim.adamw import make_adamw
+from rekindle.runtime.saving import Saver
+
+write = storage.write_file
+
+def slow(path, chunks):
+    time.sleep(0.3)
+    return write(path, chunks)
+
+storage.write_file = slow
+model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9))
+optimizer = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+metrics = Metrics(None, Console(), steps=1, tokens_per_step=1, flops_per_token=1, peak_flops=None)
+Saver(Path(sys.argv[1]), 0, model, optimizer, metrics, is_main=True).save({"step": 1})
+raise SystemExit(3)
+"""
+
+
+def test_the_process_does_not_end_before_it_is_whole(
+    tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Even if nobody closes anything."""
+    done = python("-c", UNCLOSED, tmp_path)
+    assert done.returncode == 3, done.stderr
+    (path,) = tmp_path.iterdir()
+    assert checkpoint.load(path).step == 1
+
+
+def full(descriptor: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("then", ["save", "finish"])
+def test_a_failure_is_told_at_once_and_raised_next(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """The checkpoint before is untouched, and nothing half-written stays."""
+    training = Training(tiny, tmp_path, keep=1)
+    state = training.save()
+    training.saver.finish()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        training.save()
+        training.saver.close()  # tells, but does not raise
+    assert "step     2 | saving failed: No space left on device\n" in training.printed.getvalue()
+    folder = re.escape(str(tmp_path / "checkpoints"))
+    expected = rf"step 2 in {folder} failed \(No space left on device\): make room"
+    with pytest.raises(UserError, match=expected):
+        training.save() if then == "save" else training.saver.finish()
+    assert training.names() == ["step-000001"]
+    assert_equal(training.written(1), state)
+    assert [r["step"] for r in training.records()] == [1]
+
+
+def test_a_mistake_of_ours_is_raised_as_it_is(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise KeyError("oh")
+
+    monkeypatch.setattr(checkpoint, "write", broken)
+    training.save()
+    with pytest.raises(KeyError, match="oh"):
+        training.saver.finish()
+    assert "saving failed: KeyError('oh')" in training.printed.getvalue()
+
+
+def test_older_ones_go_when_the_new_one_is_whole(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(tiny, tmp_path, keep=2)
+    remove, seen = storage.remove_folder, []
+
+    def noted(path: Path) -> None:
+        seen.append((path.name, training.names()))
+        remove(path)
+
+    monkeypatch.setattr(storage, "remove_folder", noted)
+    for _ in range(3):
+        training.save()
+    training.saver.finish()
+    assert seen == [("step-000001", ["step-000001", "step-000002", "step-000003"])]
+    assert training.names() == ["step-000002", "step-000003"]
+
+
+def test_other_ranks_neither_write_nor_wait(tiny: Recipe, tmp_path: Path) -> None:
+    training = Training(tiny, tmp_path, is_main=False)
+    before = threading.active_count()
+    training.save()
+    assert threading.active_count() == before
+    training.saver.finish()
+    training.saver.close()
+    assert training.names() == []
