@@ -34,8 +34,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed"
     if INTERPRETED:
         return None
-    if device.type != "cuda":
-        return "Triton needs a CUDA device"
+    if device.type != "cuda" or torch.version.hip:
+        return "the kernels are made for NVIDIA GPUs"
     if dtype != torch.bfloat16:
         return "the kernels are made for bf16"
     return None
@@ -191,6 +191,27 @@ def _gelu_gate(x):
 
 
 @_jit
+def _gelu_store(product, bias, pre, out, M, N, top, left, row_stride, BACKWARD: tl.constexpr):
+    """The end of `_matmul_gelu_kernel`, for the part of its product at (top, left)."""
+    rows = tl.arange(0, product.shape[0])[:, None]
+    columns = left + tl.arange(0, product.shape[1])[None, :]
+    mask = (rows < M - top) & (columns < N)
+    corner = top.to(tl.int64) * row_stride  # M × N passes 2^31, a tile does not
+    offsets = rows * row_stride + columns
+    if BACKWARD:
+        x = tl.load(pre + corner + offsets, mask=mask, other=0.0).to(tl.float32)
+        gate = _gelu_gate(x)
+        slope = 2 * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
+        result = product * gate * (1 + x * (1 - gate) * slope)
+    else:
+        x = product + tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)
+        if pre is not None:
+            tl.store(pre + corner + offsets, x.to(pre.dtype.element_ty), mask=mask)
+        result = x * _gelu_gate(x)
+    tl.store(out + corner + offsets, result.to(out.dtype.element_ty), mask=mask)
+
+
+@_jit
 def _matmul_gelu_kernel(
     a, b, bias, pre, out, M, N, row_stride, b_stride_k, b_stride_n,
     K: tl.constexpr, BACKWARD: tl.constexpr, FLOAT: tl.constexpr,
@@ -203,41 +224,35 @@ def _matmul_gelu_kernel(
     first = tile // (GROUP * across) * GROUP
     height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
     within = tile % (GROUP * across)
-    # 64 bits: M × N passes 2^31
-    rows = (first + within % height).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    top = (first + within % height) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)[:, None]
     columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inner = tl.arange(0, BLOCK_K)
-    a += rows * K + inner[None, :]
+    a += top.to(tl.int64) * K + (rows * K + inner[None, :])
     b += inner[:, None] * b_stride_k + columns * b_stride_n
+    in_rows, in_columns = rows < M - top, columns < N
 
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
-            a_tile = tl.load(a, mask=rows < M, other=0.0)
-            b_tile = tl.load(b, mask=columns < N, other=0.0)
+            a_tile = tl.load(a, mask=in_rows, other=0.0)
+            b_tile = tl.load(b, mask=in_columns, other=0.0)
         else:
             left = K - start
-            a_tile = tl.load(a, mask=(rows < M) & (inner[None, :] < left), other=0.0)
-            b_tile = tl.load(b, mask=(columns < N) & (inner[:, None] < left), other=0.0)
+            a_tile = tl.load(a, mask=in_rows & (inner[None, :] < left), other=0.0)
+            b_tile = tl.load(b, mask=in_columns & (inner[:, None] < left), other=0.0)
         if FLOAT:
             a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
         product = tl.dot(a_tile, b_tile, product)
         a += BLOCK_K
         b += BLOCK_K * b_stride_k
 
-    mask = (rows < M) & (columns < N)
-    offsets = rows * row_stride + columns
-    if BACKWARD:
-        x = tl.load(pre + offsets, mask=mask, other=0.0).to(tl.float32)
-        gate = _gelu_gate(x)
-        slope = 2 * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
-        result = product * gate * (1 + x * (1 - gate) * slope)
-    else:
-        x = product + tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)
-        if pre is not None:
-            tl.store(pre + offsets, x.to(pre.dtype.element_ty), mask=mask)
-        result = x * _gelu_gate(x)
-    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
+    # Half a tile at a time, for a whole one does not fit into registers three times.
+    left, right = product.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    column = within // height * BLOCK_N
+    _gelu_store(left, bias, pre, out, M, N, top, column, row_stride, BACKWARD)
+    column += BLOCK_N // 2
+    _gelu_store(right, bias, pre, out, M, N, top, column, row_stride, BACKWARD)
 
 
 def _candidates(configs: list[Any], named_args: dict[str, Any], **_: Any) -> list[Any]:

@@ -11,6 +11,7 @@ import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def _where_the_kernels_run(request: pytest.FixtureRequest) -> None:
     said = request.getfixturevalue("in_the_interpreter")[request.node.name]
     if said.startswith("skipped"):
         pytest.skip(said)
-    request.node.obj = lambda **_: said and pytest.fail(said, pytrace=False)
+    request.node.obj = lambda **_: pytest.fail(said, pytrace=False) if said else None
 
 
 def normal(*shape: int, dtype: torch.dtype = FP32, scale: float = 1.0) -> Tensor:
@@ -213,30 +214,31 @@ def test_logits_are_held_once() -> None:
     linear_cross_entropy(hidden, weight, targets).backward()  # what is made once only
     half = N * V * 2 // 2  # bytes
     activities = [ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]
-    with profile(activities=activities, profile_memory=True) as profiler:
-        loss = linear_cross_entropy(hidden, weight, targets)
-        loss.backward()
-    made = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert len([size for size in made if size > half]) == 1
+    with profile(activities=activities, profile_memory=True) as run:
+        linear_cross_entropy(hidden, weight, targets).backward()
+    profiler: Any = run.profiler
+    events = profiler.kineto_results.events()
+    made = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > half]
+    assert len(made) == 1
 
 
-def far_rows(V: int) -> Tensor:
-    """Rows 0, 1 and 2 of (3, V), 2^30 elements apart; those that touch no memory cost none.
-
-    They start in the middle, for offsets that wrap to stay inside.
-    """
+def far_rows(near: Tensor, stride: int) -> Tensor:
+    """The rows of `near` (N, V) so many elements apart; memory between that nobody touches costs
+    nothing. They start in the middle of it, for offsets that wrap to stay inside."""
+    N, V = near.shape
+    assert (N - 1) * stride >= 2**31
     try:
-        storage = torch.empty(2**32 + V, dtype=BF16, device=DEVICE)
+        storage = torch.empty(2**31 + N * stride, dtype=BF16, device=DEVICE)
     except RuntimeError as error:
         pytest.skip(f"there are no 8.6 GB to address: {error}")
-    return storage.as_strided((3, V), (2**30, 1), 2**31)
+    return storage.as_strided((N, V), (stride, 1), 2**31).copy_(near)
 
 
 @pytest.mark.skipif(not CUDA and sys.platform != "linux", reason="memory is lent lazily on Linux")
 def test_offsets_of_logits_have_64_bits() -> None:
     torch.manual_seed(0)
     near = torch.randn(3, 100, device=DEVICE).to(BF16)
-    far = far_rows(100).copy_(near)
+    far = far_rows(near, 2**30)
     targets = torch.tensor([3, 99, 50], device=DEVICE)
     count = torch.tensor(3, device=DEVICE)
     losses = [kernels._row_losses(x, targets, count, write_grad=True) for x in (near, far)]
@@ -265,7 +267,7 @@ def assert_same_mlp(*inputs: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("N", "C", "width"), [(300, 72, 200), (128, 64, 256), (1, 16, 33), (1157, 40, 300)]
+    ("N", "C", "width"), [(300, 72, 200), (128, 64, 256), (1, 16, 33), (1157, 16, 140)]
 )
 def test_mlp(dtype: torch.dtype, N: int, C: int, width: int) -> None:
     """Tiles that are full, that are not, one row, and more rows of tiles than L2 groups."""
@@ -313,17 +315,17 @@ def test_mlp_without_gradients_keeps_nothing() -> None:
 
 @pytest.mark.skipif(not CUDA and sys.platform != "linux", reason="memory is lent lazily on Linux")
 def test_offsets_inside_the_mlp_have_64_bits() -> None:
-    x, w1, b1, _, _ = (t.detach() for t in make_mlp(3, 40, 100, BF16))
-    near_pre, near_h, near_dpre = (torch.zeros(3, 100, dtype=BF16, device=DEVICE) for _ in range(3))
-    kernels._matmul_gelu(x, w1.T, out=near_h, pre=near_pre, bias=b1)
-    kernels._matmul_gelu(x, w1.T, out=near_dpre, pre=near_pre)
-    for forward in (True, False):
-        far = far_rows(100).copy_(near_pre)
-        out = far_rows(100)
-        kernels._matmul_gelu(x, w1.T, out=out, pre=far, bias=b1 if forward else None)
-        assert torch.equal(out, near_h if forward else near_dpre)
-        assert torch.equal(far, near_pre)
-        del far, out
+    x, w1, b1, _, _ = (t.detach() for t in make_mlp(130, 16, 40, BF16))
+    pre, h, dpre = (torch.zeros(130, 40, dtype=BF16, device=DEVICE) for _ in range(3))
+    kernels._matmul_gelu(x, w1.T, out=h, pre=pre, bias=b1)
+    kernels._matmul_gelu(x, w1.T, out=dpre, pre=pre)
+    for bias, argument, result in ((b1, pre * 0, h), (None, pre, dpre)):
+        # Two rows of tiles; 2^24 is the most at which offsets inside a tile fit into 32 bits.
+        far_pre, far_out = far_rows(argument, 2**24), far_rows(pre * 0, 2**24)
+        kernels._matmul_gelu(x, w1.T, out=far_out, pre=far_pre, bias=bias)
+        assert torch.equal(far_out, result)
+        assert torch.equal(far_pre, pre)
+        del far_pre, far_out
 
 
 # ---- Both ----------------------------------------------------------------------------------------
@@ -434,7 +436,7 @@ UNINTERPRETED = """
 import torch
 from rekindle.model import kernels as k
 assert not k.INTERPRETED
-assert "CUDA" in k.why_not(torch.device("cpu"), torch.bfloat16)
+assert "NVIDIA" in k.why_not(torch.device("cpu"), torch.bfloat16)
 assert "bf16" in k.why_not(torch.device("cuda"), torch.float32)
 assert k.why_not(torch.device("cuda"), torch.bfloat16) is None
 h, w, t = torch.randn(4, 8), torch.randn(9, 8), torch.tensor([0, 8, -100, 3])
@@ -448,4 +450,44 @@ def test_the_cpu_and_fp32_are_plain_pytorchs(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     child = python("-c", UNINTERPRETED)
+    assert child.returncode == 0, child.stderr
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from rekindle.model import kernels as k
+
+def compiled(kernel, constants, options, **types):
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+for write in (True, False):
+    constants = dict(IGNORED=-100, WRITE_GRAD=write, BLOCK=8192)
+    compiled(k._cross_entropy_kernel, constants, {"num_warps": 32}, logits="*bf16", targets="*i64",
+             losses="*fp32", count="*i64", row_stride="i32", V="i32")
+pointers = {name: "*bf16" for name in ("a", "b", "bias", "pre", "out")}
+sizes = {name: "i32" for name in ("M", "N", "row_stride", "b_stride_k", "b_stride_n")}
+for config in k._matmul_gelu_kernel.configs:
+    for none in ("bias", "pre", ""):
+        constants = {**config.kwargs, "K": 768, "BACKWARD": none == "bias", "FLOAT": False}
+        types = {**pointers, **sizes}
+        if none:
+            constants[none] = types.pop(none) and None
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        made = compiled(k._matmul_gelu_kernel.fn, constants, options, **types)
+        assert "wgmma" in made.asm["ptx"]
+        assert made.metadata.shared <= 227 * 1024
+"""
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+def test_the_kernels_compile_for_hopper(
+    python: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter takes what the compiler would not; the compiler needs no GPU."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    child = python("-c", COMPILE)
     assert child.returncode == 0, child.stderr
