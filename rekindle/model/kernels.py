@@ -213,7 +213,7 @@ def _gelu_store(product, bias, pre, out, M, N, top, left, row_stride, BACKWARD: 
 
 @_jit
 def _matmul_gelu_kernel(
-    a, b, bias, pre, out, M, N, row_stride, b_stride_k, b_stride_n,
+    a, b, bias, pre, out, M, N, row_stride, b_stride_k, b_stride_n, M_bits,
     K: tl.constexpr, BACKWARD: tl.constexpr, FLOAT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -269,7 +269,7 @@ if triton:
     ]
     _matmul_gelu_kernel = triton.autotune(
         _configs[:1] if INTERPRETED else _configs,
-        key=["M", "N", "K", "BACKWARD"],
+        key=["M_bits", "N", "K", "BACKWARD"],  # not M: evaluation has many sizes of batches
         prune_configs_by={"early_config_prune": _candidates},
     )(_matmul_gelu_kernel)
 
@@ -289,7 +289,7 @@ def _matmul_gelu(
             lambda size: (triton.cdiv(M, size["BLOCK_M"]) * triton.cdiv(N, size["BLOCK_N"]),)
         ](
             a.contiguous(), b, bias, pre, out, M, N, out.stride(0), b.stride(0), b.stride(1),
-            K=K, BACKWARD=bias is None,
+            M.bit_length(), K=K, BACKWARD=bias is None,
             FLOAT=INTERPRETED,  # which would multiply the bits of bf16 as integers
         )  # fmt: skip
 

@@ -162,6 +162,15 @@ def test_a_target_outside_the_vocabulary_is_nan(bad: int) -> None:
     assert dhidden.isnan().any(1).tolist() == [False, True, False, False, False, False]
 
 
+def test_the_gradient_from_above_is_not_rounded() -> None:
+    hidden, weight, targets = make_head(rows=50, dtype=BF16)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    one = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    third = torch.autograd.grad(loss, (hidden, weight), THIRD)
+    for a, b in zip(one, third, strict=True):
+        assert torch.equal((a.float() * THIRD).to(BF16), b)
+
+
 def test_large_logits_do_not_overflow() -> None:
     hidden, weight, targets = make_head(dtype=BF16)
     with torch.no_grad():
@@ -469,7 +478,8 @@ for write in (True, False):
     compiled(k._cross_entropy_kernel, constants, {"num_warps": 32}, logits="*bf16", targets="*i64",
              losses="*fp32", count="*i64", row_stride="i32", V="i32")
 pointers = {name: "*bf16" for name in ("a", "b", "bias", "pre", "out")}
-sizes = {name: "i32" for name in ("M", "N", "row_stride", "b_stride_k", "b_stride_n")}
+sizes = {name: "i32" for name in ("M", "N", "row_stride", "b_stride_k", "b_stride_n",
+         "M_bits")}
 for config in k._matmul_gelu_kernel.configs:
     for none in ("bias", "pre", ""):
         constants = {**config.kwargs, "K": 768, "BACKWARD": none == "bias", "FLOAT": False}
