@@ -1,0 +1,503 @@
+"""Each kernel computes what the plain PyTorch beside it computes: values, gradients, in place, far.
+
+On a GPU the kernels run there. Elsewhere Triton's interpreter runs them in NumPy; it must be asked
+for before Triton is imported, so all these tests run in one process of their own, and what is
+collected here reports what became of each of them there.
+"""
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from rekindle.model import kernels
+from rekindle.model.kernels import linear_cross_entropy, mlp
+
+ROOT = Path(__file__).parents[2]
+CUDA = torch.cuda.is_available() and kernels.triton is not None and not kernels.INTERPRETED
+DEVICE = "cuda" if CUDA else "cpu"
+BF16, FP32 = torch.bfloat16, torch.float32
+V = 2 * 8192 + 77  # two blocks of the vocabulary and a part
+EXACT = BF16 if CUDA else FP32  # the dtype that shows most
+DTYPES = [pytest.param(d, id=str(d)[6:]) for d in {BF16: 0, EXACT: 0}]
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's: exp overflows
+Function = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module")
+def in_the_interpreter(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """What each selected test said in a process that interprets: "" if it passed."""
+    path = tmp_path_factory.mktemp("interpreter") / "results.xml"
+    selected = [i.nodeid for i in request.session.items if i.path == Path(__file__)]
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", *selected, f"--junitxml={path}", "--rootdir", str(ROOT)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert path.exists(), f"the interpreter's process ended with {child.returncode}: {child.stderr}"
+    return {
+        str(case.get("name")): "\n".join(f"{r.tag}: {r.text or r.get('message')}" for r in case)
+        for case in ET.parse(path).iter("testcase")
+    }
+
+
+@pytest.fixture(autouse=True)
+def _where_the_kernels_run(request: pytest.FixtureRequest) -> None:
+    if CUDA or kernels.INTERPRETED or "python" in request.fixturenames:
+        return
+    if kernels.triton is None:
+        pytest.skip("Triton is not installed")
+    said = request.getfixturevalue("in_the_interpreter")[request.node.name]
+    if said.startswith("skipped"):
+        pytest.skip(said)
+    request.node.obj = lambda **_: pytest.fail(said, pytrace=False) if said else None
+
+
+def normal(*shape: int, dtype: torch.dtype = FP32, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(*shape)).to(DEVICE, dtype).requires_grad_()
+
+
+def values_and_gradients(f: Function, *inputs: Tensor, upstream: Tensor) -> list[Tensor]:
+    y = f(*inputs)
+    wanted = [t for t in inputs if t.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, wanted, upstream.to(y.dtype))]
+
+
+def assert_same(f: Function, plain: Function, *inputs: Tensor, upstream: Tensor) -> None:
+    """In fp32, equal within rounding. In bf16, about as far from fp64 as plain PyTorch is.
+
+    The interpreter truncates to bf16 where a GPU rounds, which alone doubles an error."""
+    ours = values_and_gradients(f, *inputs, upstream=upstream)
+    theirs = values_and_gradients(plain, *inputs, upstream=upstream)
+    exact_inputs = [
+        t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs
+    ]
+    exact = values_and_gradients(exact_form(plain), *exact_inputs, upstream=upstream)
+    for i, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        if inputs[0].dtype == FP32:
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item(), msg=str(i))
+        else:
+            error, plain_error = ((t.double() - e).norm().item() for t in (a, b))
+            floor = 2**-9 * e.norm().item()  # one rounding to bf16
+            factor = 1.25 if CUDA else 2.5
+            assert error <= factor * max(plain_error, floor), (i, error, plain_error)
+
+
+def exact_form(plain: Function) -> Function:
+    if plain is kernels.plain_mlp:
+        return plain
+    return lambda h, w, t: F.cross_entropy(h @ w.T, t)  # the plain form calls float()
+
+
+# ---- Cross-entropy -------------------------------------------------------------------------------
+
+THIRD = torch.tensor(1 / 3, device=DEVICE)  # a gradient from above that bf16 cannot hold
+
+
+def make_head(
+    N: int = 6, C: int = 24, rows: int = V, dtype: torch.dtype = FP32
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    targets = torch.randint(rows, (N,), device=DEVICE)
+    return normal(N, C, dtype=dtype), normal(rows, C, dtype=dtype, scale=0.5), targets
+
+
+def assert_same_loss(*inputs: Tensor) -> None:
+    plain = kernels.plain_linear_cross_entropy
+    assert_same(linear_cross_entropy, plain, *inputs, upstream=THIRD)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "rows"), [(6, V), (1, V), (5, 50), (3, 8192)])
+def test_cross_entropy(dtype: torch.dtype, N: int, rows: int) -> None:
+    assert_same_loss(*make_head(N, rows=rows, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ignored_targets_count_nowhere(dtype: torch.dtype) -> None:
+    hidden, weight, targets = make_head(dtype=dtype)
+    targets[::2] = -100
+    assert_same_loss(hidden, weight, targets)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    assert torch.autograd.grad(loss, hidden)[0][::2].count_nonzero() == 0
+
+
+def test_all_ignored_is_nan_without_a_gradient() -> None:
+    hidden, weight, targets = make_head(dtype=BF16)
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    assert loss.isnan()
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("bad", [V, V + 10**9, -1, -(10**12)])
+def test_a_target_outside_the_vocabulary_is_nan(bad: int) -> None:
+    hidden, weight, targets = make_head(dtype=BF16)
+    targets[1] = bad
+    loss = linear_cross_entropy(hidden, weight, targets)
+    assert loss.isnan()
+    dhidden = torch.autograd.grad(loss, hidden)[0]
+    assert dhidden.isnan().any(1).tolist() == [False, True, False, False, False, False]
+
+
+def test_the_gradient_from_above_is_not_rounded() -> None:
+    hidden, weight, targets = make_head(rows=50, dtype=BF16)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    one = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    third = torch.autograd.grad(loss, (hidden, weight), THIRD)
+    for a, b in zip(one, third, strict=True):
+        assert torch.equal((a.float() * THIRD).to(BF16), b)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight, targets = make_head(dtype=BF16)
+    with torch.no_grad():
+        hidden.mul_(1e4)
+    assert linear_cross_entropy(hidden, weight, targets).isfinite()
+    assert_same_loss(hidden, weight, targets)
+
+
+def test_cross_entropy_of_views() -> None:
+    hidden, weight, targets = make_head(dtype=EXACT)
+    views = (
+        hidden.detach().T.contiguous().T.requires_grad_(),
+        weight.detach().repeat(1, 2)[:, ::2].requires_grad_(),
+        targets.repeat_interleave(3)[::3],
+    )
+    assert not any(v.is_contiguous() for v in views)
+    assert_same_loss(*views)
+
+
+def test_without_gradients_the_logits_stay() -> None:
+    hidden, weight, targets = make_head(dtype=BF16)
+    logits = (hidden @ weight.T).detach()
+    before, count = logits.clone(), torch.tensor(len(targets), device=DEVICE)
+    losses = kernels._row_losses(logits, targets, count, write_grad=False)
+    assert torch.equal(logits, before)
+    assert torch.equal(losses, kernels._row_losses(logits, targets, count, write_grad=True))
+    assert not torch.equal(logits, before)
+
+
+def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = make_head(dtype=BF16)
+    wanted, row_losses = [], kernels._row_losses
+
+    def watch(logits: Tensor, targets: Tensor, count: Tensor, write_grad: bool) -> Tensor:
+        wanted.append(write_grad)
+        return row_losses(logits, targets, count, write_grad)
+
+    monkeypatch.setattr(kernels, "_row_losses", watch)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert not loss.requires_grad
+    linear_cross_entropy(hidden.detach(), weight.detach(), targets)
+    assert torch.equal(loss, linear_cross_entropy(hidden, weight, targets))
+    assert wanted == [False, False, True]
+
+
+def test_logits_are_held_once() -> None:
+    N, C = 64, 8
+    hidden, weight, targets = make_head(N, C, dtype=BF16)
+    linear_cross_entropy(hidden, weight, targets).backward()  # what is made once only
+    half = N * V * 2 // 2  # bytes
+    activities = [ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True) as run:
+        linear_cross_entropy(hidden, weight, targets).backward()
+    profiler: Any = run.profiler
+    events = profiler.kineto_results.events()
+    made = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > half]
+    assert len(made) == 1
+
+
+def far_rows(near: Tensor, stride: int) -> Tensor:
+    """The rows of `near` (N, V) so many elements apart; memory between that nobody touches costs
+    nothing. They start in the middle of it, for offsets that wrap to stay inside."""
+    N, V = near.shape
+    assert (N - 1) * stride >= 2**31
+    try:
+        storage = torch.empty(2**31 + N * stride, dtype=BF16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"there are no 8.6 GB to address: {error}")
+    return storage.as_strided((N, V), (stride, 1), 2**31).copy_(near)
+
+
+@pytest.mark.skipif(not CUDA and sys.platform != "linux", reason="memory is lent lazily on Linux")
+def test_offsets_of_logits_have_64_bits() -> None:
+    torch.manual_seed(0)
+    near = torch.randn(3, 100, device=DEVICE).to(BF16)
+    far = far_rows(near, 2**30)
+    targets = torch.tensor([3, 99, 50], device=DEVICE)
+    count = torch.tensor(3, device=DEVICE)
+    losses = [kernels._row_losses(x, targets, count, write_grad=True) for x in (near, far)]
+    assert torch.equal(*losses)
+    assert torch.equal(near, far)
+
+
+# ---- MLP -----------------------------------------------------------------------------------------
+
+
+def make_mlp(
+    N: int = 300, C: int = 72, width: int = 200, dtype: torch.dtype = FP32, out: int | None = None
+) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = (N, C), (width, C), (width,), (out or C, width), (out or C,)
+    x, w1, b1, w2, b2 = (torch.randn(shape) for shape in shapes)
+    scaled = x, w1 * C**-0.5, b1, w2 * width**-0.5, b2
+    return [t.to(DEVICE, dtype).requires_grad_() for t in scaled]
+
+
+def assert_same_mlp(*inputs: Tensor) -> None:
+    shape = *inputs[0].shape[:-1], inputs[3].shape[0]
+    upstream = torch.randn(shape, device=DEVICE).to(inputs[0].dtype)
+    assert_same(mlp, kernels.plain_mlp, *inputs, upstream=upstream)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("N", "C", "width"), [(300, 72, 200), (128, 64, 256), (1, 16, 33), (1157, 16, 140)]
+)
+def test_mlp(dtype: torch.dtype, N: int, C: int, width: int) -> None:
+    """Tiles that are full, that are not, one row, and more rows of tiles than L2 groups."""
+    assert_same_mlp(*make_mlp(N, C, width, dtype))
+
+
+def test_mlp_of_views_and_another_width() -> None:
+    x, w1, b1, w2, b2 = (t.detach() for t in make_mlp(24, 40, 56, EXACT, out=48))
+    views = (
+        x.T.contiguous().T.unflatten(0, (2, 3, 4)),
+        w1.T.contiguous().T,
+        b1.repeat_interleave(2)[::2],
+        w2.repeat(1, 2)[:, :56],
+        b2.repeat_interleave(2)[::2],
+    )
+    assert not any(v.is_contiguous() for v in views)
+    assert_same_mlp(*(v.requires_grad_() for v in views))
+
+
+def test_gelu_far_from_zero() -> None:
+    """As far as nothing of exp is left, and farther than it reaches."""
+    x = torch.tensor([[-1e4], [-60.0], [-6.0], [-0.75], [0.0], [0.75], [6.0], [60.0], [1e4]])
+    one = torch.ones(1, 1)
+    inputs = [x, one, one[0] * 0, one, one[0] * 0]
+    dtype = EXACT
+    inputs = [t.clone().to(DEVICE, dtype).requires_grad_() for t in inputs]
+    for name, ours, theirs in zip(
+        ("y", "dx"),
+        values_and_gradients(mlp, *inputs, upstream=x * 0 + 1)[:2],
+        values_and_gradients(kernels.plain_mlp, *inputs, upstream=x * 0 + 1)[:2],
+        strict=True,
+    ):
+        tolerance = 1e-6 if dtype == FP32 else 2**-7
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_mlp_without_gradients_keeps_nothing() -> None:
+    inputs = make_mlp(dtype=BF16)
+    y, h, pre = torch.ops.rekindle.mlp(*inputs, False)
+    assert h.numel() == pre.numel() == 0
+    with torch.no_grad():
+        assert torch.equal(mlp(*inputs), y)
+    assert torch.equal(mlp(*inputs), y)
+
+
+@pytest.mark.skipif(not CUDA and sys.platform != "linux", reason="memory is lent lazily on Linux")
+def test_offsets_inside_the_mlp_have_64_bits() -> None:
+    x, w1, b1, _, _ = (t.detach() for t in make_mlp(130, 16, 40, BF16))
+    pre, h, dpre = (torch.zeros(130, 40, dtype=BF16, device=DEVICE) for _ in range(3))
+    kernels._matmul_gelu(x, w1.T, out=h, pre=pre, bias=b1)
+    kernels._matmul_gelu(x, w1.T, out=dpre, pre=pre)
+    for bias, argument, result in ((b1, pre * 0, h), (None, pre, dpre)):
+        # Two rows of tiles; 2^24 is the most at which offsets inside a tile fit into 32 bits.
+        far_pre, far_out = far_rows(argument, 2**24), far_rows(pre * 0, 2**24)
+        kernels._matmul_gelu(x, w1.T, out=far_out, pre=far_pre, bias=bias)
+        assert torch.equal(far_out, result)
+        assert torch.equal(far_pre, pre)
+        del far_pre, far_out
+
+
+# ---- Both ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("want_grad", [True, False])
+def test_operators_are_what_the_compiler_expects(want_grad: bool) -> None:
+    hidden, weight, targets = make_head(rows=50, dtype=BF16)
+    inputs = make_mlp(20, 16, 24, BF16)
+    if not want_grad:
+        hidden, weight = hidden.detach(), weight.detach()
+        inputs = [t.detach() for t in inputs]
+    ops = torch.ops.rekindle
+    torch.library.opcheck(ops.linear_cross_entropy.default, (hidden, weight, targets, want_grad))
+    torch.library.opcheck(ops.mlp.default, (*inputs, want_grad))
+    _, _, _, w2, _ = (t.detach() for t in inputs)
+    pre = torch.randn(20, 24, device=DEVICE).to(BF16)
+    torch.library.opcheck(ops.mlp_dpre.default, (inputs[0].detach(), w2, pre))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_compiled_into_one_graph(autocast: bool) -> None:
+    """As training would: an MLP below a head, in a scaled loss, under autocast or not."""
+    dtype = FP32 if autocast else BF16
+    inputs = [*make_mlp(20, 16, 24, dtype), *make_head(20, 16, rows=50, dtype=dtype)[1:]]
+
+    def loss_of(x, w1, b1, w2, b2, weight, targets):
+        with torch.autocast(DEVICE, dtype=BF16, enabled=autocast):
+            hidden = mlp(x.view(4, 5, 16), w1, b1, w2, b2)
+            assert hidden.dtype == BF16
+            return linear_cross_entropy(hidden.flatten(0, 1), weight, targets) / 3
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("inductor" if CUDA else "aot_eager")(graph, example)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=False, backend=backend)
+    one = torch.tensor(1.0, device=DEVICE)
+    eager = values_and_gradients(loss_of, *inputs, upstream=one)
+    for a, b in zip(values_and_gradients(compiled, *inputs, upstream=one), eager, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7 * b.abs().max().item())
+    with torch.no_grad():
+        assert torch.equal(compiled(*inputs), loss_of(*inputs))
+    called = " ".join(str(node.target) for node in graphs[0].graph.nodes)
+    assert "rekindle.mlp" in called
+    assert "rekindle.linear_cross_entropy" in called
+
+
+def test_autocast_decides_the_dtype() -> None:
+    """Inputs in fp32, arithmetic in bf16, gradients in fp32: as plain PyTorch does it."""
+    head, inputs = make_head(), make_mlp()
+    with torch.autocast(DEVICE, dtype=BF16):
+        loss = linear_cross_entropy(*head)
+        y = mlp(*inputs)
+    hidden, weight = (t.detach().to(BF16) for t in head[:2])
+    assert torch.equal(loss, linear_cross_entropy(hidden, weight, head[2]))
+    assert torch.equal(y, mlp(*(t.detach().to(BF16) for t in inputs)))
+    for gradient in torch.autograd.grad(loss + y.float().sum(), [*head[:2], *inputs]):
+        assert gradient.dtype == FP32
+
+
+def test_nothing_can_be_differentiated_twice() -> None:
+    """Silently leaving out a term would be worse."""
+    head, inputs = make_head(rows=50, dtype=BF16), make_mlp(20, 16, 24, BF16)
+    for f, arguments in ((linear_cross_entropy, head), (mlp, inputs)):
+        y = f(*arguments)
+        (gradient,) = torch.autograd.grad(
+            y, arguments[0], torch.ones_like(y).requires_grad_(), create_graph=True
+        )
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    hidden, weight, targets = make_head(rows=50, dtype=BF16)
+    with pytest.raises(ValueError, match="targets"):
+        linear_cross_entropy(hidden, weight, targets[:5])
+    x, w1, b1, w2, b2 = make_mlp(20, 16, 24, BF16)
+    for wrong in ((x[:, :9], w1, b1, w2, b2), (x, w1, b1[:9], w2, b2), (x, w1.float(), b1, w2, b2)):
+        with pytest.raises(ValueError, match="do not fit"):
+            mlp(*wrong)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it is then an ImportError
+import torch
+from rekindle.model import kernels as k
+h, w, t = torch.randn(4, 8), torch.randn(9, 8), torch.tensor([0, 8, -100, 3])
+assert k.why_not(torch.device("cuda"), torch.bfloat16) == "Triton is not installed"
+assert torch.equal(k.linear_cross_entropy(h, w, t), k.plain_linear_cross_entropy(h, w, t))
+assert torch.equal(k.mlp(h, w, w[:, 0], w.T, w[0]), k.plain_mlp(h, w, w[:, 0], w.T, w[0]))
+"""
+
+
+def test_without_triton_it_is_plain_pytorch(
+    python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    child = python("-c", WITHOUT_TRITON)
+    assert child.returncode == 0, child.stderr
+
+
+UNINTERPRETED = """
+import torch
+from rekindle.model import kernels as k
+assert not k.INTERPRETED
+assert "NVIDIA" in k.why_not(torch.device("cpu"), torch.bfloat16)
+assert "bf16" in k.why_not(torch.device("cuda"), torch.float32)
+assert k.why_not(torch.device("cuda"), torch.bfloat16) is None
+h, w, t = torch.randn(4, 8), torch.randn(9, 8), torch.tensor([0, 8, -100, 3])
+assert torch.equal(k.linear_cross_entropy(h, w, t), k.plain_linear_cross_entropy(h, w, t))
+"""
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+def test_the_cpu_and_fp32_are_plain_pytorchs(
+    python: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    child = python("-c", UNINTERPRETED)
+    assert child.returncode == 0, child.stderr
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from rekindle.model import kernels as k
+
+def compiled(kernel, constants, options, **types):
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+for write in (True, False):
+    constants = dict(IGNORED=-100, WRITE_GRAD=write, BLOCK=8192)
+    compiled(k._cross_entropy_kernel, constants, {"num_warps": 32}, logits="*bf16", targets="*i64",
+             losses="*fp32", count="*i64", row_stride="i32", V="i32")
+pointers = {name: "*bf16" for name in ("a", "b", "bias", "pre", "out")}
+sizes = {name: "i32" for name in ("M", "N", "row_stride", "b_stride_k", "b_stride_n",
+         "M_bits")}
+for config in k._matmul_gelu_kernel.configs:
+    for none in ("bias", "pre", ""):
+        constants = {**config.kwargs, "K": 768, "BACKWARD": none == "bias", "FLOAT": False}
+        types = {**pointers, **sizes}
+        if none:
+            constants[none] = types.pop(none) and None
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        made = compiled(k._matmul_gelu_kernel.fn, constants, options, **types)
+        assert "wgmma" in made.asm["ptx"]
+        assert made.metadata.shared <= 227 * 1024
+"""
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+def test_the_kernels_compile_for_hopper(
+    python: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter takes what the compiler would not; the compiler needs no GPU."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    child = python("-c", COMPILE)
+    assert child.returncode == 0, child.stderr
