@@ -88,8 +88,8 @@ def train(o: argparse.Namespace) -> None:
     from rekindle.train import train
 
     options = RunOptions(
-        device=o.device, precision=o.precision, compile=o.compile, hellaswag=o.hellaswag,
-        fork=o.fork,
+        device=o.device, precision=o.precision, compile=o.compile, kernels=o.kernels,
+        recompute=o.recompute, hellaswag=o.hellaswag, fork=o.fork,
     )  # fmt: skip
     train(recipe, o.data, o.out, options)
 
@@ -276,6 +276,15 @@ def _add_train(commands: Any) -> None:
     p.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=None,
         help="torch.compile the model (default: yes, where it can be)",
+    )  # fmt: skip
+    p.add_argument(
+        "--kernels", action=argparse.BooleanOptionalAction, default=None,
+        help="Triton kernels for head, loss and MLP, for bf16 on a GPU (default: no)",
+    )  # fmt: skip
+    p.add_argument(
+        "--recompute", action=argparse.BooleanOptionalAction, default=None,
+        help="recompute activations in the backward pass: less memory, slower (default: where only "
+        "that lets a few rows fit)",
     )  # fmt: skip
     numbers = p.add_argument_group("the recipe's numbers")
     defaults = recipes.flatten(recipes.RECIPES["gpt2-124m"])

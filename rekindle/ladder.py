@@ -46,6 +46,8 @@ class Levers:
     padded: bool = False  # the vocabulary table, to a multiple of 128 rows
     fused_adamw: bool = False
     micro: int = 16  # rows of one forward pass
+    loss_kernel: bool = False
+    mlp_kernel: bool = False
     separate_qkv: bool = False
     recompute: bool = False
 
@@ -69,6 +71,8 @@ GPU_RUNGS = (
     Rung("lecture", {"fused_adamw": True}, "with AdamW as one kernel: the lecture's last step"),
     Rung("larger micro-batch", {"micro": 64}, "the memory saved takes more rows"),
     Rung("bf16 residual", {"precision": "bf16"}, "the residual stream too, but not the weights"),
+    Rung("loss kernel", {"loss_kernel": True}, "the logits' gradient is written over the logits"),
+    Rung("MLP kernel", {"mlp_kernel": True}, "GELU inside the matrix products around it"),
     Rung("separate q, k, v", {"separate_qkv": True}, "three gradients that need no copy into one"),
 )  # fmt: skip
 
@@ -174,9 +178,10 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
     optimizer = make_adamw(model, LR, (0.9, 0.95), 1e-8, 0.1, fused=levers.fused_adamw)
     gradients = GradientBuffer(model.parameters())
     prefetcher = _prefetcher(recipe, work, levers, device)
-    ends, losses, last = [time.perf_counter()], [], ()
+    ends, losses = [time.perf_counter()], []
+    x = y = torch.empty(0)
     for _ in range(work.warmup + work.steps):
-        x, y = last = prefetcher.next()
+        x, y = prefetcher.next()
         result = train_step(
             forward, gradients, optimizer, x, y, lr=LR, clip=1.0, device=device, world=World()
         )
@@ -202,7 +207,7 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
         "first_loss": losses[0],
         "loss": losses[-1],
         "data_wait_ms": prefetcher.waited / len(seconds) * 1e3,
-        "attention_kernel": attention_kernel(forward, *last, device),
+        "attention_kernel": attention_kernel(forward, x, y, device),
     }
 
 
@@ -217,8 +222,8 @@ def _model(recipe: Recipe, levers: Levers, device: Device) -> GPT2:
         table[: recipe.model.vocab_size] = weights["lm_head.weight"]
         model.load_state_dict({**weights, "lm_head.weight": table, "transformer.wte.weight": table})
     compute = Compute(
-        dtype=device.dtype, attention=levers.attention, separate_qkv=levers.separate_qkv,
-        recompute=levers.recompute,
+        dtype=device.dtype, attention=levers.attention, loss_kernel=levers.loss_kernel,
+        mlp_kernel=levers.mlp_kernel, separate_qkv=levers.separate_qkv, recompute=levers.recompute,
     )  # fmt: skip
     return model.to(device.torch).use(compute)
 

@@ -17,7 +17,7 @@ from rekindle import __version__, recipes, storage
 from rekindle.data.batches import Split
 from rekindle.data.shards import Manifest
 from rekindle.errors import UserError
-from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import Console, Metrics
 from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint
@@ -35,6 +35,8 @@ class RunOptions:
     device: str = "auto"
     precision: str | None = None
     compile: bool | None = None
+    kernels: bool | None = None  # Triton's, for bf16 on a GPU
+    recompute: bool | None = None  # None: if only so a few rows fit into the GPU's memory
     hellaswag: str = "auto"  # a file, "hub", "none", or "auto": from the hub on a GPU
     fork: Path | None = None  # run or checkpoint whose weights and optimizer state to start from
 
@@ -52,6 +54,8 @@ class Run:
     forked_from: str | None
     precision: str
     compile: bool
+    kernels: bool
+    recompute: bool | None  # None: to be found
     threads: int | None  # of the CPU, as the run was begun
     micro: int  # rows per forward pass, or 0: to be found
     split: dict[str, Any] = field(default_factory=dict)  # as it is recorded; known from `begin` on
@@ -61,11 +65,14 @@ class Run:
         """Optimizer steps already taken."""
         return self.checkpoint.step if self.checkpoint else 0
 
-    def begin(self, device: Device, split: Split, *, compiled: bool, console: Console) -> None:
+    def begin(
+        self, device: Device, compute: Compute, split: Split, *, compiled: bool, console: Console
+    ) -> None:
         """Say what is about to happen, and write the run down if it is new."""
         self.split = {
             "micro": split.micro, "ranks": split.ranks, "threads": torch.get_num_threads(),
             "device": device.torch.type, "precision": device.precision, "compile": self.compile,
+            "kernels": self.kernels, "recompute": compute.recompute,
         }  # fmt: skip
         if split.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +89,8 @@ class Run:
         )
         console.say(
             f"device: {split.ranks} x {device.name}, {device.precision}"
-            f"{', compiled' if compiled else ''}; {r.batch.tokens:,} tokens a step = "
+            f"{', compiled' if compiled else ''}{', kernels' if self.kernels else ''}"
+            f"{', recomputing' if compute.recompute else ''}; {r.batch.tokens:,} tokens a step = "
             f"{split.micro} rows x {r.batch.length} x {split.accumulation} micro-steps x "
             f"{split.ranks} ranks"
         )
@@ -186,6 +194,8 @@ def open_run(
         forked_from=forked_from,
         precision=options.precision or split.get("precision", "auto"),
         compile=split.get("compile", True) if options.compile is None else options.compile,
+        kernels=split.get("kernels", False) if options.kernels is None else options.kernels,
+        recompute=split.get("recompute") if options.recompute is None else options.recompute,
         threads=split.get("threads"),
         micro=recipe.batch.micro or _fitting_micro(recipe, split, ranks),
     )

@@ -4,6 +4,7 @@ Start reading at `train_step`. What happens now and then (validate, sample, save
 `if due(...)` in `train`; there are no callbacks. `start` builds what both work on.
 """
 
+import dataclasses
 import logging
 import math
 import time
@@ -30,7 +31,7 @@ from rekindle.run import Run, RunOptions, open_run
 from rekindle.runtime import distributed
 from rekindle.runtime.device import Device, get_device, why_not_compile
 from rekindle.runtime.distributed import World
-from rekindle.runtime.fit import choose_compute, choose_micro
+from rekindle.runtime.fit import choose_compute, choose_micro, must_recompute
 from rekindle.runtime.saving import Saver
 
 GIVE_UP_AFTER = 10  # refused steps in a row
@@ -173,17 +174,22 @@ def start(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Session
     model = GPT2(run.recipe.model)
     if run.checkpoint:
         model.load_state_dict(run.checkpoint.model, strict=False)  # the tied head has no own entry
-    model.to(device.torch).use(choose_compute(device, run.recipe.batch.length))
+    compute = choose_compute(device, run.recipe.batch.length, kernels=run.kernels)
+    model.to(device.torch).use(compute)
     o = run.recipe.optim
     optimizer = make_adamw(model, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
     if run.checkpoint:
         run.checkpoint.restore_optimizer(model, optimizer)
     gradients = GradientBuffer(model.parameters())
+    recompute = run.recompute
+    if recompute is None:
+        recompute = must_recompute(model, batches.windows.T, device, world)
+    model.use(compute := dataclasses.replace(compute, recompute=recompute))
     micro = run.micro or choose_micro(model, batches.rows, batches.windows.T, device, world)
     split = Split.of(batches.rows, micro, world.rank, world.size)
     forward, transformer = compile_model(model, run, device, console)
 
-    run.begin(device, split, compiled=forward is not model, console=console)
+    run.begin(device, compute, split, compiled=forward is not model, console=console)
     metrics = run.open_metrics(device, console, world)
     saver = run.open_saver(model, optimizer, metrics, world)
     examine = Examiner(

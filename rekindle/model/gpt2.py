@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from rekindle.model import kernels
 from rekindle.model.config import GPT2Config
 
 
@@ -22,9 +23,9 @@ class Compute:
     dtype: torch.dtype = torch.float32  # of the residual stream; weights are cast where they act
     attention: str = "fused"  # or "plain": the scores written out, as the lecture begins
     separate_qkv: bool = False  # three products, whose gradients need no copy into one
-    recompute: bool = (
-        False  # keep only the blocks' inputs for backward: less memory, a third slower
-    )
+    loss_kernel: bool = False  # head and loss as one operator, whose gradient replaces the logits
+    mlp_kernel: bool = False  # GELU inside the products around it
+    recompute: bool = False  # keep but the blocks' inputs for backward: less memory, a third slower
 
 
 class LayerCache(Protocol):
@@ -112,12 +113,18 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers around GELU in its tanh form, as OpenAI trained it."""
 
+    compute: Compute = Compute()
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compute.mlp_kernel and torch.is_grad_enabled():
+            fc, proj = self.c_fc, self.c_proj
+            weights = (fc.weight, fc.bias, proj.weight, proj.bias)
+            return kernels.mlp(x, *(w.to(x.dtype) for w in weights))
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
@@ -176,6 +183,8 @@ class GPT2(nn.Module):
     """The language model. `state_dict()` has GPT-2's own names; linear weights are (out, in),
     transposed against OpenAI's Conv1D, and `lm_head.weight` is `transformer.wte.weight`."""
 
+    compute: Compute = Compute()
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
@@ -192,7 +201,7 @@ class GPT2(nn.Module):
     def use(self, compute: Compute) -> "GPT2":
         """Compute like this from now on; returns the model. The weights stay as they are."""
         for module in self.modules():
-            if isinstance(module, CausalSelfAttention | Transformer):
+            if isinstance(module, CausalSelfAttention | MLP | Transformer | GPT2):
                 module.compute = compute
         return self
 
@@ -220,7 +229,11 @@ class GPT2(nn.Module):
         """
         if idx.shape[1] + (0 if cache is None else cache.length) > self.config.block_size:
             raise ValueError(f"the context is longer than block_size = {self.config.block_size}")
-        logits = self.lm_head(self.transformer(idx, cache))  # (B, T, V)
+        x = self.transformer(idx, cache)  # (B, T, C)
+        if targets is not None and self.compute.loss_kernel:
+            weight = self.lm_head.weight.to(x.dtype)
+            return None, kernels.linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits[..., : self.config.vocab_size], None
         return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

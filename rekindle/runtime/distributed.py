@@ -30,9 +30,10 @@ class World:
 
     def min(self, value: int, device: torch.device) -> int:
         """The smallest `value` any rank has."""
+        if self.size == 1:
+            return value
         tensor = torch.tensor(value, device=device)
-        if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return int(tensor)
 
     def barrier(self) -> None:

@@ -10,10 +10,12 @@ import torch
 from rekindle.errors import UserError
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.model.kernels import why_not
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
 MOST_ROWS = 64  # the lecture's; more gives less than 1 % on an H200
+FEW_ROWS = 4  # with fewer, kernels are too small to fill a GPU, and recomputing costs less
 # The largest part of a micro-batch are its logits in float32. More than this gains nothing on a CPU
 # (benchmarks/LOG.md), and all that comes with it is some ten times as much.
 CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 2**30, 2 * 2**30
@@ -23,10 +25,25 @@ CPU_LOGITS_SHARE = 1 / 16  # of the machine's memory
 SHORT = 256
 
 
-def choose_compute(device: Device, T: int) -> Compute:
-    """How `device` computes windows of T tokens best."""
+def choose_compute(device: Device, T: int, *, kernels: bool = False) -> Compute:
+    """How `device` computes windows of T tokens best.
+
+    Raises `UserError` if `kernels` are wanted where they cannot be had.
+    """
     plain = device.torch.type == "cpu" and T <= SHORT
-    return Compute(dtype=device.dtype, attention="plain" if plain else "fused")
+    if kernels and (reason := why_not(device.torch, device.matmul_dtype)):
+        raise UserError(f"--kernels: {reason}; say --no-kernels")
+    return Compute(
+        dtype=device.dtype, attention="plain" if plain else "fused", loss_kernel=kernels,
+        mlp_kernel=kernels,
+    )  # fmt: skip
+
+
+def must_recompute(model: GPT2, T: int, device: Device, world: World) -> bool:
+    """Whether too few rows fit into any rank's GPU unless activations are recomputed."""
+    if device.torch.type != "cuda":
+        return False
+    return world.min(_rows_in_gpu_memory(model, T, device), device.torch) < FEW_ROWS
 
 
 def choose_micro(model: GPT2, rows: int, T: int, device: Device, world: World) -> int:
@@ -37,10 +54,15 @@ def choose_micro(model: GPT2, rows: int, T: int, device: Device, world: World) -
     if rows % world.size:
         raise UserError(f"a batch of {rows} rows does not divide over {world.size} ranks")
     if device.torch.type == "cuda":
-        fits = max(1, min(MOST_ROWS, _rows_in_gpu_memory(model, T, device)))
+        fits = min(MOST_ROWS, _rows_in_gpu_memory(model, T, device))
     else:
         fits = rows_for(model.config, T, device)
     fits = world.min(fits, device.torch)
+    if not fits:
+        raise UserError(
+            f"the {device.name} has no memory for one row of {T} tokens: use a smaller model or "
+            "--batch.length"
+        )
     share = rows // world.size
     return next(n for n in range(min(fits, share), 0, -1) if share % n == 0)
 
@@ -61,7 +83,7 @@ def memory() -> int:
 
 
 def _rows_in_gpu_memory(model: GPT2, T: int, device: Device) -> int:
-    """Measure the memory of one and of two rows, and reckon how many fit.
+    """Measure the memory of one and of two rows, and reckon how many fit; 0: not even one.
 
     Runs uncompiled, which takes more memory than compiled, and leaves room for AdamW's moments.
     """
@@ -76,16 +98,11 @@ def _rows_in_gpu_memory(model: GPT2, T: int, device: Device) -> int:
             assert loss is not None
             loss.backward()
         except torch.OutOfMemoryError:
-            if rows == 1:
-                raise UserError(
-                    f"the {device.name} has no memory for one row of {T} tokens: "
-                    "use a smaller model or --batch.length"
-                ) from None
-            return 1
+            return rows - 1
         finally:
             model.zero_grad(set_to_none=True)
         peaks.append(torch.cuda.max_memory_allocated(device.torch))
     _, total = torch.cuda.mem_get_info(device.torch)
     moments = sum(2 * 4 * p.numel() for p in model.parameters())
     room = 0.9 * total - moments - peaks[0]
-    return 1 + int(room / max(1, peaks[1] - peaks[0]))
+    return 1 + max(0, int(room / max(1, peaks[1] - peaks[0])))

@@ -13,6 +13,7 @@ from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
 CPU = Device(torch.device("cpu"), "CPU", "fp32")
+GPU = Device(torch.device("cuda"), "NVIDIA H200", "bf16")
 TINY = GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=64, padded_vocab_size=64)
 
 
@@ -114,5 +115,29 @@ def test_two_rows_too_many_leave_one_and_one_is_a_users_mistake(
     assert fit._rows_in_gpu_memory(model, 16, device) == 1
     assert all(p.grad is None for p in model.parameters())
     monkeypatch.setattr(model, "forward", out_of_memory(0))
+    assert fit._rows_in_gpu_memory(model, 16, device) == 0
+    monkeypatch.setattr(fit, "_rows_in_gpu_memory", lambda *arguments: 0)
     with pytest.raises(UserError, match="no memory for one row of 16 tokens"):
-        fit._rows_in_gpu_memory(model, 16, device)
+        fit.choose_micro(model, 8, 16, GPU, World())
+
+
+@pytest.mark.parametrize(("rows", "recompute"), [(0, True), (3, True), (4, False), (64, False)])
+def test_activations_are_recomputed_where_few_rows_fit(
+    monkeypatch: pytest.MonkeyPatch, model: GPT2, rows: int, recompute: bool
+) -> None:
+    monkeypatch.setattr(fit, "_rows_in_gpu_memory", lambda *arguments: rows)
+    assert fit.must_recompute(model, 16, GPU, World()) == recompute
+    assert not fit.must_recompute(model, 16, CPU, World())
+
+
+def test_kernels_are_refused_where_there_are_none() -> None:
+    assert fit.choose_compute(CPU, 16).loss_kernel is False
+    with pytest.raises(UserError, match="--kernels: .*; say --no-kernels"):
+        fit.choose_compute(CPU, 16, kernels=True)
+
+
+def test_short_windows_on_a_cpu_have_their_attention_written_out() -> None:
+    assert fit.choose_compute(CPU, fit.SHORT).attention == "plain"
+    assert fit.choose_compute(CPU, fit.SHORT + 1).attention == "fused"
+    assert fit.choose_compute(GPU, 16).attention == "fused"
+    assert fit.choose_compute(GPU, 16).dtype == torch.bfloat16

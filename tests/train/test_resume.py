@@ -182,21 +182,25 @@ def test_every_step_is_logged_once(straight: Path, records: Records) -> None:
 
 
 def test_the_split_of_the_run_is_used_again(
-    tmp_path: Path, train: Train, records: Records, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path: Path, train: Train, command: Callable, rekindle: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Micro-batch, threads, precision and compilation: without them the bits would differ."""
     flags = ("--batch.micro", 2, "--precision", "autocast")
     train(tmp_path / "whole", *flags)
     out = tmp_path / "run"
     stop_before(monkeypatch, train, 6, out, *flags)
     torch.set_num_threads(2)
-    outcome = train(out)
+    arguments = command(out)
+    at = arguments.index("--precision")
+    outcome = rekindle(*arguments[:at], *arguments[at + 2 :])
+    assert outcome.status == 0, outcome.err
     assert "autocast" in outcome.out
     assert "2 rows x 16 x 4 micro-steps x 1 ranks" in outcome.out
     split = storage.read_json(out / "checkpoints" / "step-000012" / "checkpoint.json")["split"]
     assert split == {
         "micro": 2, "ranks": 1, "threads": 1, "device": "cpu", "precision": "autocast",
-        "compile": False,
+        "compile": False, "kernels": False, "recompute": False,
     }  # fmt: skip
     first = storage.read_json(out / "checkpoints" / "step-000004" / "checkpoint.json")["split"]
     assert first == split
