@@ -7,6 +7,7 @@ Start reading at `train_step`. What happens now and then (validate, sample, save
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from rekindle.evaluate import hellaswag
 from rekindle.evaluate.loss import Forward
 from rekindle.examine import Examiner
 from rekindle.model.gpt2 import GPT2
-from rekindle.observe.metrics import Console, Metrics
+from rekindle.observe.metrics import Console, Metrics, duration
 from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.optim.schedule import learning_rate
 from rekindle.recipes import Recipe
@@ -92,6 +93,7 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
 
     Raises `UserError` for whatever the user can mend, before anything is written.
     """
+    started = time.perf_counter()
     s = start(recipe, data, out, options)
     recipe, optim, schedule = s.run.recipe, s.run.recipe.optim, s.run.recipe.schedule
     prefetcher = Prefetcher(
@@ -116,6 +118,10 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
                 step, loss=result.loss, lr=lr, norm=result.norm, accepted=result.accepted,
                 seconds=time.perf_counter() - began, data_wait=prefetcher.waited,
             )  # fmt: skip
+            if step == s.run.step:
+                s.metrics.console.say(
+                    f"first step done {duration(time.perf_counter() - started)} after the start"
+                )
             refused = 0 if result.accepted else refused + 1
             if refused == GIVE_UP_AFTER:
                 raise UserError(
@@ -243,7 +249,8 @@ def compile_model(
         return model, model.transformer
     # It warns of a CUDA toolkit without a GPU, which is nothing to a CPU's user.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    console.say("compiling the model: the first steps take longer")
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    console.say(f"compiling the model (kept in {cache}): the first steps take longer")
     return (
         torch.compile(model, fullgraph=True, dynamic=False),
         torch.compile(model.transformer, fullgraph=True, dynamic=False),

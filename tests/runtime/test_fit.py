@@ -132,7 +132,7 @@ def test_activations_are_recomputed_where_few_rows_fit(
 
 def test_kernels_are_refused_where_there_are_none() -> None:
     assert fit.choose_compute(CPU, 16).loss_kernel is False
-    with pytest.raises(UserError, match="--kernels: .*; say --no-kernels"):
+    with pytest.raises(UserError, match=r"--kernels: .*; say --no-kernels"):
         fit.choose_compute(CPU, 16, kernels=True)
 
 
