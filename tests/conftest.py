@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.recipes import Batch, Optim, Recipe, Schedule, flatten
 
 ROOT = Path(__file__).parents[1]
+# Not the user's cache: what is compiled here is of no use to anyone.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "rekindle-tests-compiled"))
+)
 
 # What differs between two equal runs.
 CLOCKS = {"seconds", "tokens_per_s", "utilisation", "data_wait_s", "stall_s"}

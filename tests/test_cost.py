@@ -1,0 +1,148 @@
+"""What a training step costs, counted instead of timed: operators, bytes allocated, kernels that
+the compiler makes, graph breaks and recompilations. None of these depends on the machine, so that a
+change that makes the step dearer is seen on any.
+
+A budget is what the step cost when it was last looked at, and a little for another torch. Whoever
+passes one either finds out why, or raises it here and says so in benchmarks/LOG.md.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.optim.adamw import GradientBuffer, make_adamw
+from rekindle.runtime.device import Device, why_not_compile
+from rekindle.runtime.distributed import World
+from rekindle.train import train_step
+
+ROWS, T = 4, 32
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators that do something, and the bytes of what they newly allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.allocated = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        had = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = {
+            _storage(t): t.untyped_storage().nbytes()
+            for t in tree_leaves(out)
+            if isinstance(t, Tensor)
+        }
+        fresh = {storage: size for storage, size in made.items() if storage not in had}
+        if fresh or func._schema.is_mutable:  # a view costs nothing
+            self.calls += 1
+        self.allocated += sum(fresh.values())
+        return out
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def make_step(
+    n_layer: int, precision: str, compiled: Callable[[GPT2], Any] = lambda m: m
+) -> Callable[[], None]:
+    config = GPT2Config(
+        n_layer=n_layer, n_head=2, n_embd=32, block_size=T, vocab_size=257, padded_vocab_size=384
+    )
+    torch.manual_seed(0)
+    device = Device(torch.device("cpu"), "CPU", precision)
+    model = GPT2(config).use(Compute(dtype=device.dtype))
+    optimizer = make_adamw(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    gradients = GradientBuffer(model.parameters())
+    forward = compiled(model)
+    tokens = torch.randint(257, (1, ROWS, T + 1))
+    x, y = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
+
+    def take() -> None:
+        result = train_step(
+            forward, gradients, optimizer, x, y, lr=1e-3, clip=1.0, device=device, world=World()
+        )
+        assert result.accepted
+
+    take()  # AdamW makes its moments in the first step
+    return take
+
+
+def count(n_layer: int, precision: str) -> Counter:
+    step = make_step(n_layer, precision)
+    with Counter() as counter:
+        step()
+    return counter
+
+
+@pytest.mark.parametrize(
+    ("precision", "per_layer", "rest"), [("fp32", 43, 41), ("autocast", 66, 48), ("bf16", 68, 52)]
+)
+def test_operators_of_a_step(precision: str, per_layer: int, rest: int, one_thread: None) -> None:
+    one, two = count(1, precision), count(2, precision)
+    assert two.calls - one.calls <= per_layer
+    assert 2 * one.calls - two.calls <= rest  # what a step of no layer would take
+
+
+@pytest.mark.parametrize(
+    ("precision", "per_layer", "rest"), [("fp32", 43, 5.5), ("autocast", 35, 7), ("bf16", 27, 7)]
+)
+def test_bytes_allocated_by_a_step(
+    precision: str, per_layer: float, rest: float, one_thread: None
+) -> None:
+    """A layer's in units of the residual stream in float32, the rest in units of such logits."""
+    one, two = count(1, precision), count(2, precision)
+    assert (two.allocated - one.allocated) / (4 * ROWS * T * 32) <= per_layer
+    assert (2 * one.allocated - two.allocated) / (4 * ROWS * T * 384) <= rest
+
+
+def test_clipping_and_the_optimizer_allocate_nothing(one_thread: None) -> None:
+    gradients = GradientBuffer([torch.nn.Parameter(torch.randn(1000))])
+    gradients.reset()
+    with Counter() as counter:
+        gradients.clip(gradients.norm(), 1.0)
+        gradients.reset()
+    assert counter.allocated < 100  # scalars
+
+
+@pytest.fixture
+def fresh_compiler() -> Any:
+    if reason := why_not_compile(torch.device("cpu")):
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_a_compiled_step_is_one_graph_without_breaks(
+    fresh_compiler: None, one_thread: None
+) -> None:
+    graphs = []
+
+    def count_graphs(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    step = make_step(2, "autocast", lambda m: torch.compile(m, dynamic=False, backend=count_graphs))
+    for _ in range(3):
+        step()
+    assert len(graphs) == 1  # neither a break nor a recompilation
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_kernels_of_a_compiled_step(fresh_compiler: None, one_thread: None) -> None:
+    from torch._inductor import config, metrics
+
+    metrics.reset()
+    with config.patch(force_disable_caches=True):  # else nothing is generated, nor counted
+        make_step(2, "fp32", lambda m: torch.compile(m, fullgraph=True, dynamic=False))
+    assert 0 < metrics.generated_kernel_count <= 102
