@@ -1,0 +1,158 @@
+"""A small model on a CPU: `rekindle train`'s step against a plain eager loop of the same model.
+
+    python -m benchmarks.small [--out benchmarks/results/small.json]
+
+Every arm is a process of its own, on the same tokens (Python's manual, as bytes), in turn; the
+repeats show the noise. The plain loop is what a tutorial writes: float32, fused attention, AdamW
+and clipping parameter by parameter, nothing compiled.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import environment, quantiles, write_result
+from rekindle.data import shards, sources
+from rekindle.data.batches import Batches, Prefetcher, Split, Windows
+from rekindle.data.prepare import prepare
+from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2 import GPT2
+from rekindle.optim.adamw import GradientBuffer, make_adamw
+from rekindle.runtime.device import get_device
+from rekindle.runtime.distributed import World
+from rekindle.runtime.fit import choose_compute
+from rekindle.train import make_deterministic, train_step
+
+RESULT = Path(__file__).parent / "results" / "small.json"
+SHAPES = {"tutorial": (12, 64), "demo": (32, 128)}  # rows, T; 4 layers, 128 wide, 4 heads
+ARMS = {  # precision, compiled; None: the plain loop
+    "plain eager loop": None,
+    "rekindle": ("auto", True),
+    "rekindle, not compiled": ("auto", False),
+    "rekindle, fp32": ("fp32", True),
+}
+WARMUP, STEPS = 20, 100
+
+
+def arm(name: str, shape: str, data: Path) -> dict[str, Any]:
+    """Take the steps of one arm in this process."""
+    rows, T = SHAPES[shape]
+    torch.manual_seed(1337)
+    config = GPT2Config(n_layer=4, n_head=4, n_embd=128, block_size=T, vocab_size=257)
+    how = ARMS[name]
+    device = get_device("cpu", how[0] if how else "fp32")
+    manifest = shards.read_manifest(data)
+    windows = Windows(shards.open_split(data, manifest, "train"), T)
+    batches, split = Batches(windows, rows, 1337, "shuffled"), Split.of(rows, rows)
+    prefetcher = Prefetcher(lambda s: batches.batch(s, split), 0, WARMUP + STEPS, device.torch)
+    model = GPT2(config.for_training())
+    step = plain_loop(model) if how is None else ours(model, T, device, compiled=how[1])
+    ends, loss = [time.perf_counter()], 0.0
+    for _ in range(WARMUP + STEPS):
+        x, y = prefetcher.next()
+        loss = step(x, y)
+        ends.append(time.perf_counter())
+    prefetcher.close()
+    seconds = [b - a for a, b in pairwise(ends)]
+    timed = quantiles([1e3 * s for s in seconds[WARMUP:]])
+    return {
+        "ms_per_step": timed,
+        "tokens_per_s": round(rows * T / timed["median"] * 1e3),
+        "first_step_s": round(seconds[0], 2),  # compilation is in it
+        "precision": device.precision,
+        "loss": round(loss, 4),
+    }
+
+
+def plain_loop(model: GPT2) -> Any:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        _, loss = model(x[0], y[0])
+        assert loss is not None
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def ours(model: GPT2, T: int, device: Any, *, compiled: bool) -> Any:
+    make_deterministic(device)
+    model.use(choose_compute(device, T))
+    optimizer = make_adamw(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    gradients = GradientBuffer(model.parameters())
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> float:
+        return train_step(
+            forward, gradients, optimizer, x, y, lr=1e-3, clip=1.0, device=device, world=World()
+        ).loss
+
+    return step
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(sources.from_arguments(embedded=True), Path(folder), "bytes", val_tokens=0)
+        for shape in SHAPES:
+            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
+            for _ in range(rounds):
+                for name, done in runs.items():
+                    command = [sys.executable, "-m", "benchmarks.small", "--arm", name]
+                    command += ["--shape", shape, "--data", folder]
+                    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+                    done.append(json.loads(printed.splitlines()[-1]))
+                    print(f"{shape}: {name}: {done[-1]}", flush=True)
+            figures[shape] = _summary(runs, *SHAPES[shape])
+    return figures
+
+
+def _summary(runs: dict[str, list[dict[str, Any]]], rows: int, T: int) -> dict[str, Any]:
+    best = {name: max(r["tokens_per_s"] for r in done) for name, done in runs.items()}
+    plain = best["plain eager loop"]
+    arms = {
+        name: {
+            "tokens_per_s": best[name],
+            "times_plain": round(best[name] / plain, 2),
+            "runs": done,
+        }
+        for name, done in runs.items()
+    }
+    return {"rows": rows, "length": T, "arms": arms}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="small models on a CPU")
+    parser.add_argument("--out", type=Path, default=RESULT, help="where the figures go (JSON)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--shape", choices=SHAPES, help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    if o.arm:
+        print(json.dumps(arm(o.arm, o.shape, o.data)))
+        return
+    machine = environment("torch", "numpy")
+    figures = measure(max(1, o.rounds))
+    write_result(o.out, {"command": "python -m benchmarks.small", **machine, "shapes": figures})
+    for shape, found in figures.items():
+        print(f"{shape}: {found['arms']['rekindle']['times_plain']} x the plain loop")
+
+
+if __name__ == "__main__":
+    main()
