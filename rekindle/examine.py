@@ -14,6 +14,7 @@ from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 from rekindle.evaluate import hellaswag
 from rekindle.evaluate.loss import Forward, validation_loss
+from rekindle.evaluate.questions import locate, read_questions
 from rekindle.generate.sampling import cut_at_end, generate
 from rekindle.load import Loaded, load
 from rekindle.model.gpt2 import GPT2
@@ -30,8 +31,8 @@ class Examiner:
     """Looks at a model in training: validation loss, HellaSwag, samples."""
 
     def __init__(
-        self, run: Run, model: GPT2, forward: Forward, transformer: Callable[[Tensor], Tensor],
-        validation: list[np.ndarray], questions: list[hellaswag.Question], tokenizer: Tokenizer,
+        self, run: Run, model: GPT2, forward: Forward, transformer: Callable[..., Tensor],
+        validation: list[np.ndarray], questions: hellaswag.Packed, tokenizer: Tokenizer,
         rows: int, device: Device, world: World, metrics: Metrics,
     ) -> None:  # fmt: skip
         self.run, self.model, self.forward, self.transformer = run, model, forward, transformer
@@ -42,7 +43,7 @@ class Examiner:
 
     def __call__(self, step: int) -> None:
         self.validate(step)
-        if self.questions:
+        if self.questions.total:
             self.answer(step)
         if step:  # before the first step there is only noise to hear
             self.speak(step)
@@ -69,9 +70,8 @@ class Examiner:
     def answer(self, step: int) -> None:
         began = time.perf_counter()
         score = hellaswag.evaluate(
-            self.model, self.questions, self.tokenizer, self.device,
-            transformer=self.transformer, world=self.world,
-        )  # fmt: skip
+            self.model, self.questions, self.device, transformer=self.transformer
+        )
         seconds = time.perf_counter() - began
         self.metrics.record(
             "hellaswag", step, acc=score.acc, acc_norm=score.acc_norm, total=score.total,
@@ -159,10 +159,11 @@ def _score_data(
 def _score_questions(
     loaded: Loaded, wanted: str, limit: int | None, device: Device, world: World, console: Console
 ) -> dict[str, Any]:
-    questions = hellaswag.read_questions(hellaswag.locate(wanted))[:limit]
-    score = hellaswag.evaluate(
-        loaded.model, questions, loaded.tokenizer, device, world=world, say=console.progress
+    questions = read_questions(locate(wanted))[:limit]
+    packed = hellaswag.pack(
+        questions, loaded.tokenizer, loaded.model.config.block_size, device, world
     )
+    score = hellaswag.evaluate(loaded.model, packed, device, say=console.progress)
     console.say(
         f"HellaSwag acc_norm {score.acc_norm:.4f} ({score.correct_norm}/{score.total}), "
         f"acc {score.acc:.4f} ({score.correct}/{score.total})"

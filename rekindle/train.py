@@ -22,6 +22,7 @@ from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
 from rekindle.evaluate import hellaswag
 from rekindle.evaluate.loss import Forward
+from rekindle.evaluate.questions import for_training
 from rekindle.examine import Examiner
 from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console, Metrics, duration
@@ -174,7 +175,7 @@ def start(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Session
     make_deterministic(device)
     verify_data(data, manifest, world, console)
     batches, validation = open_data(run, data, manifest)
-    questions = hellaswag.for_training(options.hellaswag, device, console.say)
+    questions = for_training(options.hellaswag, device, console.say)
 
     torch.manual_seed(run.recipe.seed)
     model = GPT2(run.recipe.model)
@@ -198,9 +199,14 @@ def start(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Session
     run.begin(device, compute, split, compiled=forward is not model, console=console)
     metrics = run.open_metrics(device, console, world)
     saver = run.open_saver(model, optimizer, metrics, world)
+    tokenizer = get_tokenizer(manifest.tokenizer)
+    packed = hellaswag.pack(
+        questions, tokenizer, model.config.block_size, device, world,
+        compiled=forward is not model,
+    )  # fmt: skip
     examine = Examiner(
-        run, model, forward, transformer, validation, questions,
-        get_tokenizer(manifest.tokenizer), split.micro, device, world, metrics,
+        run, model, forward, transformer, validation, packed, tokenizer, split.micro, device,
+        world, metrics,
     )  # fmt: skip
     return Session(
         run, world, device, model, forward, gradients, optimizer, batches, split, metrics, saver,
@@ -238,7 +244,7 @@ def make_deterministic(device: Device) -> None:
 
 def compile_model(
     model: GPT2, run: Run, device: Device, console: Console
-) -> tuple[Forward, Callable[[Tensor], Tensor]]:
+) -> tuple[Forward, Callable[..., Tensor]]:
     """The model and its body as they are called in training: compiled, if it can be done here.
 
     The compiled forms share their parameters with `model`, whose names stay clean.

@@ -2,40 +2,30 @@
 
 As in the lecture: the context and each ending are one text, the loss counts on the ending's tokens.
 `acc` takes the ending with the lowest sum, `acc_norm` the one with the lowest mean per token.
+
+Unlike there, the context is computed once: a question is one row, its context and then its four
+endings. Each ending takes up the positions from the context's end on, and a mask keeps it from
+seeing the others. `pack` makes these rows once, `evaluate` answers them as often as asked.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rekindle import hub
 from rekindle.data.tokenizer import Tokenizer
-from rekindle.errors import UserError
+from rekindle.evaluate.questions import Question
 from rekindle.model.gpt2 import GPT2
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
-# The hub converts every data set to Parquet under this revision.
-HUB = {"repo": "Rowan/hellaswag", "file": "default/validation/0000.parquet",
-       "revision": "refs/convert/parquet", "kind": "dataset"}  # fmt: skip
-# Rows are padded to one of these, so that a compiled model sees few shapes (a graph is given up
-# after 8). With GPT-2's tokenizer no row is longer than 192.
-LENGTHS = (64, 96, 128, 160, 192, 512, 1024)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A context, four endings, and which of them is the real one."""
-
-    context: str
-    endings: tuple[str, ...]
-    label: int
+SHAPES = 7  # torch.compile gives a function up after 8 graphs
+TOKENS, CPU_TOKENS = 16_384, 2_048  # of a batch; on a CPU more is not faster
+HEAD_TOKENS = 2_048  # that the head is applied to at once: their logits take 0.4 GB in float32
 
 
 @dataclass(frozen=True)
@@ -56,166 +46,181 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Rows of like length, on the device."""
+
+    idx: Tensor  # (B, T) token ids
+    positions: Tensor  # (B, T): where each stands in its own text
+    segments: Tensor  # (B, T): 0 in a context and in padding, n in the row's nth ending
+    predictors: Tensor  # (N,): which of the B·T tokens predict one whose loss counts
+    targets: Tensor  # (N,): the tokens that they should predict
+    owners: Tensor  # (N,) on the CPU: whose loss it is, 4·question + ending
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The questions of one rank, ready to be answered."""
+
+    total: int  # questions, over all ranks
+    labels: Tensor  # (Q,) of this rank's, on the CPU
+    batches: list[Batch]
+    world: World  # that shares them out
+
+
+@dataclass(frozen=True)
 class _Row:
-    """One ending of one question, as tokens; the loss counts on the last `scored` of them."""
+    """A context, and endings each of which goes on where it stops: as tokens."""
 
-    question: int
-    ending: int
-    tokens: list[int]
-    scored: int
+    context: list[int]
+    endings: dict[int, list[int]]  # by 4·question + ending
 
-
-def read_questions(path: Path) -> list[Question]:
-    """HellaSwag's JSON lines, or its Parquet file from the hub. Raises `UserError` that names the
-    line of what is no question."""
-    if not path.is_file():
-        raise UserError(f"there is no HellaSwag file {path}")
-    questions = []
-    for number, row in enumerate(_read_rows(path), 1):
-        try:
-            question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]))
-            texts = (question.context, *question.endings)
-            if len(texts) != 5 or not all(isinstance(t, str) for t in texts):
-                raise ValueError("not a context and four endings")
-            if not 0 <= question.label < 4:
-                raise ValueError(f"label {question.label}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}, row {number}: not a HellaSwag question ({error!r})") from None
-        questions.append(question)
-    if not questions:
-        raise UserError(f"{path} holds no questions")
-    return questions
+    def __len__(self) -> int:
+        return len(self.context) + sum(map(len, self.endings.values()))
 
 
-def for_training(wanted: str, device: Device, say: Callable[[str], None]) -> list[Question]:
-    """The questions that a training run scores itself on, or none.
+def pack(
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    limit: int,
+    device: Device,
+    world: World | None = None,
+    *,
+    compiled: bool = False,
+    tokens_per_batch: int | None = None,
+) -> Packed:
+    """Tokenize this rank's share of `questions` for a model of `limit` positions, and lay it out in
+    rows of like length, on the device.
 
-    `wanted` is a file, `hub`, `none`, or `auto`: from the hub on a GPU, while on a CPU they would
-    take longer than the training. That the hub cannot be reached does not stop a training.
+    For a compiled model, and on a GPU, there are at most `SHAPES` shapes (B, T).
     """
-    if wanted == "none" or (wanted == "auto" and device.torch.type == "cpu"):
-        return []
-    try:
-        return read_questions(locate(wanted))
-    except UserError as error:
-        if wanted != "auto":
-            raise
-        say(f"HellaSwag is left out: {error}")
-        return []
+    world = world or World()
+    mine = questions[world.rank :: world.size]
+    rows = [row for n, q in enumerate(mine) for row in _rows(n, q, tokenizer, limit)]
+    rows.sort(key=len, reverse=True)  # the largest first: what memory it takes is known at once
+    eager_cpu = device.torch.type == "cpu" and not compiled
+    lengths = _padded_lengths(rows, most=None if eager_cpu else SHAPES)
+    tokens = tokens_per_batch or (CPU_TOKENS if device.torch.type == "cpu" else TOKENS)
+    batches = []
+    while rows:
+        T = next(T for T in lengths if len(rows[0]) <= T)
+        B = max(1, tokens // T)
+        chosen, rows = rows[:B], rows[B:]
+        batches.append(_batch(chosen, len(chosen) if eager_cpu else B, T, device.torch))
+    labels = torch.tensor([question.label for question in mine], dtype=torch.long)
+    return Packed(len(questions), labels, batches, world)
 
 
-def locate(wanted: str) -> Path:
-    """The file that `wanted` names, downloaded from the hub for `hub` and `auto`."""
-    if wanted not in ("hub", "auto"):
-        return Path(wanted)
-    return hub.download(**HUB, instead="give a local copy with --hellaswag FILE")
+def _rows(number: int, question: Question, tokenizer: Tokenizer, limit: int) -> list[_Row]:
+    """A question as one row; as four, if a text of its is longer than `limit` and so loses its
+    beginning, which is then another one for each ending."""
+    context = tokenizer.encode(question.context)
+    # GPT-2's words begin with their space.
+    endings = {4 * number + i: tokenizer.encode(" " + e) for i, e in enumerate(question.endings)}
+    if len(context) + max(map(len, endings.values())) <= limit:
+        return [_Row(context, endings)]
+    return [
+        _Row(context[max(0, len(context) + len(ending) - limit) :], {n: ending[-limit:]})
+        for n, ending in endings.items()
+    ]
 
 
-def _read_rows(path: Path) -> Iterator[Any]:
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+def _padded_lengths(rows: list[_Row], most: int | None) -> list[int]:
+    """The lengths T to which rows are padded: multiples of 8, at most so many of them."""
+    counts = Counter(-(-len(row) // 8) * 8 for row in rows)
+    while most and len(counts) > most:  # give up the length whose loss costs the least padding
+        pairs = pairwise(sorted(counts))
+        short, longer = min(pairs, key=lambda pair: counts[pair[0]] * (pair[1] - pair[0]))
+        counts[longer] += counts.pop(short)
+    return sorted(counts)
 
-        try:
-            yield from pq.read_table(path).to_pylist()
-        except (OSError, pa.ArrowInvalid) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{path} is not a whole Parquet file ({reason})") from None
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except ValueError:  # also for bytes that are not UTF-8
-                raise UserError(f"{path}, row {number}: not a line of JSON") from None
+
+def _batch(rows: list[_Row], B: int, T: int, device: torch.device) -> Batch:
+    """`rows`, and rows of padding up to B. Padding stands last and counts as context: it sees
+    itself, as softmax demands, and no ending sees it."""
+    idx, positions, segments = torch.zeros(3, B, T, dtype=torch.long)
+    predictors, targets, owners = [], [], []
+    for i, row in enumerate(rows):
+        C = len(row.context)
+        tokens, places, parts = list(row.context), list(range(C)), [0] * C
+        for n, (owner, ending) in enumerate(row.endings.items(), 1):
+            start = i * T + len(tokens)
+            before = [i * T + C - 1] if C else []  # the context's last token predicts the first
+            before += range(start, start + len(ending) - 1)
+            predictors += before
+            targets += ending[len(ending) - len(before) :]
+            owners += [owner] * len(before)
+            tokens += ending
+            places += range(C, C + len(ending))
+            parts += [n] * len(ending)
+        for tensor, values in ((idx, tokens), (positions, places), (segments, parts)):
+            tensor[i, : len(row)] = torch.tensor(values)
+    scored = torch.tensor([predictors, targets, owners], dtype=torch.long)
+    return Batch(
+        idx.to(device), positions.to(device), segments.to(device),
+        scored[0].to(device), scored[1].to(device), scored[2],
+    )  # fmt: skip
+
+
+def tree_mask(segments: Tensor) -> Tensor:
+    """(B, T) → (B, 1, T, T): a token sees the context and its own segment, up to itself."""
+    query, key = segments[:, None, :, None], segments[:, None, None, :]
+    return ((key == 0) | (key == query)).tril()
 
 
 @torch.no_grad()
-def evaluate(
+def ending_losses(
     model: GPT2,
-    questions: Sequence[Question],
-    tokenizer: Tokenizer,
+    packed: Packed,
     device: Device,
     *,
-    transformer: Callable[[Tensor], Tensor] | None = None,
-    tokens_per_batch: int = 16_384,
-    world: World | None = None,
+    transformer: Callable[..., Tensor] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum and mean of the losses of each ending's tokens in nats, (Q, 4) float64 on the CPU."""
+    body = model.transformer if transformer is None else transformer  # a compiled one has no bool
+    losses, done = [], 0
+    for batch in packed.batches:  # nothing in here waits for a GPU
+        losses.append(_token_losses(model, body, batch, device))
+        done += len(batch.owners.unique())
+        if say:
+            say(f"HellaSwag: {done:,} of {4 * len(packed.labels):,} endings scored")
+    sums = torch.zeros(4 * len(packed.labels), dtype=torch.float64)
+    counts = torch.zeros_like(sums)
+    for batch, loss in zip(packed.batches, losses, strict=True):
+        sums.index_add_(0, batch.owners, loss.cpu().double())
+        counts += batch.owners.bincount(minlength=len(counts))
+    return sums.view(-1, 4), (sums / counts.clamp(min=1)).view(-1, 4)
+
+
+def _token_losses(
+    model: GPT2, transformer: Callable[..., Tensor], batch: Batch, device: Device
+) -> Tensor:
+    """The loss of every scored token of `batch`, (N,) float32."""
+    with device.autocast():
+        hidden = transformer(
+            batch.idx, positions=batch.positions, mask=tree_mask(batch.segments)
+        )  # (B, T, C)
+        predictors = hidden.flatten(0, 1)[batch.predictors]  # (N, C): no others need the head
+        parts = zip(predictors.split(HEAD_TOKENS), batch.targets.split(HEAD_TOKENS), strict=True)
+        losses = [F.cross_entropy(model.lm_head(x).float(), y, reduction="none") for x, y in parts]
+    return torch.cat(losses)
+
+
+def evaluate(
+    model: GPT2,
+    packed: Packed,
+    device: Device,
+    *,
+    transformer: Callable[..., Tensor] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Score:
-    """Answer all questions, rows of like length together, shared out over the ranks.
+    """Answer all questions, each rank those that were packed for it; `say` hears of the progress.
 
-    `transformer` is `model.transformer` or its compiled form; it sees at most one shape for each
-    of `LENGTHS`. The head is applied to the endings' positions only. A text longer than
-    the model's context loses its beginning. `say` hears of the progress.
+    `transformer` is `model.transformer` or its compiled form.
     """
-    world = world or World()
-    body = model.transformer if transformer is None else transformer  # a compiled one has no bool
-    mine = range(world.rank, len(questions), world.size)
-    rows = [r for i in mine for r in _render(i, questions[i], tokenizer, model.config.block_size)]
-    sums = torch.zeros(len(questions), 4, dtype=torch.float64)
-    means = torch.zeros(len(questions), 4, dtype=torch.float64)
-    done = 0
-    for T, batch, height in _batches(rows, model.config.block_size, tokens_per_batch):
-        losses = _row_losses(model, body, batch, (height, T), device)
-        for row, loss in zip(batch, losses.tolist(), strict=True):
-            sums[row.question, row.ending] = loss
-            means[row.question, row.ending] = loss / row.scored
-        done += len(batch)
-        if say:
-            say(f"HellaSwag: {done:,} of {len(rows):,} endings scored")
-    labels = torch.tensor([question.label for question in questions])
-    chosen = torch.tensor(list(mine), dtype=torch.long)
+    both = ending_losses(model, packed, device, transformer=transformer, say=say)
     counts = torch.tensor(
-        [int((losses.argmin(1) == labels)[chosen].sum()) for losses in (sums, means)],
-        device=device.torch,
+        [int((losses.argmin(1) == packed.labels).sum()) for losses in both], device=device.torch
     )
-    world.sum_(counts)
-    return Score(len(questions), *counts.tolist())
-
-
-def _render(number: int, question: Question, tokenizer: Tokenizer, limit: int) -> Iterator[_Row]:
-    context = tokenizer.encode(question.context)
-    for i, ending in enumerate(question.endings):
-        tokens = tokenizer.encode(" " + ending)  # GPT-2's words begin with their space
-        whole = (context + tokens)[-limit:]
-        yield _Row(number, i, whole, min(len(tokens), len(whole) - 1))
-
-
-def _batches(
-    rows: list[_Row], limit: int, tokens_per_batch: int
-) -> Iterator[tuple[int, list[_Row], int]]:
-    """Rows of like length together, as (T, rows, height); for each T there is one height."""
-    by_length: dict[int, list[_Row]] = {}
-    for row in rows:
-        T = min(limit, next((n for n in LENGTHS if n >= len(row.tokens)), limit))
-        by_length.setdefault(T, []).append(row)
-    for T, group in sorted(by_length.items(), reverse=True):  # the largest first: memory is known
-        height = max(1, tokens_per_batch // T)
-        for i in range(0, len(group), height):
-            yield T, group[i : i + height], height
-
-
-def _row_losses(
-    model: GPT2,
-    transformer: Callable[[Tensor], Tensor],
-    rows: list[_Row],
-    shape: tuple[int, int],
-    device: Device,
-) -> Tensor:
-    """Summed loss of each row's ending, (len(rows),) float64 on the CPU."""
-    idx = torch.zeros(shape, dtype=torch.long)  # (height, T); causality keeps the padding out
-    owner, position, target = [], [], []
-    for i, row in enumerate(rows):
-        end = len(row.tokens)
-        idx[i, :end] = torch.tensor(row.tokens)
-        owner += [i] * row.scored
-        position += range(end - row.scored - 1, end - 1)
-        target += row.tokens[end - row.scored :]
-    with device.autocast():
-        hidden = transformer(idx.to(device.torch))[owner, position]  # (scored tokens, C)
-        logits = model.lm_head(hidden)
-    losses = F.cross_entropy(
-        logits.float(), torch.tensor(target).to(device.torch), reduction="none"
-    )
-    total = torch.zeros(len(rows), dtype=torch.float64)
-    return total.index_add_(0, torch.tensor(owner), losses.cpu().double())
+    packed.world.sum_(counts)
+    return Score(packed.total, *counts.tolist())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rekindle.data.tokenizer import ByteTokenizer
-from rekindle.evaluate.hellaswag import Question
+from rekindle.evaluate.questions import Question
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
 from rekindle.runtime.device import Device
@@ -44,18 +44,18 @@ def model() -> GPT2:
 def plain_losses(model: GPT2, question: Question) -> tuple[list[float], list[float]]:
     """Sum and mean of each ending's losses, one question at a time, as the lecture's script does.
 
-    Only the padded logits, which our model hides, are fetched by hand.
+    Only the padded logits, which our model hides, are fetched by hand, and a text longer than the
+    model's context loses its beginning.
     """
     tokenizer = ByteTokenizer()
     context = tokenizer.encode(question.context)
     endings = [tokenizer.encode(" " + ending) for ending in question.endings]
-    longest = max(len(context) + len(ending) for ending in endings)
-    tokens = torch.zeros(4, longest, dtype=torch.long)
-    mask = torch.zeros(4, longest)
-    for i, ending in enumerate(endings):
-        row = context + ending
+    rows = [(context + ending)[-model.config.block_size :] for ending in endings]
+    tokens = torch.zeros(4, max(map(len, rows)), dtype=torch.long)
+    mask = torch.zeros(tokens.shape)
+    for i, (row, ending) in enumerate(zip(rows, endings, strict=True)):
         tokens[i, : len(row)] = torch.tensor(row)
-        mask[i, len(context) : len(row)] = 1
+        mask[i, max(0, len(row) - len(ending)) : len(row)] = 1
     with torch.no_grad():
         logits = model.lm_head(model.transformer(tokens))
     shift_logits = logits[:, :-1].contiguous()
@@ -66,6 +66,12 @@ def plain_losses(model: GPT2, question: Question) -> tuple[list[float], list[flo
     shift_mask = mask[:, 1:].contiguous()
     sums = (losses * shift_mask).sum(1)
     return sums.tolist(), (sums / shift_mask.sum(1)).tolist()
+
+
+@pytest.fixture
+def plain() -> Callable[[GPT2, Question], tuple[list[float], list[float]]]:
+    """The reference: `sums, means = plain(model, question)`."""
+    return plain_losses
 
 
 @dataclass(frozen=True)

@@ -1,205 +1,284 @@
-"""HellaSwag: batched scoring gives what a row at a time gives, on any number of ranks."""
+"""HellaSwag: packed questions give what a row at a time gives, on any number of ranks."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor
 
-from rekindle import hub
 from rekindle.data.tokenizer import ByteTokenizer
-from rekindle.errors import UserError
-from rekindle.evaluate import hellaswag
-from rekindle.evaluate.hellaswag import Question, Score, evaluate, read_questions
-from rekindle.model.gpt2 import GPT2
+from rekindle.evaluate.hellaswag import Packed, Score, ending_losses, evaluate, pack
+from rekindle.evaluate.questions import Question
+from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
+CPU = Device(torch.device("cpu"), "CPU", "fp32")
+Plain = Callable[[GPT2, Question], tuple[list[float], list[float]]]
 
+
+def packed(model: GPT2, questions: Sequence[Question], **how: Any) -> Packed:
+    return pack(questions, ByteTokenizer(), model.config.block_size, CPU, **how)
+
+
+def losses(model: GPT2, questions: Sequence[Question], **how: Any) -> tuple[Tensor, Tensor]:
+    return ending_losses(model, packed(model, questions, **how), CPU)
+
+
+# The model has 256 positions.
+LONG = [
+    Question("x" * 200, ("a" * 55, "b" * 55, "c" * 9, "d" * 55), 0),  # just fits: 256 each
+    Question("x" * 200, ("a" * 55, "b" * 56, "c" * 9, "d" * 55), 0),  # one token too many
+    Question("abc " * 20, ("a" * 170, "b" * 170, "c" * 170, "d" * 170), 0),  # together 764
+    Question("xyz " * 60, ("a", "bc" * 30, "de", "fg" * 5), 0),  # one of the four is too long
+    Question("xyz " * 99, ("a", "bc" * 30, "de" * 80, "fg" * 5), 0),  # all are
+    Question("xyz", ("a" * 254, "b" * 255, "c" * 256, "d" * 999), 0),  # endings alone are
+    Question("xyz", ("a", "b", "c", "d" * 252), 0),
+]
+ODD = [
+    Question("", ("one", "two", "three", "fourteen"), 0),  # nothing predicts the first token
+    Question("a", ("", "", "b", "c"), 0),
+    Question("one", ("same", "same", "same", "same"), 0),
+]
+
+
+@pytest.mark.parametrize("attention", ["plain", "fused"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled's layout"])
 @pytest.mark.parametrize("tokens_per_batch", [1, 700, 16_384], ids=["rows", "few", "many"])
-def test_batched_choices_are_those_of_a_question_at_a_time(
-    model: GPT2, asked: Any, cpu: Device, tokens_per_batch: int
+def test_losses_are_those_of_a_row_at_a_time(
+    model: GPT2, asked: Any, plain: Plain, tokens_per_batch: int, compiled: bool, attention: str
 ) -> None:
+    questions = [*asked.questions, *LONG, *ODD]
+    expected = torch.tensor([plain(model, q) for q in questions], dtype=torch.float64)
+    layout = {"compiled": compiled, "tokens_per_batch": tokens_per_batch}
+    model.use(Compute(attention=attention))
+    try:
+        sums, means = losses(model, questions, **layout)
+    finally:
+        model.use(Compute())
+    assert sums.dtype == means.dtype == torch.float64
+    torch.testing.assert_close(sums, expected[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(means, expected[:, 1], rtol=1e-5, atol=1e-5)
+
+
+def test_choices_are_those_of_a_question_at_a_time(model: GPT2, asked: Any) -> None:
     """With the reference's choices as labels, every single question has to come out right."""
-    for labels in (asked.by_sum, asked.by_mean):
-        score = evaluate(
-            model, asked.labelled(labels), ByteTokenizer(), cpu, tokens_per_batch=tokens_per_batch
-        )
-        both = (asked.by_sum, asked.by_mean)
+    both = (asked.by_sum, asked.by_mean)
+    for labels in both:
+        score = evaluate(model, packed(model, asked.labelled(labels)), CPU)
         expected = [sum(a == b for a, b in zip(labels, by, strict=True)) for by in both]
         assert score == Score(40, *expected)
         assert 40 in expected
         assert min(expected) < 30
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 7])
-def test_any_number_of_ranks_gives_the_score_of_one(
-    model: GPT2, asked: Any, cpu: Device, ranks: int,
-    on_ranks: Callable[[int, Callable[[World], Score]], list[Score]],
-) -> None:  # fmt: skip
-    questions = asked.labelled(asked.by_mean)
-    alone = evaluate(model, questions, ByteTokenizer(), cpu)
-    together = on_ranks(ranks, lambda w: evaluate(model, questions, ByteTokenizer(), cpu, world=w))
-    assert together == [alone] * ranks
-    assert alone.correct_norm == 40
+@pytest.mark.parametrize("changed", range(4))
+def test_an_ending_does_not_see_another(model: GPT2, changed: int) -> None:
+    before = Question("a context ", ("first", "second ending", "third", "the fourth"), 0)
+    endings = list(before.endings)
+    endings[changed] = endings[changed].upper()
+    after = replace(before, endings=tuple(endings))
+    difference = (losses(model, [before])[0] - losses(model, [after])[0]).abs().squeeze()
+    others = [i for i in range(4) if i != changed]
+    assert difference[changed] > 0.1
+    assert difference[others].max() < 1e-6
 
 
-def test_more_ranks_than_questions(
-    model: GPT2, asked: Any, cpu: Device,
-    on_ranks: Callable[[int, Callable[[World], Score]], list[Score]],
-) -> None:  # fmt: skip
-    questions = asked.labelled(asked.by_mean)[:2]
-    scores = on_ranks(3, lambda w: evaluate(model, questions, ByteTokenizer(), cpu, world=w))
-    assert {(s.total, s.correct_norm) for s in scores} == {(2, 2)}
+def test_the_context_is_computed_once_and_the_head_where_it_counts(model: GPT2, asked: Any) -> None:
+    made = packed(model, asked.questions)
+    rows, headed = [], []
+    hooks = [
+        model.transformer.register_forward_hook(lambda _, args, out: rows.append(len(args[0]))),
+        model.lm_head.register_forward_hook(lambda _, args, out: headed.append(len(args[0]))),
+    ]
+    try:
+        evaluate(model, made, CPU)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert sum(rows) == len(asked.questions)
+    assert len(rows) == len(made.batches)
+    tokens = [len(e.encode()) + 1 for q in asked.questions for e in q.endings]
+    assert sum(headed) == sum(tokens)
 
 
-def test_a_model_sees_few_shapes_whatever_the_lengths(model: GPT2, cpu: Device) -> None:
-    seen = set()
+def test_positions_stay_inside_the_models_context(model: GPT2) -> None:
+    batches = packed(model, [*LONG, *ODD]).batches
+    assert max(int(batch.positions.max()) for batch in batches) == model.config.block_size - 1
+    assert max(batch.idx.shape[1] for batch in batches) > model.config.block_size  # rows are longer
 
-    def transformer(idx: torch.Tensor) -> torch.Tensor:
-        seen.add(tuple(idx.shape))
-        return model.transformer(idx)
 
+def test_padding_changes_nothing_and_stays_finite(model: GPT2, asked: Any) -> None:
+    """Whatever stands in it; a softmax over nothing would be NaN."""
+    made = packed(model, asked.questions, compiled=True, tokens_per_batch=1500)
+    random = torch.Generator().manual_seed(1)
+    soiled, padding = [], 0
+    for batch in made.batches:
+        idx = batch.idx.clone()
+        real = torch.zeros(idx.shape, dtype=torch.bool)
+        for i, row in enumerate(batch.segments):
+            end = int(row.nonzero().max()) + 1 if row.any() else 0  # rows end in an ending
+            real[i, :end] = True
+        noise = torch.randint(257, idx.shape, generator=random)
+        soiled.append(replace(batch, idx=torch.where(real, idx, noise)))
+        padding += int((~real).sum())
+    assert padding > 500
+    hidden: list[Tensor] = []
+
+    def transformer(idx: Tensor, **how: Tensor) -> Tensor:
+        hidden.append(model.transformer(idx, **how))
+        return hidden[-1]
+
+    clean = ending_losses(model, made, CPU)
+    dirty = ending_losses(model, replace(made, batches=soiled), CPU, transformer=transformer)
+    assert all(bool(h.isfinite().all()) for h in hidden)
+    torch.testing.assert_close(clean, dirty, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 1024, 16_384])
+def test_a_compiled_model_sees_few_shapes_whatever_the_lengths(
+    model: GPT2, tokens_per_batch: int
+) -> None:
     questions = [Question("x" * n, ("a", "bb", "ccc", "dddd"), 0) for n in range(1, 400, 3)]
-    evaluate(model, questions, ByteTokenizer(), cpu, transformer=transformer)
-    assert len(seen) == len({T for _, T in seen}) <= 8  # what torch.compile keeps of one function
-    assert max(T for _, T in seen) == model.config.block_size
-    assert max(rows * T for rows, T in seen) <= 16_384
+    made = packed(model, questions, compiled=True, tokens_per_batch=tokens_per_batch)
+    shapes = {batch.idx.shape for batch in made.batches}
+    assert len(shapes) <= 7  # one less than torch.compile keeps of one function
+    assert len(shapes) == len({T for _, T in shapes})
+    assert all(max(1, tokens_per_batch // T) == B for B, T in shapes)
 
 
-def test_a_text_longer_than_the_context_loses_its_beginning(model: GPT2, cpu: Device) -> None:
+@pytest.mark.parametrize(("compiled", "most"), [(True, 1.15), (False, 1.04)])
+def test_little_is_padded(model: GPT2, compiled: bool, most: float) -> None:
+    """Two sources of questions, as in HellaSwag: many texts of like length, some of any other."""
+    near, other = range(180, 250), range(30, 250, 4)
+    questions = [Question("x" * n, ("a", "a", "a", "a"), 0) for n in [*near, *near, *near, *other]]
+    batches = packed(model, questions, compiled=compiled, tokens_per_batch=2048).batches
+    padded = sum(batch.idx.numel() for batch in batches)
+    assert padded < most * sum(len(q.context) + 8 for q in questions)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7, 50])
+def test_any_number_of_ranks_gives_the_score_of_one(
+    model: GPT2, asked: Any, ranks: int,
+    on_ranks: Callable[[int, Callable[[World], Any]], list[Any]],
+) -> None:  # fmt: skip
+    """Also more ranks than questions."""
+    questions = [*asked.labelled(asked.by_mean), *LONG]
+    alone = evaluate(model, packed(model, questions), CPU)
+
+    def work(world: World) -> tuple[Score, int]:
+        share = packed(model, questions, world=world)
+        return evaluate(model, share, CPU), len(share.labels)
+
+    scores, shares = zip(*on_ranks(ranks, work), strict=True)
+    assert list(scores) == [alone] * ranks
+    assert alone.total == sum(shares) == 47
+    assert max(shares) - min(shares) <= 1
+    assert 40 <= alone.correct_norm < 47
+
+
+def test_logits_are_float32_in_the_loss(model: GPT2, asked: Any) -> None:
+    """A bf16 stream gives bf16 logits; losses of that type would have two or three digits."""
+    one_token = [Question(q.context, ("", "", "", ""), 0) for q in asked.questions]
+    made = packed(model, one_token)
+    model.use(Compute(dtype=torch.bfloat16))
+    try:
+        sums, _ = ending_losses(model, made, CPU)
+    finally:
+        model.use(Compute())
+    assert (sums == sums.bfloat16().double()).float().mean() < 0.1
+    torch.testing.assert_close(sums, ending_losses(model, made, CPU)[0], rtol=0.1, atol=0.1)
+
+
+class CountingTokenizer(ByteTokenizer):
+    """Remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return super().encode(text)
+
+
+def test_a_text_is_tokenized_once(model: GPT2, asked: Any) -> None:
+    tokenizer = CountingTokenizer()
+    made = pack(asked.questions, tokenizer, model.config.block_size, CPU)
+    expected = [t for q in asked.questions for t in (q.context, *(f" {e}" for e in q.endings))]
+    assert tokenizer.texts == expected
+    assert evaluate(model, made, CPU) == evaluate(model, made, CPU)
+    assert tokenizer.texts == expected
+
+
+def test_a_training_run_tokenizes_once(
+    tmp_path: Path, train: Callable[..., Any], records: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    texts: list[str] = []
+    encode = ByteTokenizer.encode
+
+    def counting(self: ByteTokenizer, text: str) -> list[int]:
+        texts.append(text)
+        return encode(self, text)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", counting)
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"ctx": "A man", "endings": list("abcd"), "label": 1}))
+    train(tmp_path / "run", "--steps", 8, "--hellaswag", file)
+    assert [r["total"] for r in records(tmp_path / "run", "hellaswag")] == [1, 1, 1]
+    assert texts.count("A man") == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_training_run_packs_for_what_it_compiled(
+    tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    from rekindle import train as module
+
+    def compile_model(model: GPT2, *_: Any) -> tuple[Any, Any]:
+        return (model.forward if compiled else model), model.transformer
+
+    asked: list[bool] = []
+
+    def spy(*arguments: Any, **how: Any) -> Packed:
+        asked.append(how["compiled"])
+        return pack(*arguments, **how)
+
+    monkeypatch.setattr(module, "compile_model", compile_model)
+    monkeypatch.setattr(module.hellaswag, "pack", spy)
+    train(tmp_path / "run", "--steps", 1)
+    assert asked == [compiled]
+
+
+def test_a_text_longer_than_the_context_loses_its_beginning(model: GPT2) -> None:
     """What is cut off counts for nothing; what is left decides."""
     endings = ("ij" * 50, "kl" * 50, "mn" * 50, "op" * 50)
     kept = model.config.block_size - 101  # room beside an ending and its space
     tail = ("abcdefgh" * 30)[:kept]
-
-    def choice(context: str, endings: tuple[str, ...]) -> int:
-        answers = [Question(context, endings, label) for label in range(4)]
-        scores = [evaluate(model, [answer], ByteTokenizer(), cpu) for answer in answers]
-        return [score.correct for score in scores].index(1)
-
-    expected = choice(tail, endings)
-    for before in ("", "entirely different ", "z" * 500):
-        assert choice(before + tail, endings) == expected
-        assert choice(before + tail, endings[::-1]) == 3 - expected
+    expected, _ = losses(model, [Question(tail, endings, 0)])
+    for before in ("different ", "entirely different ", "z" * 500):
+        longer, _ = losses(model, [Question(before + tail, endings, 0)])
+        torch.testing.assert_close(longer, expected, rtol=1e-6, atol=1e-6)
+    other, _ = losses(model, [Question(tail[:-1] + "!", endings, 0)])
+    assert (other - expected).abs().min() > 1e-3
 
 
-def test_an_ending_longer_than_the_context_is_scored_as_far_as_it_goes(
-    model: GPT2, cpu: Device
-) -> None:
-    endings = tuple(c * 300 for c in "abcd")
-    scores = [evaluate(model, [Question("x", endings, n)], ByteTokenizer(), cpu) for n in range(4)]
-    assert sum(score.correct for score in scores) == 1
-    assert sum(score.correct_norm for score in scores) == 1
-
-
-def test_progress_is_told(model: GPT2, asked: Any, cpu: Device) -> None:
+def test_progress_is_told(model: GPT2, asked: Any) -> None:
     said: list[str] = []
-    evaluate(model, asked.questions, ByteTokenizer(), cpu, say=said.append)
-    assert said[-1] == "HellaSwag: 160 of 160 endings scored"
-
-
-def row(**changes: Any) -> dict[str, Any]:
-    return {"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": "2", "ind": 4, **changes}
-
-
-def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
-
-
-EXPECTED = Question("A man", ("a", "b", "c", "d"), 2)
-
-
-def test_questions_are_read_from_json_lines_and_from_parquet(tmp_path: Path) -> None:
-    rows = [row(), row(ctx="Ein Mädchen", label="0")]
-    expected = [EXPECTED, replace(EXPECTED, context="Ein Mädchen", label=0)]
-    assert read_questions(write(tmp_path / "q.jsonl", rows)) == expected
-    assert read_questions(write(tmp_path / "int.jsonl", [row(label=2)])) == [EXPECTED]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
-    assert read_questions(tmp_path / "q.parquet") == expected
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        row(endings=["a", "b", "c"]),
-        row(endings=["a", "b", "c", 4]),
-        row(endings=None),
-        row(label="4"),
-        row(label="-1"),
-        row(label=""),  # as in the test split, which has no answers
-        row(ctx=None),
-        {"text": "no question at all"},
-        ["a", "list"],
-        None,
-    ],
-)
-def test_a_row_that_is_no_question_is_named(tmp_path: Path, bad: Any) -> None:
-    file = write(tmp_path / "q.jsonl", [row(), row(), bad])
-    with pytest.raises(UserError, match="row 3: not a HellaSwag question") as caught:
-        read_questions(file)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [b'{"ctx": "A', b"\xff\xfe\n", b"\n"])
-def test_a_line_that_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
-    file = write(tmp_path / "q.jsonl", [row()])
-    file.write_bytes(file.read_bytes() + content)
-    with pytest.raises(UserError, match="row 2: not a line of JSON"):
-        read_questions(file)
-
-
-def test_files_that_hold_nothing_to_ask(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no HellaSwag file"):
-        read_questions(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match="holds no questions"):
-        read_questions(write(tmp_path / "empty.jsonl", []))
-    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match="not a whole Parquet file"):
-        read_questions(tmp_path / "cut.parquet")
-
-
-def test_which_questions_a_training_run_asks(
-    tmp_path: Path, cpu: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = write(tmp_path / "q.jsonl", [row()])
-    asked: list[str] = []
-    gpu = Device(torch.device("cuda"), "GPU", "autocast")
-
-    def unreachable(**wanted: Any) -> Path:
-        asked.append(wanted["repo"])
-        raise UserError("no network")
-
-    monkeypatch.setattr(hub, "download", unreachable)
-    said: list[str] = []
-    assert hellaswag.for_training(str(file), cpu, said.append) == [EXPECTED]
-    assert hellaswag.for_training("none", gpu, said.append) == []
-    assert hellaswag.for_training("auto", cpu, said.append) == []
-    assert not asked
-    assert not said
-    assert hellaswag.for_training("auto", gpu, said.append) == []  # the training goes on without
-    assert asked == ["Rowan/hellaswag"]
-    assert said == ["HellaSwag is left out: no network"]
-    with pytest.raises(UserError, match="no network"):
-        hellaswag.for_training("hub", cpu, said.append)
-    monkeypatch.setattr(hub, "download", lambda **wanted: file)
-    assert hellaswag.for_training("auto", gpu, said.append) == [EXPECTED]
+    evaluate(model, packed(model, [*asked.questions, *LONG]), CPU, say=said.append)
+    assert said[-1] == "HellaSwag: 188 of 188 endings scored"
 
 
 def test_limit_takes_the_first_questions(
     tmp_path: Path, train: Callable[..., Any], rekindle: Callable[..., Any], asked: Any
 ) -> None:
-    file = write(
-        tmp_path / "q.jsonl",
-        [row(ctx=q.context, endings=list(q.endings), label=0) for q in asked.questions],
-    )
+    file = tmp_path / "questions.jsonl"
+    rows = [{"ctx": q.context, "endings": list(q.endings), "label": 0} for q in asked.questions]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(tmp_path / "run", "--steps", 1)
     arguments = ("eval", tmp_path / "run", "--hellaswag", file, "--device", "cpu", "--json")
     for limit, total in (("7", 7), ("99", 40)):
