@@ -1,0 +1,139 @@
+"""The dress rehearsal: the README's command for the 10-billion-token run, for some minutes, with
+evaluation and checkpoints on and one SIGKILL at a random second.
+
+What it banks of the time is the goodput; from it and from the parts (steps, evaluations, starts)
+follows the forecast of the whole run, to be committed before anyone pays for one.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import quantiles
+from rekindle import recipes, storage
+from rekindle.runtime import checkpoint
+
+SETTLED = 5  # steps after a start that may still compile or warm up
+
+
+def rehearse(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
+    """Run, kill, run on until the time is up; `save` gets goodput and forecast."""
+    recipe = recipes.get_recipe(o.recipe)
+    seconds = 60 * o.minutes
+    kill_at = random.Random(o.kill_seed).uniform(0.25, 0.6) * seconds
+    folder = Path(tempfile.mkdtemp())
+    run = folder / "run"
+    command = [sys.executable, "-m", "rekindle", "train", o.recipe, "--data", o.data, "--out", run]
+    if o.device != "cuda":  # on a GPU, the README's command and nothing else
+        command += ["--device", o.device]
+    print(f"killed after {kill_at:.0f} s of {seconds:.0f} s", flush=True)
+    try:
+        began = time.monotonic()
+        starts = [_run_for(command, kill_at, signal.SIGKILL)]
+        before = _steps(run)
+        starts.append(_run_for(command, began + seconds - time.monotonic(), signal.SIGKILL))
+        wall = time.monotonic() - began
+        save(_figures(recipe, run, wall, kill_at, before, starts, o.dollars_per_hour))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_for(command: list[Any], seconds: float, stop: signal.Signals) -> float | None:
+    """Run the command and stop it after so long. Seconds until its first step was done."""
+    began, first = time.monotonic(), None
+    process = subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, text=True, bufsize=1,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stdout
+    os.set_blocking(process.stdout.fileno(), False)
+    while time.monotonic() - began < seconds and process.poll() is None:
+        line = process.stdout.readline()
+        if line:
+            print(line, end="", flush=True)
+            first = first or (time.monotonic() - began if "first step done" in line else None)
+        else:
+            time.sleep(0.05)
+    if process.poll() is not None and process.returncode:
+        raise SystemExit(f"the run ended by itself with status {process.returncode}")
+    process.send_signal(stop)
+    process.wait()
+    return first
+
+
+def _steps(run: Path) -> int:
+    """Steps logged so far; those after the newest checkpoint are lost in a kill."""
+    log = run / "metrics.jsonl"
+    return (
+        len([r for r in storage.read_json_lines(log) if r["kind"] == "train"])
+        if log.exists()
+        else 0
+    )
+
+
+def _figures(
+    recipe: recipes.Recipe, run: Path, wall: float, kill_at: float, before: int,
+    starts: list[float | None], dollars_per_hour: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    records = storage.read_json_lines(run / "metrics.jsonl")
+    steps = [r for r in records if r["kind"] == "train"]
+    saved = checkpoint.list_checkpoints(run / "checkpoints")
+    banked = int(saved[-1].name.removeprefix("step-")) if saved else 0
+    settled = [r["seconds"] for r in steps[SETTLED:]] or [r["seconds"] for r in steps]
+    parts = {
+        kind: [r["seconds"] for r in records if r["kind"] == kind and r["step"]]
+        for kind in ("validation", "hellaswag")
+    }
+    stalls = [r["stall_s"] for r in records if r["kind"] == "checkpoint"]
+    result: dict[str, Any] = {
+        "recipe": recipe.name,
+        "wall_s": round(wall, 1),
+        "killed_after_s": round(kill_at, 1),
+        "steps_before_the_kill": before,
+        "steps": len(steps),  # each counted once; those of the killed process that were lost, not
+        "banked_steps": banked,
+        "goodput_tokens_per_s": round(len(steps) * recipe.batch.tokens / wall),
+        "step_seconds": quantiles(settled) if len(settled) > 1 else None,
+        "first_step_s": starts,
+        "validation_s": parts["validation"],
+        "hellaswag_s": parts["hellaswag"],
+        "checkpoint_stall_s": stalls,
+    }
+    if len(settled) > 1:
+        result["forecast"] = forecast(recipe, result, dollars_per_hour)
+    return result
+
+
+def forecast(
+    recipe: recipes.Recipe, seen: dict[str, Any], dollars_per_hour: float | None
+) -> dict[str, Any]:
+    """Hours (and cost) of the whole run: all steps at the median, fast and slow decile, and the
+    evaluations, checkpoints and one start as they were seen."""
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values) if values else 0.0
+
+    evaluations = 1 + (recipe.steps // recipe.eval_every if recipe.eval_every else 0)
+    saves = recipe.steps // recipe.checkpoint_every if recipe.checkpoint_every else 1
+    extra = (
+        evaluations * (mean(seen["validation_s"]) + mean(seen["hellaswag_s"]))
+        + saves * mean(seen["checkpoint_stall_s"])
+        + mean([s for s in seen["first_step_s"] if s])
+    )
+    hours = {
+        name: round((recipe.steps * seen["step_seconds"][name] + extra) / 3600, 3)
+        for name in ("p10", "median", "p90")
+    }
+    cost = (
+        {n: round(h * dollars_per_hour, 2) for n, h in hours.items()} if dollars_per_hour else None
+    )
+    return {"steps": recipe.steps, "hours": hours, "dollars": cost}
