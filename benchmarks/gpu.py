@@ -194,7 +194,7 @@ def generate(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="the GPU's table, a command a row")
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--data", type=Path, help="folder of shards (default: Python's manual)")
     parser.add_argument("--file", type=Path, help="HellaSwag, JSON lines or Parquet")

@@ -9,10 +9,10 @@ import argparse
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,46 +38,49 @@ def rehearse(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> N
     print(f"killed after {kill_at:.0f} s of {seconds:.0f} s", flush=True)
     try:
         began = time.monotonic()
-        starts = [_run_for(command, kill_at, signal.SIGKILL)]
+        starts = [_run_for(command, kill_at)]
         before = _steps(run)
-        starts.append(_run_for(command, began + seconds - time.monotonic(), signal.SIGKILL))
+        starts.append(_run_for(command, began + seconds - time.monotonic()))
         wall = time.monotonic() - began
         save(_figures(recipe, run, wall, kill_at, before, starts, o.dollars_per_hour))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_for(command: list[Any], seconds: float, stop: signal.Signals) -> float | None:
-    """Run the command and stop it after so long. Seconds until its first step was done."""
-    began, first = time.monotonic(), None
+def _run_for(command: list[Any], seconds: float) -> float | None:
+    """Run the command and kill it after so long. Seconds until its first step was done."""
+    began, first = time.monotonic(), []
     process = subprocess.Popen(
         [str(word) for word in command], stdout=subprocess.PIPE, text=True, bufsize=1,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
-    assert process.stdout
-    os.set_blocking(process.stdout.fileno(), False)
-    while time.monotonic() - began < seconds and process.poll() is None:
-        line = process.stdout.readline()
-        if line:
+
+    def listen() -> None:
+        assert process.stdout
+        for line in process.stdout:
             print(line, end="", flush=True)
-            first = first or (time.monotonic() - began if "first step done" in line else None)
-        else:
-            time.sleep(0.05)
-    if process.poll() is not None and process.returncode:
-        raise SystemExit(f"the run ended by itself with status {process.returncode}")
-    process.send_signal(stop)
-    process.wait()
-    return first
+            if "first step done" in line:
+                first.append(time.monotonic() - began)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    try:
+        status = process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    else:
+        raise SystemExit(f"the run ended by itself, with status {status}")
+    finally:
+        listener.join()
+    return first[0] if first else None
 
 
 def _steps(run: Path) -> int:
     """Steps logged so far; those after the newest checkpoint are lost in a kill."""
     log = run / "metrics.jsonl"
-    return (
-        len([r for r in storage.read_json_lines(log) if r["kind"] == "train"])
-        if log.exists()
-        else 0
-    )
+    records = storage.read_json_lines(log) if log.exists() else []
+    return sum(r["kind"] == "train" for r in records)
 
 
 def _figures(
@@ -133,7 +136,6 @@ def forecast(
         name: round((recipe.steps * seen["step_seconds"][name] + extra) / 3600, 3)
         for name in ("p10", "median", "p90")
     }
-    cost = (
-        {n: round(h * dollars_per_hour, 2) for n, h in hours.items()} if dollars_per_hour else None
-    )
+    rate = dollars_per_hour
+    cost = {name: round(h * rate, 2) for name, h in hours.items()} if rate else None
     return {"steps": recipe.steps, "hours": hours, "dollars": cost}

@@ -62,7 +62,7 @@ class Recipe:
     seed: int = 1337  # of the initial weights and of the order of the data [lecture]
     eval_every: int = 250  # steps between validations; 0: only at the end [lecture]
     eval_tokens: int = 10_485_760  # of the validation split, always the same ones [lecture]
-    checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
+    checkpoint_every: int = 250  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 3  # newest ones to keep; 0: all of them
     prompt: str = field(default="Hello, I'm a language model,")  # of the samples [lecture]
 
