@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rekindle.runtime.device import cpu_model
+
 
 def environment(*packages: str) -> dict[str, Any]:
     """Date, machine, and the versions of Python and of these packages."""
@@ -22,14 +24,6 @@ def environment(*packages: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import duration
 from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.recipes import Recipe
-from rekindle.runtime.device import PEAKS, Device, get_device, why_not_compile
+from rekindle.runtime.device import PEAKS, Device, cpu_model, get_device, why_not_compile
 from rekindle.runtime.distributed import World
 from rekindle.train import make_deterministic, train_step
 
@@ -113,13 +113,20 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
     work = Work(name, str(data), chosen.torch.type, rows, steps)
     model = recipes.get_recipe(name)
     shards.read_manifest(data)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}): give another --out") from None
     print(
         f"{model.name} on {chosen.name}: {steps} steps of {rows} × {model.batch.length} tokens a "
         f"rung, each in a fresh process\n\n"
         + _COLUMNS.format("rung", "ms/step", "tokens/s", "gain", "util", "memory", "loss")
     )
     levers = Levers(micro=min(rows, Levers.micro))
-    result = {"recipe": name, "rows": rows, "length": model.batch.length, **environment(chosen)}
+    result = {
+        "recipe": name, "rows": rows, "length": model.batch.length,
+        "steps": work.warmup + work.steps, **environment(chosen),
+    }  # fmt: skip
     measured: list[dict[str, Any]] = []
     for rung in rungs:
         levers = dataclasses.replace(levers, **rung.change)
@@ -139,6 +146,7 @@ def environment(device: Device) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": device.name,
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "versions": {"rekindle": __version__, "torch": torch.__version__},
     }
@@ -168,7 +176,7 @@ def measure_in_fresh_process(work: Work, levers: Levers) -> dict[str, Any]:
 
 def measure(work: Work, levers: Levers) -> dict[str, Any]:
     """Train for a few steps, in this process; return milliseconds, tokens/s, memory and loss."""
-    recipe = recipes.get_recipe(work.recipe)
+    recipe = _recipe(work)
     if levers.threads:
         torch.set_num_threads(levers.threads)
     device = get_device(work.device, levers.precision)
@@ -209,6 +217,13 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
         "data_wait_ms": prefetcher.waited / len(seconds) * 1e3,
         "attention_kernel": attention_kernel(forward, x, y, device),
     }
+
+
+def _recipe(work: Work) -> Recipe:
+    """The recipe, for a model of the data's vocabulary."""
+    recipe, size = recipes.get_recipe(work.recipe), shards.read_manifest(Path(work.data)).vocab_size
+    model = dataclasses.replace(recipe.model, vocab_size=size, padded_vocab_size=size)
+    return dataclasses.replace(recipe, model=model)
 
 
 def _model(recipe: Recipe, levers: Levers, device: Device) -> GPT2:

@@ -1,6 +1,7 @@
 """One place decides what a run computes on, in which precision, and whether it can compile."""
 
 import os
+import platform
 import shutil
 import sysconfig
 from contextlib import AbstractContextManager, nullcontext
@@ -165,6 +166,15 @@ def _cpu_multiplies_bf16() -> bool:
     """Whether the processor has instructions for it; without, bf16 is slower than float32."""
     has = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def cpu_model() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def why_not_compile(device: torch.device) -> str | None:

@@ -1,0 +1,143 @@
+"""The ladder: every rung computes the same training; what comes of it is table, JSON, picture."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rekindle import ladder, recipes
+from rekindle.errors import UserError
+from rekindle.ladder import CPU_RUNGS, GPU_RUNGS, Levers, Work
+from rekindle.recipes import Recipe
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch, tiny: Recipe, shard_set: Path) -> Work:
+    monkeypatch.setitem(recipes.RECIPES, "tiny", dataclasses.replace(tiny, name="tiny"))
+    return Work("tiny", str(shard_set), "cpu", rows=8, steps=3, warmup=1)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure in this process and without compiling: torch is imported already."""
+    monkeypatch.setattr(ladder, "measure_in_fresh_process", ladder.measure)
+    monkeypatch.setattr(ladder, "why_not_compile", lambda device: "not in this test")
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance"),
+    [
+        ({"micro": 2}, 1e-5),
+        ({"attention": "fused", "fused_adamw": True}, 1e-5),
+        ({"padded": True}, 2e-1),  # the rows that pad take part in the softmax: 127 of 384 here
+        ({"separate_qkv": True, "recompute": True}, 1e-5),
+        ({"precision": "autocast"}, 1e-2),
+        ({"precision": "bf16"}, 1e-2),
+    ],
+)
+def test_every_lever_gives_the_same_losses(
+    work: Work, change: dict[str, Any], tolerance: float, one_thread: None
+) -> None:
+    naive = ladder.measure(work, Levers(micro=8))
+    pulled = ladder.measure(work, Levers(**{"micro": 8, **change}))
+    for key in ("first_loss", "loss"):
+        if "padded" in change:
+            assert naive[key] < pulled[key] < naive[key] + 0.6
+        else:
+            assert pulled[key] == pytest.approx(naive[key], rel=tolerance)
+    assert naive["loss"] != naive["first_loss"]
+
+
+def test_what_is_measured(work: Work, one_thread: None) -> None:
+    found = ladder.measure(work, Levers(micro=4))
+    assert found["tokens_per_s"] == pytest.approx(8 * 16 / found["ms_per_step"] * 1e3)
+    assert found["ms_per_step_p10"] <= found["ms_per_step"] <= found["ms_per_step_p90"]
+    assert 0.1 < found["peak_memory_gib"] < 64
+    assert found["utilisation"] is None  # nobody has published a CPU's peak
+    assert found["attention_kernel"] is None
+    assert found["levers"]["micro"] == 4
+
+
+def test_the_climb(
+    work: Work, here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    result = ladder.climb(Path(work.data), tmp_path, "cpu", "tiny", steps=2)
+    names = [rung["rung"] for rung in result["rungs"]]
+    assert names == [r.name for r in CPU_RUNGS if r.name != "compile"]
+    assert json.loads((tmp_path / "ladder.json").read_text()) == result
+    printed = capsys.readouterr().out
+    assert "compile              left out: not in this test" in printed
+    for rung in result["rungs"]:
+        assert f"{rung['tokens_per_s']:,.0f}" in printed
+        assert rung["why"] in printed
+    levers = [rung["levers"] for rung in result["rungs"]]
+    assert levers[0]["threads"] == 1
+    assert levers[-1]["precision"] == "bf16"
+    assert levers[-1]["fused_adamw"]  # what was pulled stays pulled
+    assert not any(rung["compile"] for rung in levers)
+
+
+def test_the_command_draws_a_picture(
+    work: Work, here: None, tmp_path: Path, rekindle: Callable[..., Any], one_thread: None
+) -> None:
+    out = tmp_path / "out"
+    outcome = rekindle(
+        "ladder", "--device", "cpu", "--recipe", "tiny", "--data", work.data, "--out", out,
+        "--steps", 2,
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert "times faster than `one core`" in outcome.out
+    assert (out / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_micro_batch_is_halved_until_it_fits(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(work: Work, levers: Levers) -> dict[str, Any]:
+        return {"out_of_memory": True} if levers.micro > 4 else {"micro": levers.micro}
+
+    monkeypatch.setattr(ladder, "measure_in_fresh_process", measure)
+    levers, figures = ladder._measure_what_fits(work, Levers(micro=16))
+    assert levers.micro == figures["micro"] == 4
+    monkeypatch.setattr(
+        ladder, "measure_in_fresh_process", lambda work, levers: {"out_of_memory": True}
+    )
+    with pytest.raises(UserError, match="not one row of tiny fits"):
+        ladder._measure_what_fits(work, Levers(micro=16))
+
+
+def test_a_process_of_its_own(shard_set: Path) -> None:
+    """The real thing once: what a rung prints is read back, and what goes wrong is one line."""
+    work = Work("demo", str(shard_set), "cpu", rows=2, steps=2, warmup=1)
+    found = ladder.measure_in_fresh_process(work, Levers(threads=1, micro=2))
+    assert found["tokens_per_s"] > 0
+    with pytest.raises(UserError, match=r"the rung with .* failed: .*nothing is here"):
+        ladder.measure_in_fresh_process(
+            dataclasses.replace(work, data="nothing is here"), Levers(threads=1)
+        )
+
+
+def test_the_lectures_rungs_come_first_and_levers_exist() -> None:
+    lecture = [r.name for r in GPU_RUNGS].index("lecture")
+    assert [r.name for r in GPU_RUNGS[:lecture]] == [
+        "fp32", "TF32", "bf16", "compile", "flash attention", "padded vocabulary",
+    ]  # fmt: skip
+    for rungs in (GPU_RUNGS, CPU_RUNGS):
+        levers = Levers()
+        for rung in rungs:
+            levers = dataclasses.replace(levers, **rung.change)
+            assert rung.why
+        assert levers.compile
+
+
+def test_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
+    def measure(work: Work, levers: Levers) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ladder, "measure", measure)
+    question = {"work": dataclasses.asdict(work), "levers": dataclasses.asdict(Levers())}
+    assert ladder._answer(json.dumps(question)) == {"out_of_memory": True}
