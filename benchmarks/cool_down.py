@@ -50,6 +50,8 @@ def cool_down(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> 
                 "--schedule.warmup", max(1, o.cool_down_steps // 10),
                 "--batch.tokens", o.cool_down_tokens, "--batch.order", "shuffled", *flags,
             ]  # fmt: skip
+            if o.device == "cpu":  # only to try the command
+                command.append("--no-compile")
             subprocess.run([str(word) for word in command], check=True)
             found[name] = document_losses(run, o.data, get_device(o.device), o.documents)
         save({

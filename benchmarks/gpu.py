@@ -116,7 +116,8 @@ def run_gate(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> N
     tokens = shards.open_split(o.data, shards.read_manifest(o.data), "train")[0]
     count = gate.STEPS * 2 * 2 * (T + 1)
     batch = torch.from_numpy(tokens[:count].astype("int64")).view(gate.STEPS, 2, 2, T + 1)
-    trial = gate.Trial.make(recipe.model, batch.to(device.torch))
+    plain = dataclasses.replace(recipe.model, padded_vocab_size=recipe.model.vocab_size)
+    trial = gate.Trial.make(plain, batch.to(device.torch))
 
     def compiled(model: GPT2) -> Any:
         torch._dynamo.reset()

@@ -1,0 +1,132 @@
+"""The benchmarks' page says what the results say, and the GPU's commands run to their end (here on
+a CPU, with models of no interest), so that rented time is not spent on finding their mistakes."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import cool_down, gpu, rehearsal, tables
+from rekindle import ladder, recipes
+from rekindle.recipes import Recipe
+
+Bench = Callable[..., dict[str, Any]]
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    assert (tables.FOLDER / "README.md").read_text() == tables.page()
+
+
+def test_what_has_no_result_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    page = tables.page()
+    for table in tables.TABLES:
+        assert f"## {table.title}\n" in page
+        assert f"**Not measured** yet: `{table.command}`" in page
+
+
+@pytest.fixture
+def bench(
+    monkeypatch: pytest.MonkeyPatch, tiny: Recipe, shard_set: Path, tmp_path: Path, one_thread: None
+) -> Bench:
+    """`bench("step", ...)`: the command's JSON, which the page must be able to show."""
+    for name in ("gpt2-124m", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        monkeypatch.setitem(recipes.RECIPES, name, dataclasses.replace(tiny, name=name))
+    monkeypatch.setattr(gpu, "measure_in_fresh_process", ladder.measure)
+    monkeypatch.setattr(ladder.torch, "compile", lambda model, **options: model)
+
+    def run(name: str, *flags: object) -> dict[str, Any]:
+        out = tmp_path / f"gpu-{name}.json"
+        arguments = ["gpu", name, "--device", "cpu", "--out", out, *flags]
+        if name != "hellaswag":
+            arguments += ["--data", shard_set]
+        monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
+        gpu.main()
+        monkeypatch.setattr(tables, "RESULTS", tmp_path)
+        section = tables.page().split(f"{tables.GPU} {name}")[0].split("##")[-1]
+        assert "Not measured" not in section
+        return json.loads(out.read_text())
+
+    return run
+
+
+def test_step(bench: Bench) -> None:
+    found = bench("step", "--steps", 2, "--arms", "lecture,bf16,lecture,lecture, eager")
+    assert list(found["arms"]) == ["lecture", "bf16", "lecture, eager"]
+    assert found["arms"]["lecture"]["times_lecture"] == 1
+    assert [run["levers"]["precision"] for run in found["runs"]][:2] == ["autocast", "bf16"]
+    for name in gpu.ORDER.replace(", eager", ";eager").split(","):
+        assert name.replace(";eager", ", eager") in gpu.ARMS
+
+
+def test_sizes(bench: Bench) -> None:
+    runs = bench("sizes")["runs"]
+    assert len(runs) == 8
+    assert [run["recompute"] for run in runs[:2]] == [False, True]
+
+
+def test_gate(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {"steps": 1, "against_autocast": {
+        "bf16": cool_down.paired(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.001, 3.002]))
+    }}  # fmt: skip
+    monkeypatch.setattr(gpu, "cool_down", lambda o, save: save(seen))
+    found = bench("gate")
+    assert found["updates"]["passed"], found["updates"]
+    assert 1e-4 < found["bf16"]["pytorch"] < 0.3
+    assert found["cool_down"]["against_autocast"]["bf16"]["equivalent"]
+
+
+def test_hellaswag(bench: Bench, tmp_path: Path) -> None:
+    row = {"ctx": "a b", "endings": ["c", "d", "e f", "g"], "label": 1}
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for _ in range(5)))
+    found = bench("hellaswag", "--file", file, "--recipe", "demo", "--limit", 3)
+    assert found["questions"] == 3
+    assert found["seconds"]["median"] > 0
+
+
+def test_a_cool_down_trains_and_scores_documents(shard_set: Path, tmp_path: Path) -> None:
+    """The real thing, two steps long, in processes of its own."""
+    saved: list[dict[str, Any]] = []
+    options = SimpleNamespace(
+        recipe="demo", data=shard_set, device="cpu", cool_down_steps=2, cool_down_tokens=256,
+        documents=3,
+    )  # fmt: skip
+    cool_down.cool_down(options, saved.append)  # type: ignore[arg-type]
+    assert list(saved[-1]["loss"]) == ["autocast", "autocast, again", "bf16"]
+    assert all(4 < loss < 7 for loss in saved[-1]["loss"].values())
+    assert saved[-1]["documents"] == 3
+    again = saved[-1]["against_autocast"]["autocast, again"]
+    assert (again["difference_nats"], again["equivalent"]) == (0, True)  # a CPU repeats itself
+
+
+def test_a_difference_that_is_not_small_for_certain_is_not_equivalent() -> None:
+    reference = np.linspace(2, 4, 50)
+    noise = np.where(np.arange(50) % 2, 0.1, -0.1)
+    assert cool_down.paired(reference + 0.003, reference)["equivalent"]
+    assert not cool_down.paired(reference + 0.005, reference)["equivalent"]
+    assert not cool_down.paired(reference - 0.005, reference)["equivalent"]
+    assert not cool_down.paired(reference + noise, reference)["equivalent"]
+
+
+def test_the_forecast_adds_up() -> None:
+    recipe = dataclasses.replace(
+        recipes.get_recipe("gpt2-124m"), steps=1000, eval_every=250, checkpoint_every=500
+    )
+    seen = {
+        "step_seconds": {"p10": 1.0, "median": 2.0, "p90": 3.0}, "validation_s": [10.0, 20.0],
+        "hellaswag_s": [], "checkpoint_stall_s": [0.5], "first_step_s": [30.0, None],
+    }  # fmt: skip
+    found = rehearsal.forecast(recipe, seen, 3.0)
+    extra = 5 * 15 + 2 * 0.5 + 30
+    assert found["hours"]["median"] == pytest.approx((2000 + extra) / 3600, abs=1e-3)
+    assert found["hours"]["p90"] == pytest.approx((3000 + extra) / 3600, abs=1e-3)
+    assert found["dollars"]["median"] == pytest.approx(3 * (2000 + extra) / 3600, abs=0.01)
