@@ -44,11 +44,20 @@ class Cache(Protocol):
 
 
 class Linear(nn.Linear):
-    """A linear layer in its input's type: the weights stay float32 and are cast where they act."""
+    """A linear layer in its input's type: the weights stay float32 and are cast where they act.
+
+    If they have been cast for good (`GPT2.cast`), it is the input that is cast to their type.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        return F.linear(*self.cast(input))
+
+    def cast(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, weight and bias in one type."""
+        if self.weight.dtype != torch.float32:
+            return input.to(self.weight.dtype), self.weight, self.bias
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        return input, self.weight.to(input.dtype), bias
 
 
 class LayerNorm(nn.LayerNorm):
@@ -105,7 +114,8 @@ class CausalSelfAttention(nn.Module):
         """Queries, keys and values, (B, T, C) each."""
         if not self.compute.separate_qkv:
             return self.c_attn(x).chunk(3, dim=2)
-        weight, bias = self.c_attn.weight.to(x.dtype), self.c_attn.bias.to(x.dtype)
+        x, weight, bias = self.c_attn.cast(x)
+        assert bias is not None
         return tuple(F.linear(x, w, b) for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True))
 
 
@@ -194,6 +204,21 @@ class GPT2(nn.Module):
         for module in self.modules():
             if isinstance(module, CausalSelfAttention | Transformer):
                 module.compute = compute
+        return self
+
+    def cast(self, dtype: torch.dtype) -> "GPT2":
+        """Cast the weights of all products once, for a model that is asked and not trained;
+        returns it.
+
+        Without, each pass casts them anew, which for a single token takes longer than the products.
+        The results are the same: tables and norms stay float32, so that the head, cast as well, is
+        no longer the table that reads tokens.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear) and dtype != module.weight.dtype:
+                module.weight = nn.Parameter(module.weight.detach().to(dtype), False)
+                if module.bias is not None:
+                    module.bias = nn.Parameter(module.bias.detach().to(dtype), False)
         return self
 
     def _init_weights(self) -> None:

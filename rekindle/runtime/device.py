@@ -59,6 +59,11 @@ class Device:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
+    def product_dtype(self) -> "torch.dtype":
+        """Of what the matrix products multiply."""
+        return torch.bfloat16 if self.precision in ("autocast", "bf16") else torch.float32
+
+    @property
     def peak_flops(self) -> float | None:
         """FLOP/s at best in this precision, or None where no data sheet was read."""
         if self.precision not in ("autocast", "bf16"):
