@@ -120,7 +120,7 @@ def sample(o: argparse.Namespace) -> None:
     if o.compile and (reason := why_not_compile(device.torch)):
         raise UserError(f"--compile cannot be done here: {reason}")
     loaded = load(o.model, device)
-    loaded.model.cast(device.product_dtype)
+    loaded.model.cast(device.product_dtype, rows=o.num)
     prompt = loaded.tokenizer.encode(o.prompt)
     with device.autocast():
         ids = generate(

@@ -9,7 +9,6 @@ from rekindle.errors import UserError
 from rekindle.generate.cache import KVCache
 from rekindle.model.gpt2 import GPT2
 
-
 # A compiled step attends over as many slots as its cache has: of a few lengths, not of every one.
 SLOTS = 128
 
@@ -55,7 +54,7 @@ def generate(
     ids[:, :T] = torch.tensor(prompt)
     capacity = min(limit, -(-(T + tokens) // SLOTS) * SLOTS) if compile else T + tokens
     cache = KVCache(model.config, num, capacity) if use_cache else None
-    step = predict
+    step, drawn = predict, ids[:, -1]
     for end in range(T, T + tokens):
         if cache is None:
             logits = predict(model, ids[:, :end])
@@ -67,11 +66,11 @@ def generate(
                 step = compile_step()
         else:
             torch.compiler.cudagraph_mark_step_begin()  # the logits before may be overwritten
-            logits = step(model, ids[:, end - 1 : end], cache)
+            logits = step(model, drawn[:, None], cache)
             cache.advance(1)
         if end == T and not logits.isfinite().all():
             raise UserError("the model has no next token, only nan: its weights are broken")
-        ids[:, end] = draw(logits, temperature, top_k, random)
+        ids[:, end] = drawn = draw(logits, temperature, top_k, random)
     return ids.cpu()
 
 
