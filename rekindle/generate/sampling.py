@@ -65,7 +65,8 @@ def generate(
                 cache.fix()
                 step = compile_step()
         else:
-            torch.compiler.cudagraph_mark_step_begin()  # the logits before may be overwritten
+            if compile:  # a CUDA graph may now overwrite the logits it gave before
+                torch.compiler.cudagraph_mark_step_begin()
             logits = step(model, drawn[:, None], cache)
             cache.advance(1)
         if end == T and not logits.isfinite().all():

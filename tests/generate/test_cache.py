@@ -14,7 +14,7 @@ from rekindle.generate import sampling
 from rekindle.generate.cache import KVCache
 from rekindle.generate.sampling import generate, predict
 from rekindle.model.config import GPT2Config
-from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.model.gpt2 import GPT2, Compute, attend, attend_once
 from rekindle.runtime.device import why_not_compile
 
 CONFIG = GPT2Config(
@@ -78,6 +78,20 @@ def test_a_fixed_cache_is_a_whole_pass(
     steps = fixed(model, idx, prompt, capacity)
     torch.testing.assert_close(steps, whole[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
     assert torch.equal(steps, fixed(model, idx, prompt, capacity, fill=1e4))
+
+
+def test_attention_of_one_query_is_attention(model: GPT2) -> None:
+    """In float32, where nothing is rounded; and in bf16, as the model takes it, within rounding."""
+    q, k, v = torch.randn(3, 4, 1, 8), torch.randn(3, 4, 10, 8), torch.randn(3, 4, 10, 8)
+    mask = (torch.arange(10) <= 6).view(1, 1, 1, 10)
+    for m in (None, mask):
+        torch.testing.assert_close(attend_once(q, k, v, m), attend(q, k, v, m, causal=False))
+    idx = torch.randint(CONFIG.vocab_size, (2, 20), generator=torch.Generator().manual_seed(3))
+    model.use(Compute(dtype=torch.bfloat16)).cast(torch.bfloat16)
+    with torch.no_grad():
+        whole = model(idx)[0][:, 6:].float()
+    error = (fixed(model, idx, 7, 48, fill=1e4).float() - whole).norm() / whole.norm()
+    assert error < 0.03
 
 
 def test_slots_never_filled_hold_zeros(model: GPT2) -> None:
