@@ -122,15 +122,18 @@ def evaluate(o: argparse.Namespace) -> None:
 def sample(o: argparse.Namespace) -> None:
     from rekindle.generate.sampling import cut_at_end, generate
     from rekindle.load import load
-    from rekindle.runtime.device import get_device
+    from rekindle.runtime.device import get_device, why_not_compile
 
     device = get_device(o.device, o.precision)
+    if o.compile and (reason := why_not_compile(device.torch)):
+        raise UserError(f"--compile cannot be done here: {reason}")
     loaded = load(o.model, device)
+    loaded.model.cast(device.product_dtype, rows=o.num)
     prompt = loaded.tokenizer.encode(o.prompt)
     with device.autocast():
         ids = generate(
             loaded.model, prompt or [loaded.tokenizer.end_of_text], o.tokens, num=o.num,
-            seed=o.seed, temperature=o.temperature, top_k=o.top_k,
+            seed=o.seed, temperature=o.temperature, top_k=o.top_k, compile=o.compile,
         )  # fmt: skip
     end = loaded.tokenizer.end_of_text
     rows = [cut_at_end(row, end, start=len(prompt) or 1) for row in ids.tolist()]
@@ -336,6 +339,10 @@ def _add_sample(commands: Any) -> None:
     p.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
     p.add_argument("--top-k", type=int, default=50, help="(default: %(default)s; 0: all)")
     _add_device(p)
+    p.add_argument(
+        "--compile", action="store_true",
+        help="compile the step from token to token, which takes longer than one short text",
+    )  # fmt: skip
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
 

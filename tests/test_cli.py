@@ -376,6 +376,21 @@ def test_sample_of_what_is_no_model(tmp_path: Path, refuses: Refuses) -> None:
     refuses(["sample", "gpt-2"], "gpt-2 is no folder and none of the models", "did you mean gpt2")
 
 
+def test_sampling_is_not_compiled_where_it_cannot_be(
+    run: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rekindle.runtime.device.why_not_compile", lambda device: "no compiler")
+    refuses(["sample", run, "--device", "cpu", "--compile"], "--compile", "no compiler")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+def test_sample_speaks_in_every_precision(run: Path, rekindle: Callable, precision: str) -> None:
+    flags = ["--device", "cpu", "--prompt", "ab", "--tokens", 9, "--precision", precision, "--json"]
+    outcome = rekindle("sample", run, *flags)
+    assert outcome.status == 0, outcome.err
+    assert len(json.loads(outcome.out)["samples"]) == 4
+
+
 def test_sample_speaks(run: Path, rekindle: Callable) -> None:
     flags = ["--device", "cpu", "--prompt", "ab", "--tokens", 5, "--num", 2, "--json"]
     outcome = rekindle("sample", run, *flags)

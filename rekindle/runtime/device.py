@@ -60,8 +60,8 @@ class Device:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
-    def matmul_dtype(self) -> "torch.dtype":
-        """Of what the model multiplies."""
+    def product_dtype(self) -> "torch.dtype":
+        """Of what the matrix products multiply."""
         return torch.bfloat16 if self.precision in ("autocast", "bf16") else torch.float32
 
     @property

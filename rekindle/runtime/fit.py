@@ -31,7 +31,7 @@ def choose_compute(device: Device, T: int, *, kernels: bool = False) -> Compute:
     Raises `UserError` if `kernels` are wanted where they cannot be had.
     """
     plain = device.torch.type == "cpu" and T <= SHORT
-    if kernels and (reason := why_not(device.torch, device.matmul_dtype)):
+    if kernels and (reason := why_not(device.torch, device.product_dtype)):
         raise UserError(f"--kernels: {reason}; say --no-kernels")
     return Compute(
         dtype=device.dtype, attention="plain" if plain else "fused", loss_kernel=kernels,

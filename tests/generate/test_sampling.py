@@ -49,7 +49,7 @@ def test_cached_and_uncached_samples_are_equal(model: GPT2) -> None:
 
 def test_cached_logits_are_those_of_a_whole_pass(model: GPT2) -> None:
     idx = torch.randint(CONFIG.vocab_size, (2, 20), generator=torch.Generator().manual_seed(3))
-    cache = KVCache(CONFIG, 2, 20, torch.device("cpu"), torch.float32)
+    cache = KVCache(CONFIG, 2, 20)
     parts = []
     with torch.no_grad():
         for part in (idx[:, :7], *idx[:, 7:].split(1, 1)):
@@ -61,7 +61,7 @@ def test_cached_logits_are_those_of_a_whole_pass(model: GPT2) -> None:
 
 
 def test_a_cache_takes_no_second_prompt(model: GPT2) -> None:
-    cache = KVCache(CONFIG, 1, 20, torch.device("cpu"), torch.float32)
+    cache = KVCache(CONFIG, 1, 20)
     with torch.no_grad():
         model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
         cache.advance(4)
@@ -70,7 +70,7 @@ def test_a_cache_takes_no_second_prompt(model: GPT2) -> None:
 
 
 def test_a_full_cache_is_a_context_too_long(model: GPT2) -> None:
-    cache = KVCache(CONFIG, 1, CONFIG.block_size, torch.device("cpu"), torch.float32)
+    cache = KVCache(CONFIG, 1, CONFIG.block_size)
     with torch.no_grad():
         model(torch.zeros(1, CONFIG.block_size, dtype=torch.long), cache=cache)
         cache.advance(CONFIG.block_size)

@@ -1,0 +1,198 @@
+"""The cache of fixed shapes, compiled or not, is the growing one; weights cast once are those that
+are cast each time."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rekindle.generate import sampling
+from rekindle.generate.cache import KVCache
+from rekindle.generate.sampling import generate, predict
+from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2 import GPT2, Compute, attend, attend_once
+from rekindle.runtime.device import why_not_compile
+
+CONFIG = GPT2Config(
+    n_layer=3, n_head=4, n_embd=48, block_size=64, vocab_size=257, padded_vocab_size=384
+)
+PROMPT = [72, 101, 108, 108, 111]
+
+
+@pytest.fixture
+def model() -> GPT2:
+    torch.manual_seed(0)
+    model = GPT2(CONFIG)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return model
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is compiled instead of by Inductor: a list of the graphs, each run as it was traced."""
+    seen: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(predict, fullgraph=True, dynamic=False, backend=backend)
+    monkeypatch.setattr(sampling, "compile_step", lambda: step)
+    monkeypatch.setattr(sampling, "SLOTS", 16)
+    return seen
+
+
+def fixed(model: GPT2, idx: Tensor, prompt: int, capacity: int, fill: float = 0.0) -> Tensor:
+    """Logits after each of `idx` (B, T) from the last of the prompt on; unused slots are filled."""
+    cache = KVCache(CONFIG, idx.shape[0], capacity)
+    with torch.no_grad():
+        parts = [predict(model, idx[:, :prompt], cache)]
+        cache.advance(prompt)
+        cache.fix()
+        for layer in range(CONFIG.n_layer):
+            cache[layer].k[:, :, prompt:] += fill
+            cache[layer].v[:, :, prompt:] += fill
+        for i in range(prompt, idx.shape[1]):
+            parts.append(predict(model, idx[:, i : i + 1], cache))
+            cache.advance(1)
+    return torch.stack(parts, 1)
+
+
+@pytest.mark.parametrize("attention", ["fused", "plain"])
+@pytest.mark.parametrize(("prompt", "capacity"), [(1, 20), (7, 20), (7, 48), (19, 64), (20, 20)])
+def test_a_fixed_cache_is_a_whole_pass(
+    model: GPT2, prompt: int, capacity: int, attention: str
+) -> None:
+    """Also where the capacity is reached exactly; what the unused slots hold changes nothing."""
+    model.use(Compute(attention=attention))
+    idx = torch.randint(CONFIG.vocab_size, (3, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole, _ = model(idx)
+    steps = fixed(model, idx, prompt, capacity)
+    torch.testing.assert_close(steps, whole[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
+    assert torch.equal(steps, fixed(model, idx, prompt, capacity, fill=1e4))
+
+
+def test_attention_of_one_query_is_attention(model: GPT2) -> None:
+    """In float32, where nothing is rounded; and in bf16, as the model takes it, within rounding."""
+    q, k, v = torch.randn(3, 4, 1, 8), torch.randn(3, 4, 10, 8), torch.randn(3, 4, 10, 8)
+    mask = (torch.arange(10) <= 6).view(1, 1, 1, 10)
+    for m in (None, mask):
+        torch.testing.assert_close(attend_once(q, k, v, m), attend(q, k, v, m, causal=False))
+    idx = torch.randint(CONFIG.vocab_size, (2, 20), generator=torch.Generator().manual_seed(3))
+    model.use(Compute(dtype=torch.bfloat16)).cast(torch.bfloat16)
+    with torch.no_grad():
+        whole = model(idx)[0][:, 6:].float()
+    error = (fixed(model, idx, 7, 48, fill=1e4).float() - whole).norm() / whole.norm()
+    assert error < 0.03
+
+
+def test_slots_never_filled_hold_zeros(model: GPT2) -> None:
+    """Their weight is zero, and zero times a NaN that memory held before would be NaN."""
+    cache = KVCache(CONFIG, 2, 32)
+    with torch.no_grad():
+        predict(model, torch.tensor([PROMPT]), cache)
+    for layer in range(CONFIG.n_layer):
+        assert cache[layer].k.shape[0] == 2  # the one row that came has become both
+        assert torch.equal(cache[layer].v[0], cache[layer].v[1])
+        assert not cache[layer].k[:, :, len(PROMPT) :].any()
+        assert not cache[layer].v[:, :, len(PROMPT) :].any()
+
+
+@pytest.mark.parametrize("num", [1, 3])
+@pytest.mark.parametrize("length", [1, 5, 33])
+def test_compiled_text_is_eagers(model: GPT2, graphs: list[Any], num: int, length: int) -> None:
+    prompt = list(range(40, 40 + length))
+    for tokens in (1, 2, CONFIG.block_size - length):
+        for temperature in (0, 1):
+            text = functools.partial(
+                generate, model, prompt, tokens, num=num, temperature=temperature
+            )
+            compiled = text(compile=True)
+            assert torch.equal(compiled, text())
+            plain = text(use_cache=False)
+            assert torch.equal(compiled, plain)
+    assert graphs
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_step_is_compiled_once_for_texts_of_about_one_length(
+    model: GPT2, graphs: list[Any], num: int
+) -> None:
+    for tokens in (20, 23, 27, 20):  # with the prompt no more than 32
+        generate(model, PROMPT, tokens, num=num, compile=True)
+    assert len(graphs) == 1
+    generate(model, PROMPT, 40, num=num, compile=True)
+    assert len(graphs) == 2
+
+
+def test_inductors_text_is_eagers(model: GPT2) -> None:
+    if reason := why_not_compile(torch.device("cpu")):
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    expected = generate(model, PROMPT, 50, num=2, temperature=0)
+    assert torch.equal(generate(model, PROMPT, 50, num=2, temperature=0, compile=True), expected)
+
+
+def test_weights_cast_once_say_what_autocast_says(model: GPT2) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = generate(model, PROMPT, 50, num=2)
+        assert torch.equal(generate(model.cast(torch.bfloat16), PROMPT, 50, num=2), expected)
+    assert torch.equal(generate(model, PROMPT, 50, num=2), expected)  # nor is it needed any more
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+def test_weights_cast_once_are_not_cast_again(
+    model: GPT2, monkeypatch: pytest.MonkeyPatch, stream: torch.dtype
+) -> None:
+    table = model.transformer.wte.weight
+    model.use(Compute(dtype=stream)).cast(torch.bfloat16)
+    own = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Linear)}
+    used = []
+    linear = F.linear
+
+    def note(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        used.append(weight.data_ptr())
+        assert input.dtype == weight.dtype == torch.bfloat16
+        return linear(input, weight, bias)
+
+    monkeypatch.setattr(F, "linear", note)
+    generate(model, PROMPT, 4)
+    assert len(used) == 4 * (4 * CONFIG.n_layer + 1)
+    assert set(used) == own
+    assert model.transformer.wte.weight is table  # what reads tokens is as exact as it was
+    assert table.dtype == torch.float32
+
+
+def test_bf16_speaks_without_a_cast_as_well(model: GPT2) -> None:
+    model.use(Compute(dtype=torch.bfloat16))
+    expected = generate(model, PROMPT, 30, temperature=0)
+    assert torch.equal(generate(model.cast(torch.bfloat16), PROMPT, 30, temperature=0), expected)
+
+
+def test_columns_hold_the_same_weights(model: GPT2) -> None:
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    expected = generate(model, PROMPT, 50)
+    model.cast(torch.float32, rows=1)
+    assert not model.lm_head.weight.is_contiguous()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert torch.equal(generate(model, PROMPT, 50), expected)
+
+
+def test_drawing_is_multinomial_number_for_number() -> None:
+    logits = torch.randn(64, 257)
+    for top_k in (0, 50):
+        drawn = sampling.draw(logits, 0.8, top_k, torch.Generator().manual_seed(5))
+        values, ids = (logits / 0.8).topk(top_k or 257)
+        if not top_k:
+            values, ids = logits / 0.8, torch.arange(257).expand(64, -1)
+        random = torch.Generator().manual_seed(5)
+        expected = ids.gather(1, torch.multinomial(values.softmax(-1), 1, generator=random))
+        assert torch.equal(drawn, expected.squeeze(1))
