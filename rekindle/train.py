@@ -76,7 +76,7 @@ def train_step(
     seen = StepResult(*torch.stack([loss, norm]).tolist(), accepted=True)
     if not (math.isfinite(seen.loss) and math.isfinite(seen.norm)):
         return StepResult(seen.loss, seen.norm, accepted=False)
-    if clip:
+    if clip and seen.norm > clip:
         gradients.clip(norm, clip)
     for group in optimizer.param_groups:
         group["lr"] = lr

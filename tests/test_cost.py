@@ -144,5 +144,5 @@ def test_kernels_of_a_compiled_step(fresh_compiler: None, one_thread: None) -> N
 
     metrics.reset()
     with config.patch(force_disable_caches=True):  # else nothing is generated, nor counted
-        make_step(2, "fp32", lambda m: torch.compile(m, fullgraph=True, dynamic=False))
-    assert 0 < metrics.generated_kernel_count <= 102
+        make_step(1, "fp32", lambda m: torch.compile(m, fullgraph=True, dynamic=False))
+    assert 0 < metrics.generated_kernel_count <= 60
