@@ -54,8 +54,7 @@ def main() -> None:
         if not o.data:
             prepare(sources.from_arguments(embedded=True), Path(folder), val_tokens=0)
         figures = measure(o.data or Path(folder), max(2, o.steps))
-    command = "python -m benchmarks.batches" + (f" --data {o.data.name}" if o.data else "")
-    write_result(o.out, {"command": command, **machine, **figures})
+    write_result(o.out, {**machine, **figures})
 
 
 if __name__ == "__main__":

@@ -140,9 +140,7 @@ def main() -> None:
     machine = environment("torch", "numpy", "safetensors")
     with tempfile.TemporaryDirectory(dir=arguments.disk) as folder:
         figures = measure(Path(folder), max(2, arguments.rounds))
-    write_result(
-        arguments.out, {"command": "python -m benchmarks.checkpoint", **machine, **figures}
-    )
+    write_result(arguments.out, {**machine, **figures})
     print(
         f"{figures['checkpoint']['times_plain_write']['median']:.2f} x a plain write, the loop "
         f"stands still for {figures['stall_s']['median']:.2f} s, written to {arguments.out}"

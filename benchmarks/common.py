@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,9 +14,22 @@ from typing import Any
 from rekindle.runtime.device import cpu_model
 
 
+def command() -> str:
+    """The command line that runs now, without where its result goes and without folders."""
+    words = ["python -m", f"benchmarks.{Path(sys.argv[0]).stem}"]
+    given = iter(sys.argv[1:])
+    for word in given:
+        if word == "--out":
+            next(given, None)
+        elif not word.startswith("--out="):
+            words.append(Path(word).name if "/" in word else word)
+    return " ".join(words)
+
+
 def environment(*packages: str) -> dict[str, Any]:
-    """Date, machine, and the versions of Python and of these packages."""
+    """The command, the date, the machine, and the versions of Python and of these packages."""
     return {
+        "command": command(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),

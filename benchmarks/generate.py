@@ -175,7 +175,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     if min(arguments.rounds, arguments.tokens // 2) < 2:
         parser.error("--rounds is at least 2, --tokens at least 4")
-    result: dict[str, Any] = {"command": "python -m benchmarks.generate", **machine(device)}
+    result: dict[str, Any] = machine(device)
     model = make_model().to(device)
     prompt = torch.randint(50257, (PROMPT,)).tolist()
     result["batches"] = []

@@ -31,7 +31,7 @@ from rekindle import recipes
 from rekindle.data import shards, sources
 from rekindle.data.prepare import prepare
 from rekindle.errors import UserError
-from rekindle.ladder import Levers, Work, measure_in_fresh_process
+from rekindle.ladder import Levers, Work, measure_what_fits
 from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.runtime.device import Device, get_device
 
@@ -54,7 +54,7 @@ ARMS = {
     "all": dataclasses.replace(KERNELS, separate_qkv=True),
 }
 # The repeats show the noise: a gap below twice theirs is none.
-ORDER = "lecture,bf16,bf16 + kernels,lecture,bf16,bf16 + kernels,lecture, eager"
+ORDER = "lecture;bf16;bf16 + kernels;lecture;bf16;bf16 + kernels;lecture, eager"
 NAMES = ("step", "gate", "sizes", "hellaswag", "generate", "rehearsal")
 
 
@@ -63,10 +63,9 @@ def step(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
     rows = _rows(o)
     work = Work(o.recipe, str(o.data), o.device, rows, steps=o.steps, warmup=max(1, o.steps // 3))
     runs: list[dict[str, Any]] = []
-    for name in o.arms.replace(", eager", ";eager").split(","):
-        name = name.replace(";eager", ", eager")
+    for name in o.arms.split(";"):
         levers = dataclasses.replace(ARMS[name], micro=min(ARMS[name].micro, rows))
-        runs.append({"arm": name, **_fitting(work, levers)})
+        runs.append({"arm": name, **measure_what_fits(work, levers)[1]})
         print(f"{name:24} {runs[-1]['tokens_per_s']:>10,.0f} tokens/s", flush=True)
         save({"recipe": o.recipe, "rows": rows, "runs": runs, "arms": _compare(runs)})
 
@@ -87,15 +86,6 @@ def _compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for name, found in rates.items()
     }
-
-
-def _fitting(work: Work, levers: Levers) -> dict[str, Any]:
-    """Measure with the largest micro-batch, from `levers.micro` down, that fits."""
-    figures = measure_in_fresh_process(work, levers)
-    while figures.get("out_of_memory") and levers.micro > 1:
-        levers = dataclasses.replace(levers, micro=levers.micro // 2)
-        figures = measure_in_fresh_process(work, levers)
-    return figures
 
 
 def _rows(o: argparse.Namespace) -> int:
@@ -154,7 +144,11 @@ def sizes(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None
         for recompute in (False, True):
             levers = dataclasses.replace(best, recompute=recompute)
             work = Work(name, str(o.data), o.device, 32, steps=6, warmup=2)
-            figures = _fitting(work, levers)
+            try:
+                _, figures = measure_what_fits(work, levers)
+            except UserError as error:  # not even one row
+                figures = {"out_of_memory": True}
+                print(error, flush=True)
             found.append({"recipe": name, "recompute": recompute, **figures})
             print(name, recompute, figures.get("tokens_per_s"), flush=True)
             save({"runs": found})
@@ -224,7 +218,7 @@ def main() -> None:
                 o.data = Path(folder, "data")
                 prepare(sources.from_arguments(embedded=True), o.data, val_tokens=100_000)
             machine = {
-                "command": f"python -m benchmarks.gpu {o.name}", "device": device.name,
+                "device": device.name,
                 **environment("torch", *(["triton"] if device.torch.type == "cuda" else [])),
                 **(clocks() if device.torch.type == "cuda" else {}),
             }  # fmt: skip

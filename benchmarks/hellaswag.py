@@ -142,8 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = environment("torch")
     result = compare(sample(read_questions(arguments.file), arguments.rows), arguments.rounds)
-    command = f"python -m benchmarks.hellaswag --file {arguments.file.name} --rows {arguments.rows}"
-    write_result(arguments.out, {"command": command, **machine, **result})
+    write_result(arguments.out, {**machine, **result})
     print(
         f"{result['packed']['rows_per_s']} rows/s, {result['times_faster_than_lecture']} x the "
         f"lecture's, written to {arguments.out}"

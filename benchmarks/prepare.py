@@ -158,8 +158,7 @@ def main() -> None:
     rounds = max(1, min(arguments.reference_rounds, arguments.rounds))
     machine = environment("numpy", "pyarrow", "tiktoken", "gigatoken", "awkward")
     figures = compare(arguments.parquet, max(1, arguments.rounds), rounds)
-    command = f"python -m benchmarks.prepare --parquet {arguments.parquet.name}"
-    write_result(arguments.out, {"command": command, **machine, **figures})
+    write_result(arguments.out, {**machine, **figures})
     print(
         f"{figures['times_faster']} x faster, "
         f"{figures['rekindle']['tokens_per_second']:,} tokens/s, written to {arguments.out}"

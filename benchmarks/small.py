@@ -27,24 +27,24 @@ from rekindle.data.prepare import prepare
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
 from rekindle.optim.adamw import GradientBuffer, make_adamw
-from rekindle.runtime.device import get_device
+from rekindle.runtime.device import get_device, keep_freed_memory
 from rekindle.runtime.distributed import World
 from rekindle.runtime.fit import choose_compute
 from rekindle.train import make_deterministic, train_step
 
 RESULT = Path(__file__).parent / "results" / "small.json"
-SHAPES = {"tutorial": (12, 64), "demo": (32, 128)}  # rows, T; 4 layers, 128 wide, 4 heads
+# rows, T, steps of warm-up, timed steps; 4 layers, 128 wide, 4 heads
+SHAPES = {"tutorial": (12, 64, 50, 200), "demo": (32, 128, 15, 50)}
 ARMS = {  # precision, compiled; None: the plain loop
     "plain eager loop": None,
     "rekindle": ("auto", True),
     "rekindle, fp32": ("fp32", True),
 }
-WARMUP, STEPS = 15, 60
 
 
 def arm(name: str, shape: str, data: Path) -> dict[str, Any]:
     """Take the steps of one arm in this process."""
-    rows, T = SHAPES[shape]
+    rows, T, warmup, steps = SHAPES[shape]
     torch.manual_seed(1337)
     config = GPT2Config(n_layer=4, n_head=4, n_embd=128, block_size=T, vocab_size=257)
     how = ARMS[name]
@@ -52,17 +52,17 @@ def arm(name: str, shape: str, data: Path) -> dict[str, Any]:
     manifest = shards.read_manifest(data)
     windows = Windows(shards.open_split(data, manifest, "train"), T)
     batches, split = Batches(windows, rows, 1337, "shuffled"), Split.of(rows, rows)
-    prefetcher = Prefetcher(lambda s: batches.batch(s, split), 0, WARMUP + STEPS, device.torch)
+    prefetcher = Prefetcher(lambda s: batches.batch(s, split), 0, warmup + steps, device.torch)
     model = GPT2(config.for_training())
     step = plain_loop(model) if how is None else ours(model, T, device, compiled=how[1])
     ends, loss = [time.perf_counter()], 0.0
-    for _ in range(WARMUP + STEPS):
+    for _ in range(warmup + steps):
         x, y = prefetcher.next()
         loss = step(x, y)
         ends.append(time.perf_counter())
     prefetcher.close()
     seconds = [b - a for a, b in pairwise(ends)]
-    timed = quantiles([1e3 * s for s in seconds[WARMUP:]])
+    timed = quantiles([1e3 * s for s in seconds[warmup:]])
     return {
         "ms_per_step": timed,
         "tokens_per_s": round(rows * T / timed["median"] * 1e3),
@@ -92,6 +92,7 @@ def plain_loop(model: GPT2) -> Any:
 
 def ours(model: GPT2, T: int, device: Any, *, compiled: bool) -> Any:
     make_deterministic(device)
+    keep_freed_memory(device)
     model.use(choose_compute(device, T))
     optimizer = make_adamw(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
     gradients = GradientBuffer(model.parameters())
@@ -118,7 +119,7 @@ def measure(rounds: int) -> dict[str, Any]:
                     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
                     done.append(json.loads(printed.splitlines()[-1]))
                     print(f"{shape}: {name}: {done[-1]}", flush=True)
-            figures[shape] = _summary(runs, *SHAPES[shape])
+            figures[shape] = _summary(runs, *SHAPES[shape][:2])
     return figures
 
 
@@ -149,7 +150,7 @@ def main() -> None:
         return
     machine = environment("torch", "numpy")
     figures = measure(max(1, o.rounds))
-    write_result(o.out, {"command": "python -m benchmarks.small", **machine, "shapes": figures})
+    write_result(o.out, {**machine, "shapes": figures})
     for shape, found in figures.items():
         print(f"{shape}: {found['arms']['rekindle']['times_plain']['median']} x the plain loop")
 

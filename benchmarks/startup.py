@@ -72,8 +72,7 @@ def main() -> None:
     o = parser.parse_args()
     machine = environment("torch")
     figures = measure(max(2, o.rounds))
-    command = "python -m benchmarks.startup"
-    write_result(o.out, {"command": command, **machine, "figures": figures})
+    write_result(o.out, {**machine, "figures": figures})
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def _source(result: dict[str, Any], table: Table) -> str:
         device = f"{result['cores']} cores of {result.get('cpu', device)}"
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
     link = f"[results/{table.file}](results/{table.file})"
-    return f"`{table.command}`: {device}, {versions}, {result['date']}: {link}"
+    command = result.get("command", table.command)
+    return f"`{command}`: {device}, {versions}, {result['date']}: {link}"
 
 
 def _prepare(r: dict[str, Any]) -> list[list[str]]:

@@ -22,7 +22,7 @@ from rekindle.observe.metrics import Console, Metrics
 from rekindle.recipes import Recipe
 from rekindle.run import Run
 from rekindle.runtime import distributed
-from rekindle.runtime.device import Device, get_device
+from rekindle.runtime.device import Device, get_device, keep_freed_memory
 from rekindle.runtime.distributed import World
 from rekindle.runtime.fit import rows_for
 
@@ -113,6 +113,7 @@ def examine_model(
     """
     world = distributed.place()
     chosen = get_device(device, precision, world.local_rank)
+    keep_freed_memory(chosen)
     loaded = load(name, chosen)
     if data is None and loaded.run and questions is None:
         data = Path(loaded.run["data"]["path"])

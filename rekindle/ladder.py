@@ -27,7 +27,14 @@ from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import duration
 from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.recipes import Recipe
-from rekindle.runtime.device import PEAKS, Device, cpu_model, get_device, why_not_compile
+from rekindle.runtime.device import (
+    PEAKS,
+    Device,
+    cpu_model,
+    get_device,
+    keep_freed_memory,
+    why_not_compile,
+)
 from rekindle.runtime.distributed import World
 from rekindle.train import make_deterministic, train_step
 
@@ -50,6 +57,7 @@ class Levers:
     mlp_kernel: bool = False
     separate_qkv: bool = False
     recompute: bool = False
+    keep_memory: bool = False  # what a CPU's tensors give back is used again at once
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ CPU_RUNGS = (
     Rung("bf16", {"precision": "autocast"}, "products of 16-bit numbers, where the CPU has them"),
     Rung("compile", {"compile": True}, "one loop for what was many: fewer trips to memory"),
     Rung("padded vocabulary", {"padded": True}, "50,257 becomes 50,304: rows that fill vectors"),
+    Rung("memory kept", {"keep_memory": True}, "the same pages every step, not new ones of zeros"),
     Rung("bf16 residual", {"precision": "bf16"}, "the residual stream too, but not the weights"),
 )  # fmt: skip
 
@@ -134,7 +143,7 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
             print(f"{rung.name:<20} left out: {reason}")
             levers = dataclasses.replace(levers, compile=False)
             continue
-        levers, figures = _measure_what_fits(work, levers)
+        levers, figures = measure_what_fits(work, levers)
         measured.append({"rung": rung.name, "why": rung.why, **figures})
         print(_line(measured[-1], measured[0]), flush=True)
         storage.write_json(out / "ladder.json", {**result, "rungs": measured})
@@ -152,7 +161,7 @@ def environment(device: Device) -> dict[str, Any]:
     }
 
 
-def _measure_what_fits(work: Work, levers: Levers) -> tuple[Levers, dict[str, Any]]:
+def measure_what_fits(work: Work, levers: Levers) -> tuple[Levers, dict[str, Any]]:
     """Halve the micro-batch until it fits into memory."""
     while True:
         figures = measure_in_fresh_process(work, levers)
@@ -181,6 +190,8 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
         torch.set_num_threads(levers.threads)
     device = get_device(work.device, levers.precision)
     make_deterministic(device)
+    if levers.keep_memory:
+        keep_freed_memory(device)
     model = _model(recipe, levers, device)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if levers.compile else model
     optimizer = make_adamw(model, LR, (0.9, 0.95), 1e-8, 0.1, fused=levers.fused_adamw)

@@ -31,7 +31,7 @@ from rekindle.optim.schedule import learning_rate
 from rekindle.recipes import Recipe
 from rekindle.run import Run, RunOptions, open_run
 from rekindle.runtime import distributed
-from rekindle.runtime.device import Device, get_device, why_not_compile
+from rekindle.runtime.device import Device, get_device, keep_freed_memory, why_not_compile
 from rekindle.runtime.distributed import World
 from rekindle.runtime.fit import choose_compute, choose_micro, must_recompute
 from rekindle.runtime.saving import Saver
@@ -173,6 +173,7 @@ def start(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Session
     device = get_device(options.device, run.precision, world.local_rank)
     distributed.connect(world, device.torch)
     make_deterministic(device)
+    keep_freed_memory(device)
     verify_data(data, manifest, world, console)
     batches, validation = open_data(run, data, manifest)
     questions = for_training(options.hellaswag, device, console.say)

@@ -40,7 +40,7 @@ def bench(
     """`bench("step", ...)`: the command's JSON, which the page must be able to show."""
     for name in ("gpt2-124m", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         monkeypatch.setitem(recipes.RECIPES, name, dataclasses.replace(tiny, name=name))
-    monkeypatch.setattr(gpu, "measure_in_fresh_process", ladder.measure)
+    monkeypatch.setattr(ladder, "measure_in_fresh_process", ladder.measure)
     monkeypatch.setattr(ladder.torch, "compile", lambda model, **options: model)
 
     def run(name: str, *flags: object) -> dict[str, Any]:
@@ -59,12 +59,11 @@ def bench(
 
 
 def test_step(bench: Bench) -> None:
-    found = bench("step", "--steps", 2, "--arms", "lecture,bf16,lecture,lecture, eager")
+    found = bench("step", "--steps", 2, "--arms", "lecture;bf16;lecture;lecture, eager")
     assert list(found["arms"]) == ["lecture", "bf16", "lecture, eager"]
     assert found["arms"]["lecture"]["times_lecture"] == 1
     assert [run["levers"]["precision"] for run in found["runs"]][:2] == ["autocast", "bf16"]
-    for name in gpu.ORDER.replace(", eager", ";eager").split(","):
-        assert name.replace(";eager", ", eager") in gpu.ARMS
+    assert set(gpu.ORDER.split(";")) <= set(gpu.ARMS)
 
 
 def test_sizes(bench: Bench) -> None:

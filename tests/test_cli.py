@@ -21,7 +21,7 @@ Refuses = Callable[..., str]
 HELP = """
 import sys
 from rekindle.cli import main
-for command in ["", "demo", "prepare", "train", "eval", "sample", "verify", "report"]:
+for command in ["", "demo", "prepare", "train", "eval", "sample", "verify", "ladder", "report"]:
     try:
         main([*command.split(), "--help"])
     except SystemExit as end:
@@ -79,7 +79,7 @@ def test_help_answers_without_loading_anything(python: Callable, tmp_path: Path)
     done = python("-c", HELP, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("LOADED []\n")
-    assert done.stdout.count("usage: rekindle") == 8
+    assert done.stdout.count("usage: rekindle") == 9
     assert list(tmp_path.iterdir()) == []
 
 

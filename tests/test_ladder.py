@@ -101,13 +101,13 @@ def test_the_micro_batch_is_halved_until_it_fits(
         return {"out_of_memory": True} if levers.micro > 4 else {"micro": levers.micro}
 
     monkeypatch.setattr(ladder, "measure_in_fresh_process", measure)
-    levers, figures = ladder._measure_what_fits(work, Levers(micro=16))
+    levers, figures = ladder.measure_what_fits(work, Levers(micro=16))
     assert levers.micro == figures["micro"] == 4
     monkeypatch.setattr(
         ladder, "measure_in_fresh_process", lambda work, levers: {"out_of_memory": True}
     )
     with pytest.raises(UserError, match="not one row of tiny fits"):
-        ladder._measure_what_fits(work, Levers(micro=16))
+        ladder.measure_what_fits(work, Levers(micro=16))
 
 
 def test_a_process_of_its_own(shard_set: Path) -> None:

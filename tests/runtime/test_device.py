@@ -1,6 +1,7 @@
 """One place decides device, precision and compilation: its table, without any of the devices."""
 
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,3 +269,25 @@ def test_a_gpu_needs_triton(compiler: Path, monkeypatch: pytest.MonkeyPatch, the
 
 def test_apple_gpus_run_eager(compiler: Path) -> None:
     assert "Apple" in (why_not_compile(MPS) or "")
+
+
+FAULTS = """
+import resource, sys
+import torch
+from rekindle.runtime.device import get_device, keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory(get_device("cpu"))
+torch.ones(20_000_000)  # 80 MB: the first time they are new
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(20_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_memory_given_back_is_used_again(python: Callable) -> None:
+    faults = {how: int(python("-c", FAULTS, how).stdout) for how in ("keep", "as it is")}
+    assert faults["keep"] < 100
+    assert faults["as it is"] > 1000  # else this test shows nothing
