@@ -25,9 +25,10 @@ from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console, Metrics
 from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.recipes import get_recipe
-from rekindle.runtime.checkpoint import Snapshot
+from rekindle.runtime.checkpoint import Keep, Snapshot
 from rekindle.runtime.device import get_device
 from rekindle.runtime.distributed import World
+from rekindle.runtime.guard import Guard
 from rekindle.runtime.saving import Saver
 from rekindle.train import train_step
 
@@ -49,13 +50,15 @@ class Training:
             storage.JsonLines(self.log), Console(quiet=True), steps=1, tokens_per_step=ROWS * T,
             flops_per_token=1, peak_flops=None,
         )  # fmt: skip
-        self.saver = Saver(self.checkpoints, 0, self.model, self.optimizer, metrics, is_main=True)
+        self.saver = Saver(
+            self.checkpoints, Keep(), self.model, self.optimizer, metrics, is_main=True
+        )
 
     def step(self) -> float:
         began = time.perf_counter()
         train_step(
             self.model, self.gradients, self.optimizer, self.tokens, self.tokens, lr=1e-5, clip=1.0,
-            device=self.device, world=World(),
+            guard=Guard(), device=self.device, world=World(),
         )  # fmt: skip
         return time.perf_counter() - began
 

@@ -24,6 +24,7 @@ from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
+from rekindle.runtime.guard import Guard
 from rekindle.train import train_step
 
 STEPS = 10
@@ -118,7 +119,8 @@ def fast_updates(
             rows = batch[settings["cut"]]
             train_step(
                 forward, gradients, optimizer, rows[..., :-1], rows[..., 1:],
-                lr=settings["lr"](step), clip=settings["clip"], device=device, world=World(),
+                lr=settings["lr"](step), clip=settings["clip"], guard=Guard(),
+                device=device, world=World(),
             )  # fmt: skip
     return _difference(trial.model, model)
 

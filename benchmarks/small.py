@@ -30,7 +30,9 @@ from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.runtime.device import get_device, keep_freed_memory
 from rekindle.runtime.distributed import World
 from rekindle.runtime.fit import choose_compute
-from rekindle.train import make_deterministic, train_step
+from rekindle.runtime.guard import Guard
+from rekindle.session import make_deterministic
+from rekindle.train import train_step
 
 RESULT = Path(__file__).parent / "results" / "small.json"
 # rows, T, steps of warm-up, timed steps; 4 layers, 128 wide, 4 heads
@@ -95,12 +97,21 @@ def ours(model: GPT2, T: int, device: Any, *, compiled: bool) -> Any:
     keep_freed_memory(device)
     model.use(choose_compute(device, T))
     optimizer = make_adamw(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
-    gradients = GradientBuffer(model.parameters())
+    gradients, guard = GradientBuffer(model.parameters()), Guard()
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
 
     def step(x: torch.Tensor, y: torch.Tensor) -> float:
         return train_step(
-            forward, gradients, optimizer, x, y, lr=1e-3, clip=1.0, device=device, world=World()
+            forward,
+            gradients,
+            optimizer,
+            x,
+            y,
+            lr=1e-3,
+            clip=1.0,
+            guard=guard,
+            device=device,
+            world=World(),
         ).loss
 
     return step

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle import __version__, recipes
-from rekindle.errors import UserError
+from rekindle.errors import Stopped, UserError
 
 RUN_OR_MODEL = (
     "a run folder, a checkpoint, gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or a folder in "
@@ -27,6 +27,8 @@ FLAGS = {
     "eval_tokens": "validation tokens to score, always the same ones",
     "checkpoint_every": "steps between checkpoints, 0: only at the end",
     "keep_checkpoints": "newest checkpoints to keep, 0: all",
+    "keep_best": "checkpoints of the lowest validation loss to keep beside them",
+    "keep_every": "keep the checkpoints at multiples of so many steps as well, 0: none",
     "prompt": "what the samples begin with",
     "batch.tokens": "tokens of one optimizer step, over all ranks",
     "batch.length": "tokens in a window (T)",
@@ -38,6 +40,7 @@ FLAGS = {
     "optim.eps": "AdamW's epsilon",
     "optim.weight_decay": "weight decay, on matrices only",
     "optim.clip": "largest norm of the gradient, 0: any",
+    "optim.spike": "refuse a step whose loss is so many robust deviations above the last, 0: any",
     "schedule.warmup": "steps of linear warm-up",
     "schedule.final": "last learning rate, as a fraction of the peak",
     "model.n_layer": "blocks",
@@ -48,7 +51,8 @@ FLAGS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0, 1 (verify: they differ), 2 (a user's mistake)."""
+    """Run one command; return the exit status: 0, 1 (verify: they differ), 2 (a user's mistake), or
+    128 and the number of the signal that asked to stop."""
     options = _parser().parse_args(arguments)
     _keep_compiled()
     try:
@@ -58,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" (rank {rank})" if ranks > 1 else ""
         print(f"rekindle: error{where}: {error}", file=sys.stderr, flush=True)
         return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"rekindle: {stopped}", file=sys.stderr, flush=True)
+        return stopped.status
     except KeyboardInterrupt:
         print("\nrekindle: stopped; the same command goes on from what was saved", file=sys.stderr)
         return 130
@@ -97,7 +105,7 @@ def train(o: argparse.Namespace) -> None:
 
     options = RunOptions(
         device=o.device, precision=o.precision, compile=o.compile, kernels=o.kernels,
-        recompute=o.recompute, hellaswag=o.hellaswag, fork=o.fork,
+        recompute=o.recompute, hellaswag=o.hellaswag, timeout=o.timeout, fork=o.fork,
     )  # fmt: skip
     train(recipe, o.data, o.out, options)
 
@@ -296,6 +304,11 @@ def _add_train(commands: Any) -> None:
         "--recompute", action=argparse.BooleanOptionalAction, default=None,
         help="recompute activations in the backward pass: less memory, slower (default: where only "
         "that lets a few rows fit)",
+    )  # fmt: skip
+    p.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S",
+        help="seconds that a rank waits for the others before it says which one holds it up, and "
+        "ends; 0: for ever (default: %(default)s)",
     )  # fmt: skip
     numbers = p.add_argument_group("the recipe's numbers")
     defaults = recipes.flatten(recipes.RECIPES["gpt2-124m"])

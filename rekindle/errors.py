@@ -1,5 +1,14 @@
-"""The one exception a user meets: something they can mend, told in one line."""
+"""The exceptions that the command line turns into a line and an exit status."""
 
 
 class UserError(Exception):
     """What is wrong, where, and what to do. The command line prints it and exits with status 2."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and all it has done is saved. The exit status is 128 and the
+    signal's number, as a shell has it."""
+
+    def __init__(self, signal: int, said: str) -> None:
+        super().__init__(said)
+        self.status = 128 + signal

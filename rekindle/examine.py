@@ -41,16 +41,18 @@ class Examiner:
         self.device, self.world, self.metrics = device, world, metrics
         self.token_bytes = tokenizer.token_bytes()
 
-    def __call__(self, step: int) -> None:
-        self.validate(step)
+    def __call__(self, step: int) -> float | None:
+        """Look at everything; return the validation loss in nats per token, if there is one."""
+        loss = self.validate(step)
         if self.questions.total:
             self.answer(step)
         if step:  # before the first step there is only noise to hear
             self.speak(step)
+        return loss
 
-    def validate(self, step: int) -> None:
+    def validate(self, step: int) -> float | None:
         if not self.validation:
-            return
+            return None
         began = time.perf_counter()
         loss = validation_loss(
             self.forward, self.validation, self.token_bytes, T=self.run.recipe.batch.length,
@@ -66,6 +68,7 @@ class Examiner:
             f"step {step:>5} | validation loss {loss.nats:.4f} nats/token, "
             f"{loss.bits_per_byte:.4f} bits/byte over {loss.tokens:,} tokens ({seconds:.1f} s)"
         )
+        return loss.nats
 
     def answer(self, step: int) -> None:
         began = time.perf_counter()

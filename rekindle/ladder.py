@@ -36,7 +36,9 @@ from rekindle.runtime.device import (
     why_not_compile,
 )
 from rekindle.runtime.distributed import World
-from rekindle.train import make_deterministic, train_step
+from rekindle.runtime.guard import Guard
+from rekindle.session import make_deterministic
+from rekindle.train import train_step
 
 LR = 3e-4  # constant, as where the lecture measures its speed
 SEED = 1337
@@ -195,14 +197,23 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
     model = _model(recipe, levers, device)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if levers.compile else model
     optimizer = make_adamw(model, LR, (0.9, 0.95), 1e-8, 0.1, fused=levers.fused_adamw)
-    gradients = GradientBuffer(model.parameters())
+    gradients, guard = GradientBuffer(model.parameters()), Guard()
     prefetcher = _prefetcher(recipe, work, levers, device)
     ends, losses = [time.perf_counter()], []
     x = y = torch.empty(0)
     for _ in range(work.warmup + work.steps):
         x, y = prefetcher.next()
         result = train_step(
-            forward, gradients, optimizer, x, y, lr=LR, clip=1.0, device=device, world=World()
+            forward,
+            gradients,
+            optimizer,
+            x,
+            y,
+            lr=LR,
+            clip=1.0,
+            guard=guard,
+            device=device,
+            world=World(),
         )
         losses.append(result.loss)
         ends.append(time.perf_counter())

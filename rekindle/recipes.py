@@ -38,6 +38,7 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only
     clip: float = 1.0  # largest norm of the gradient; 0: any
+    spike: float = 10.0  # robust deviations above the recent losses that refuse a step; 0: any loss
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,15 @@ class Recipe:
     eval_tokens: int = 10_485_760  # of the validation split, always the same ones [lecture]
     checkpoint_every: int = 250  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 3  # newest ones to keep; 0: all of them
+    keep_best: int = 1  # and of the others those with the lowest validation loss
+    keep_every: int = 0  # and those at multiples of so many steps; 0: none
     prompt: str = field(default="Hello, I'm a language model,")  # of the samples [lecture]
 
 
 # May differ when a run goes on: none of them changes a step already taken.
 FREE_ON_RESUME = (
-    "about", "steps", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "prompt",
+    "about", "steps", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
+    "keep_best", "keep_every", "prompt",
 )  # fmt: skip
 
 _LECTURE = Recipe(

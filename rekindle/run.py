@@ -21,10 +21,13 @@ from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import Console, Metrics
 from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint
-from rekindle.runtime.checkpoint import Checkpoint
+from rekindle.runtime.checkpoint import Checkpoint, Keep
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
+from rekindle.runtime.guard import Guard
 from rekindle.runtime.saving import Saver
+
+EXAMINATIONS = ("validation", "hellaswag", "samples")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class RunOptions:
     kernels: bool | None = None  # Triton's, for bf16 on a GPU
     recompute: bool | None = None  # None: if only so a few rows fit into the GPU's memory
     hellaswag: str = "auto"  # a file, "hub", "none", or "auto": from the hub on a GPU
+    timeout: float = 600.0  # seconds that a rank may wait for the others; 0: for ever
     fork: Path | None = None  # run or checkpoint whose weights and optimizer state to start from
 
 
@@ -51,6 +55,7 @@ class Run:
     manifest: Manifest
     options: RunOptions
     checkpoint: Checkpoint | None  # where it goes on
+    damaged: dict[Path, str]  # newer checkpoints, to be set aside, and what ails them
     forked_from: str | None
     precision: str
     compile: bool
@@ -65,9 +70,22 @@ class Run:
         """Optimizer steps already taken."""
         return self.checkpoint.step if self.checkpoint else 0
 
+    @property
+    def batch(self) -> int:
+        """Number of the next batch: that of the next step, unless batches were stepped over."""
+        if not self.checkpoint:
+            return 0
+        return self.checkpoint.description["data_position"]["windows"] // self.recipe.batch.rows
+
+    @property
+    def examined(self) -> bool:
+        """Whether what comes after this step (validation and so on) has been done."""
+        return bool(self.checkpoint and self.checkpoint.description["examined"])
+
     def begin(
-        self, device: Device, compute: Compute, split: Split, *, compiled: bool, console: Console
-    ) -> None:
+        self, device: Device, compute: Compute, split: Split, *, compiled: bool, console: Console,
+        lock: storage.Lock,
+    ) -> None:  # fmt: skip
         """Say what is about to happen, and write the run down if it is new."""
         self.split = {
             "micro": split.micro, "ranks": split.ranks, "threads": torch.get_num_threads(),
@@ -76,12 +94,15 @@ class Run:
         }  # fmt: skip
         if split.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            lock.take()
             storage.remove_unfinished(self.folder)
             if not (self.folder / "run.json").exists():
                 storage.write_json(self.folder / "run.json", self._identity())
             checkpoints = self.folder / "checkpoints"
             checkpoints.mkdir(exist_ok=True)
             storage.remove_unfinished(checkpoints)
+            for path, what in self.damaged.items():
+                console.say(f"{what}: it is now {storage.set_aside(path)}")
         r, m = self.recipe, self.recipe.model
         console.say(
             f"model: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
@@ -121,39 +142,75 @@ class Run:
         """The run's log, without what was logged after the checkpoint it goes on from."""
         log = None
         if world.is_main:
-            log = storage.JsonLines(self.folder / "metrics.jsonl", keep=self._is_past)
+            log = storage.JsonLines(self.folder / "metrics.jsonl", keep=self.is_past)
         peak = device.peak_flops
-        return Metrics(
+        metrics = Metrics(
             log, console, steps=self.recipe.steps, tokens_per_step=self.recipe.batch.tokens,
             flops_per_token=self.recipe.model.flops_per_token(self.recipe.batch.length),
             peak_flops=peak * world.size if peak else None,
         )  # fmt: skip
+        if log and self._checkpoint_is_untold():
+            metrics.record("checkpoint", self.step)
+        return metrics
 
-    def _is_past(self, record: dict[str, Any]) -> bool:
+    def _checkpoint_is_untold(self) -> bool:
+        """Whether the process was killed after it wrote the checkpoint and before it said so."""
+        own = self.checkpoint and self.checkpoint.path.parent == self.folder / "checkpoints"
+        if not own:
+            return False
+        log = self.folder / "metrics.jsonl"
+        records = storage.read_json_lines(log) if log.exists() else []
+        return not any(r["kind"] == "checkpoint" and r["step"] == self.step for r in records)
+
+    def is_past(self, record: dict[str, Any]) -> bool:
         """Whether a record describes what the checkpoint already contains."""
-        if record["kind"] == "train":  # numbered by the step it took: the first is 0
-            return record["step"] < self.step
-        return self.step > 0 and record["step"] <= self.step
+        done = self.step
+        if record["kind"] == "checkpoint" or (record["kind"] in EXAMINATIONS and self.examined):
+            done += 1
+        return record["step"] < done  # a step is numbered from 0, what comes after it from 1
 
     def open_saver(
         self, model: GPT2, optimizer: torch.optim.Optimizer, metrics: Metrics, world: World
     ) -> Saver:
         """What writes the run's checkpoints."""
         return Saver(
-            self.folder / "checkpoints", self.recipe.keep_checkpoints, model, optimizer, metrics,
-            is_main=world.is_main,
+            self.folder / "checkpoints",
+            Keep(self.recipe.keep_checkpoints, self.recipe.keep_best, self.recipe.keep_every),
+            model, optimizer, metrics, is_main=world.is_main,
         )  # fmt: skip
 
-    def save(self, step: int, saver: Saver) -> None:
-        """Begin the checkpoint of `step`; it is written while training goes on."""
-        saver.save({
+    def describe(
+        self, step: int, batch: int, guard: Guard, *, examined: bool, validation: float | None
+    ) -> dict[str, Any]:
+        """What a checkpoint says of itself, beside its weights. `batch`: number of the next one."""
+        return {
             "step": step,
             **self._identity(),
-            "data_position": {"windows": step * self.recipe.batch.rows},
+            "data_position": {"windows": batch * self.recipe.batch.rows},
+            "guard": guard.state(),
+            "examined": examined,
+            "validation_loss": validation,
             "model": dataclasses.asdict(self.recipe.model),
             "split": self.split,
             "versions": {"rekindle": __version__, "torch": torch.__version__},
-        })  # fmt: skip
+        }
+
+    def go_back(self, world: World) -> bool:
+        """Go on from the newest checkpoint that was saved before the steps that are now refused;
+        False if there is none. On every rank; the last checkpoint must be whole."""
+        later = []
+        for path in reversed(checkpoint.list_checkpoints(self.folder / "checkpoints")):
+            found = checkpoint.load(path)
+            if not found.description["guard"]["refused"]:
+                break
+            later.append(path)
+        else:
+            return False
+        self.checkpoint = found
+        world.barrier()  # every rank has looked
+        for path in later if world.is_main else []:
+            storage.remove_folder(path)
+        return True
 
 
 def open_run(
@@ -169,17 +226,17 @@ def open_run(
     recipes.check(recipe)
     forked_from = None
     _check_can_be_written(out)
-    if (out / "run.json").is_file():
-        forked_from = _check_same_run(recipe, manifest, out)
+    if before := _identity_of(out):
+        forked_from = _check_same_run(recipe, manifest, out, before)
         if options.fork and not forked_from:
             raise UserError(f"{out} was not begun as a fork: give --fork a new --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and not (out.is_dir() and storage.is_empty(out)):
         raise UserError(f"{out} exists and is no run: give --out a new folder")
     elif options.fork:  # only now: a run that has begun no longer needs its parent
         forked_from = os.path.abspath(checkpoint.find(options.fork))
-    own = checkpoint.list_checkpoints(out / "checkpoints")
-    start = own[-1] if own else Path(forked_from) if forked_from else None
-    loaded = checkpoint.load(start) if start else None
+    loaded, damaged = checkpoint.newest_whole(out / "checkpoints")
+    if not loaded and forked_from:
+        loaded = checkpoint.load(Path(forked_from))
     split: dict[str, Any] = {}
     if loaded:
         _check_same_model(recipe, manifest, loaded)
@@ -191,6 +248,7 @@ def open_run(
         manifest=manifest,
         options=options,
         checkpoint=loaded,
+        damaged=damaged,
         forked_from=forked_from,
         precision=options.precision or split.get("precision", "auto"),
         compile=split.get("compile", True) if options.compile is None else options.compile,
@@ -210,9 +268,18 @@ def _check_can_be_written(out: Path) -> None:
         raise UserError(f"{there} may not be written to by this user: give another --out")
 
 
-def _check_same_run(recipe: Recipe, manifest: Manifest, out: Path) -> str | None:
+def _identity_of(out: Path) -> dict[str, Any] | None:
+    """What the run in `out` was begun with; a checkpoint tells if its folder was lost meanwhile."""
+    if (out / "run.json").is_file():
+        return storage.read_json(out / "run.json")
+    found = checkpoint.list_checkpoints(out / "checkpoints")
+    return checkpoint.load(found[-1]).description if found else None
+
+
+def _check_same_run(
+    recipe: Recipe, manifest: Manifest, out: Path, before: dict[str, Any]
+) -> str | None:
     """Refuse to go on with another recipe or other data; return what the run was forked from."""
-    before = storage.read_json(out / "run.json")
     if different := recipes.differences(before["recipe"], recipes.flatten(recipe)):
         raise UserError(
             f"{out} was begun with another recipe ({'; '.join(different)}): "

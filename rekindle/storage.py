@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import numpy as np
 from rekindle.errors import UserError
 
 TEMPORARY = ".tmp-"  # names that start so are unfinished and may be removed by whoever comes next
+LOCK = ".lock"
 SAFETENSORS = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}  # what the format calls NumPy's types
 
 
@@ -121,6 +123,80 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+class Lock:
+    """Keeps a folder for one process. The system takes the lock back when the process ends, however
+    it ends; the file only says who it was. Entered, it is not taken yet; left, it is given back."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
+        self._descriptor: int | None = None
+
+    def take(self, *, create: bool = True) -> None:
+        """Take the lock, if it is not ours already; without `create`, only if its file is there.
+
+        Raises `UserError` that names the process which has it.
+        """
+        if self._descriptor is not None or not (create or self._path.exists()):
+            return
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"{self._path.parent} may not be written to ({error.strerror}): give another --out"
+            ) from None
+        try:
+            _lock_file(descriptor)
+        except OSError:
+            holder = (
+                os.pread(descriptor, 200, 0).decode(errors="replace") if os.name != "nt" else ""
+            )
+            os.close(descriptor)
+            raise UserError(
+                f"{self._path.parent} is in use by {holder or 'another process'}: wait until that "
+                "is done, or give another --out"
+            ) from None
+        self._descriptor = descriptor
+        if create and os.name != "nt":
+            who = f"process {os.getpid()} on {socket.gethostname()}".encode()
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, who, 0)
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the lock back, if it was taken."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _lock_file(descriptor: int) -> None:
+    """Lock an open file, or raise `OSError` at once."""
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged folder a name under which nobody takes it for a whole one; return it."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    _flush_folder(folder.parent)
+    return aside
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a process left that was killed at its beginning."""
+    return all(p.name == LOCK or p.name.startswith(TEMPORARY) for p in folder.iterdir())
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process left under temporary names."""
     for path in folder.glob(f"{TEMPORARY}*"):
@@ -131,25 +207,56 @@ def remove_unfinished(folder: Path) -> None:
 
 
 class JsonLines:
-    """A log of one JSON object a line. Appended to, never rewritten but to go back in time."""
+    """A log of one JSON object a line. Appended to, never rewritten but to go back in time.
+
+    A disk that takes nothing more does not stop whoever logs: lines wait in memory for the next.
+    """
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
         """Open `path` for appending. With `keep`, first drop every record it refuses, and a last
         line cut short by a kill, so that a resumed run logs each step once."""
-        if path.exists():
-            kept = [r for r in read_json_lines(path) if keep is None or keep(r)]
-            write_file(path, [(json.dumps(record) + "\n").encode() for record in kept])
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+        self._path = path
+        self._waiting = bytearray()
+        self._descriptor: int | None = None
         self._lock = threading.Lock()
+        if path.exists():
+            self.rewind(keep)
+        self._write()
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line, from any thread."""
+    def rewind(self, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
+        """Drop every record that `keep` refuses."""
+        self.close()
+        kept = [r for r in read_json_lines(self._path) if keep is None or keep(r)]
+        write_file(self._path, [(json.dumps(record) + "\n").encode() for record in kept])
+
+    def append(self, record: Mapping[str, Any]) -> OSError | None:
+        """Add a line, from any thread; return what kept it from being written now, if anything."""
         with self._lock:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            self._waiting += json.dumps(record).encode() + b"\n"
+            return self._write()
 
-    def close(self) -> None:
-        self._file.close()
+    def _write(self) -> OSError | None:
+        try:
+            if self._descriptor is not None and not os.fstat(self._descriptor).st_nlink:
+                os.close(self._descriptor)  # somebody removed the file
+                self._descriptor = None
+            if self._descriptor is None:
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                self._descriptor = os.open(self._path, flags, 0o666)
+            while self._waiting:
+                del self._waiting[: os.write(self._descriptor, self._waiting)]
+        except OSError as error:
+            return error
+        return None
+
+    def close(self) -> OSError | None:
+        """Write what waits, and close; return what kept lines from being written, if anything."""
+        with self._lock:
+            error = self._write() if self._waiting else None
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+            return error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -306,14 +306,36 @@ def test_a_fork_of_what_is_no_run(begin: list[str], data: Path, refuses: Refuses
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize("spoil", [Path.unlink, cut_short])
-def test_going_on_from_a_damaged_checkpoint(
+def test_a_damaged_checkpoint_is_not_used(
     begin: list[str], run: Path, refuses: Refuses, name: str, spoil: Callable[[Path], None]
 ) -> None:
+    """The only one, so that the run cannot go on."""
     saved = run / "checkpoints" / "step-000004"
     spoil(saved / name)
-    refuses(begin, str(saved), name)
-    refuses(["sample", run], str(saved), name)
-    refuses(["eval", run], str(saved), name)
+    refuses(begin, "no checkpoint in", str(saved), name, "restore one from a copy")
+    for command in ("sample", "eval"):
+        refuses([command, run], str(saved), name, "name another checkpoint")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("spoil", [Path.unlink, cut_short, flip_bit])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    begin: list[str], run: Path, rekindle: Callable, name: str, spoil: Callable[[Path], None]
+) -> None:
+    whole = (run / "checkpoints" / "step-000004" / "model.safetensors").read_bytes()
+    assert rekindle(*begin, "--steps", 8).status == 0
+    saved = run / "checkpoints" / "step-000008"
+    before = (saved / "model.safetensors").read_bytes()
+    spoil(saved / name)
+    outcome = rekindle(*begin, "--steps", 8)
+    assert outcome.status == 0, outcome.err
+    aside = saved.with_name("damaged-step-000008")
+    assert f"it is now {aside}" in outcome.out
+    assert str(saved / name) in outcome.out
+    assert "goes on at step 4 of 8" in outcome.out
+    assert aside.is_dir()
+    assert (saved.with_name("step-000004") / "model.safetensors").read_bytes() == whole
+    assert (saved / "model.safetensors").read_bytes() == before
 
 
 # -- eval and sample ------------------------------------------------------------------------------
@@ -402,17 +424,17 @@ def test_sample_speaks(run: Path, rekindle: Callable) -> None:
     assert rekindle("sample", run, *flags).out == outcome.out
 
 
-def test_control_c_ends_in_one_line(
+def test_control_c_before_the_first_step_ends_in_one_line(
     begin: list[str], rekindle: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rekindle import train as module
+    from rekindle import session as module
 
     def interrupt(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(1000):  # another thread may take the signal; this one hears of it soon
             time.sleep(0.01)
 
-    monkeypatch.setattr(module, "learning_rate", interrupt)
+    monkeypatch.setattr(module, "GPT2", interrupt)
     # What a shell starts in the background ignores Control-C, and so would this test.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

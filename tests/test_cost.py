@@ -20,6 +20,7 @@ from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.runtime.device import Device, why_not_compile
 from rekindle.runtime.distributed import World
+from rekindle.runtime.guard import Guard
 from rekindle.train import train_step
 
 ROWS, T = 4, 32
@@ -68,7 +69,16 @@ def make_step(
 
     def take() -> None:
         result = train_step(
-            forward, gradients, optimizer, x, y, lr=1e-3, clip=1.0, device=device, world=World()
+            forward,
+            gradients,
+            optimizer,
+            x,
+            y,
+            lr=1e-3,
+            clip=1.0,
+            guard=Guard(),
+            device=device,
+            world=World(),
         )
         assert result.accepted
 

@@ -104,6 +104,7 @@ def test_what_may_change_on_a_resume(tiny: Recipe) -> None:
     before = recipes.flatten(tiny)
     free = {
         "steps": 99, "eval_every": 9, "checkpoint_every": 9, "keep_checkpoints": 9,
+            "keep_best": 9, "keep_every": 9,
         "eval_tokens": 9, "prompt": "x", "about": "x", "batch.micro": 2,
     }  # fmt: skip
     assert recipes.differences(before, {**before, **free}) == []

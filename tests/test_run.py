@@ -15,7 +15,7 @@ import rekindle.train
 from rekindle import storage
 from rekindle.data.shards import Manifest, Shard, write_shard
 from rekindle.data.tokenizer import ByteTokenizer
-from rekindle.train import GIVE_UP_AFTER, due
+from rekindle.train import due
 
 Train = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
@@ -32,6 +32,7 @@ def test_what_a_run_writes(tmp_path: Path, train: Train) -> None:
     train(tmp_path / "run", "--steps", 4)
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert files == [
+        "run/.lock",
         "run/checkpoints/step-000004/checkpoint.json",
         "run/checkpoints/step-000004/model.safetensors",
         "run/checkpoints/step-000004/optimizer.safetensors",
@@ -138,21 +139,33 @@ def test_a_refused_step_is_shown_and_logged_and_the_run_goes_on(
     assert storage.read_json(saved)["updates"] == 6
 
 
-def test_it_gives_up_after_ten_refusals_in_a_row(
+def test_it_gives_up_after_going_back_three_times(
     tmp_path: Path, command: Callable, rekindle: Callable, records: Records,
     monkeypatch: pytest.MonkeyPatch, one_thread: None,
 ) -> None:  # fmt: skip
-    """Nine of them, and one that is accepted, do not count; and the checkpoint before stays."""
+    """Nine refusals, and a step that is accepted, do not count; and the checkpoint before stays."""
     spoil_loss(monkeypatch, lambda step: 5 <= step < 14 or step >= 15)
     outcome = rekindle(*command(tmp_path / "run"), "--steps", 100, "--checkpoint-every", 5)
     assert outcome.status == 2
     assert outcome.err == (
-        "rekindle: error: the loss or gradient of 10 steps in a row was not finite (now step 24): "
-        "lower --optim.lr and start anew, or fork an earlier checkpoint\n"
+        "rekindle: error: the 10 steps before step 25 were refused in a row, though the run went "
+        "back to step 15 before: lower --optim.lr and start anew, or fork an earlier checkpoint\n"
     )
-    assert GIVE_UP_AFTER == 10
+    assert outcome.out.count(": back to step 15, with batch ") == 3
+    assert "with batch 45 and on (stepping over 15 to 44)" in outcome.out
     assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(25))
-    assert (tmp_path / "run" / "checkpoints" / "step-000005").is_dir()
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-000005", "step-000015"]
+
+
+def test_without_a_checkpoint_it_gives_up_at_once(
+    tmp_path: Path, command: Callable, rekindle: Callable, monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
+) -> None:  # fmt: skip
+    spoil_loss(monkeypatch, lambda step: True)
+    outcome = rekindle(*command(tmp_path / "run"), "--steps", 20)
+    assert outcome.status == 2
+    assert "the 10 steps before step 10 were refused in a row and there is no" in outcome.err
 
 
 def test_a_learning_rate_that_explodes_ends_in_one_line(
@@ -161,7 +174,7 @@ def test_a_learning_rate_that_explodes_ends_in_one_line(
     outcome = rekindle(*command(tmp_path / "run"), "--optim.lr", 1e38, "--steps", 50)
     assert outcome.status == 2
     assert outcome.err.count("\n") == 1
-    assert "was not finite" in outcome.err
+    assert "were refused in a row and there is no checkpoint to go back to" in outcome.err
 
 
 def test_validation_never_trains(tmp_path: Path, train: Train, records: Records) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -65,8 +66,8 @@ class Windows:
     """All windows of T + 1 tokens at stride T in a list of shards, numbered from 0. A window does
     not cross shards; a rest shorter than T is left out."""
 
-    def __init__(self, shards: Sequence[np.ndarray], T: int) -> None:
-        self.shards, self.T = shards, T
+    def __init__(self, shards: Sequence[np.ndarray], T: int, vocab_size: int = 2**16) -> None:
+        self.shards, self.T, self.vocab_size = shards, T, vocab_size
         counts = [max(0, len(shard) - 1) // T for shard in shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
 
@@ -74,13 +75,31 @@ class Windows:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        """The windows with these numbers: (n, T + 1) uint16."""
+        """The windows with these numbers: (n, T + 1) uint16.
+
+        Raises `UserError` that names the file and the place of an id beyond the vocabulary.
+        """
         out = np.empty((len(numbers), self.T + 1), np.uint16)
         for row, number in enumerate(numbers):
-            shard = int(np.searchsorted(self._ends, number, side="right"))
-            start = (int(number) - (int(self._ends[shard - 1]) if shard else 0)) * self.T
+            shard, start = self._locate(int(number))
             out[row] = self.shards[shard][start : start + self.T + 1]
+        if out.size and out.max() >= self.vocab_size:
+            row, place = np.argwhere(out >= self.vocab_size)[0]
+            self._refuse(int(numbers[row]), int(place), int(out[row, place]))
         return out
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        """Shard and first token of a window."""
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, (number - (int(self._ends[shard - 1]) if shard else 0)) * self.T
+
+    def _refuse(self, number: int, place: int, token: int) -> NoReturn:
+        shard, first = self._locate(number)
+        name = getattr(self.shards[shard], "filename", f"shard {shard}")
+        raise UserError(
+            f"{name} holds the id {token} beyond the vocabulary of {self.vocab_size} at token "
+            f"{first + place}, and did not when it was checked: prepare it again"
+        )
 
 
 @dataclass(frozen=True)
@@ -167,7 +186,7 @@ def validation_batches(
 class Prefetcher:
     """Makes the batches of coming steps in a thread and copies them to the device in time.
 
-    `waited` is how long `next` had to wait for data since it was last reset, in seconds.
+    `waited` is how long `next` has had to wait for data, in seconds.
     """
 
     def __init__(

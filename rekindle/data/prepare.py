@@ -61,7 +61,8 @@ def prepare(
             "val_tokens": val_tokens,
             "shard_tokens": shard_tokens,
         }
-        return _prepare(source, out, settings, say)
+        with storage.Lock(out) as lock:
+            return _prepare(source, out, settings, say, lock)
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: {error.strerror or error}; mend that and run the same "
@@ -69,13 +70,17 @@ def prepare(
         ) from None
 
 
-def _prepare(source: Source, out: Path, settings: dict[str, Any], say: Say) -> Manifest:
+def _prepare(
+    source: Source, out: Path, settings: dict[str, Any], say: Say, lock: storage.Lock
+) -> Manifest:
     if finished := _finished(source, out, settings):
         say(f"{out} is prepared already: {finished.summary()}; nothing to do")
         return finished
+    lock.take(create=False)
     state = _saved_state(source, out, settings)
     folder = out / shards.UNFINISHED
     folder.mkdir(parents=True, exist_ok=True)
+    lock.take()
     storage.remove_unfinished(out)
     storage.remove_unfinished(folder)
     try:

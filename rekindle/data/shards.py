@@ -150,6 +150,33 @@ def verify(folder: Path, manifest: Manifest) -> None:
         list(pool.map(check, manifest.shards))
 
 
+class Unchanged:
+    """Whether the shards of a set are still the files they were when this was made."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._before = {
+            path: _identity(path) for path in (folder / s.name for s in manifest.shards)
+        }
+
+    def check(self) -> None:
+        """Raises `UserError` that names a file which was changed, replaced or removed."""
+        for path, before in self._before.items():
+            if _identity(path) != before:
+                raise UserError(
+                    f"{path} was changed while the run was reading it: see that nothing writes "
+                    "there; the same command checks every hash and goes on"
+                )
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when somebody writes to a file or puts another in its place."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def describe_shard(path: Path, split: str, end_of_text: int, vocab_size: int) -> Shard:
     """A manifest entry for a shard made elsewhere, read from the file itself and checked."""
     tokens = open_shard(path)

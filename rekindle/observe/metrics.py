@@ -5,6 +5,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from rekindle.storage import JsonLines
@@ -76,16 +77,17 @@ class Metrics:
         self._log, self.console, self._steps = log, console, steps
         self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak_flops
         self._recent: list[float] = []  # seconds of the last steps
+        self._waiting = False  # lines that the disk did not take
 
     def step(
         self, step: int, *, loss: float, lr: float, norm: float, seconds: float, data_wait: float,
-        accepted: bool,
+        objection: str = "",
     ) -> None:  # fmt: skip
         """Report one optimizer step, numbered from 0 (the time is that of the step alone)."""
         rate = self._tokens / seconds
         used = None if self._peak is None else rate * self._flops / self._peak
         self.record(
-            "train", step, loss=loss, lr=lr, norm=norm, accepted=accepted, tokens_per_s=rate,
+            "train", step, loss=loss, lr=lr, norm=norm, accepted=not objection, tokens_per_s=rate,
             utilisation=used, data_wait_s=data_wait, seconds=seconds,
         )  # fmt: skip
         self._recent = [*self._recent[-19:], seconds]
@@ -95,18 +97,31 @@ class Metrics:
         self.console.progress(
             f"step {step:>5}/{self._steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
             f"{rate:,.0f} tok/s | util {share} | data {data_wait * 1e3:.1f} ms | {left} left"
-            + ("" if accepted else " | REFUSED: not finite"),
-            important=step in (0, self._steps - 1) or not accepted,
+            + (f" | REFUSED: {objection}" if objection else ""),
+            important=step in (0, self._steps - 1) or bool(objection),
         )
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """Log one object: `kind` is train, validation, hellaswag, samples or checkpoint."""
+        """Log one object: `kind` is train, validation, hellaswag, samples, checkpoint or return."""
         if self._log:
             for name, value in values.items():  # JSON knows no NaN
                 if isinstance(value, float) and not math.isfinite(value):
                     values[name] = None
-            self._log.append({"kind": kind, "step": step, **values})
+            self._tell(self._log.append({"kind": kind, "step": step, **values}))
+
+    def _tell(self, error: OSError | None) -> None:
+        """Say once that the disk takes no lines, and once that it does again."""
+        if error and not self._waiting:
+            self.console.say(f"metrics.jsonl cannot be written ({error.strerror}): lines wait")
+        elif self._waiting and not error:
+            self.console.say("metrics.jsonl is written again, with every line that waited")
+        self._waiting = error is not None
+
+    def rewind(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop what was logged of steps that are taken again."""
+        if self._log:
+            self._log.rewind(keep)
 
     def close(self) -> None:
-        if self._log:
-            self._log.close()
+        if self._log and (error := self._log.close()):
+            self.console.say(f"the last lines of metrics.jsonl are lost ({error.strerror})")

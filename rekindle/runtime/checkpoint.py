@@ -8,6 +8,7 @@ RUN/checkpoints/step-000250/
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from rekindle import storage
 from rekindle.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION = "checkpoint.json"
+FILES = ("model.safetensors", "optimizer.safetensors")
 _NAME = re.compile(r"step-(\d{6,})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -119,13 +121,61 @@ def write(folder: Path, description: dict[str, Any], snapshot: Snapshot) -> Path
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints under `folder`, oldest first. Unfinished ones have other names."""
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=_step)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; 0 keeps all."""
-    for path in list_checkpoints(folder)[:-keep] if keep else []:
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest checkpoint under `folder` that is whole, if any, and what ails those after it.
+
+    Raises `UserError` if there are checkpoints, but not one that is whole.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return load(path), damaged
+        except DamagedError as error:
+            damaged[path] = error.what
+    if damaged:
+        raise UserError(
+            f"no checkpoint in {folder} is whole ({'; '.join(damaged.values())}): restore one from "
+            "a copy, or start anew in another --out"
+        )
+    return None, damaged
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `newest` so many (0: all), of the others the `best` so many by
+    validation loss, and those at multiples of `every` steps (0: none)."""
+
+    newest: int = 0
+    best: int = 0
+    every: int = 0
+
+
+def prune(folder: Path, keep: Keep) -> None:
+    """Remove what `keep` does not name. The newest one, just written, always stays."""
+    found = list_checkpoints(folder)
+    old = found[: -keep.newest] if keep.newest else []
+    losses = {path: _validation_loss(path) for path in found} if old and keep.best else {}
+    best = sorted((p for p, loss in losses.items() if math.isfinite(loss)), key=lambda p: losses[p])
+    for path in old:
+        if path in best[: keep.best] or (keep.every and _step(path) % keep.every == 0):
+            continue
         storage.remove_folder(path)
+
+
+def _validation_loss(path: Path) -> float:
+    """As its description has it; infinite if it was not measured or cannot be read."""
+    try:
+        loss = storage.read_json(path / DESCRIPTION).get("validation_loss")
+    except (UserError, AttributeError):
+        return math.inf
+    return loss if isinstance(loss, float) else math.inf
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def find(path: Path) -> Path:
@@ -145,24 +195,36 @@ def find(path: Path) -> Path:
                     f"{DESCRIPTION}")  # fmt: skip
 
 
+class DamagedError(UserError):
+    """A checkpoint that is not what was written."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: name another checkpoint; `rekindle train` sets this one aside")
+        self.what = what
+
+
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint and check every byte. Raises `UserError` that names the damaged file."""
-    description = storage.read_json(path / DESCRIPTION)
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise UserError(f"{path / DESCRIPTION} is not a checkpoint of format {FORMAT}")
+    """Read a checkpoint and check every byte. Raises `DamagedError` that names the damaged file."""
+    try:
+        description = storage.read_json(path / DESCRIPTION)
+    except UserError as error:
+        raise DamagedError(f"{path / DESCRIPTION} is missing or damaged") from error
+    if not isinstance(description, dict):
+        raise DamagedError(f"{path / DESCRIPTION} is not the description of a checkpoint")
     if description.pop("sha256", None) != _description_sha256(description):
-        raise UserError(
-            f"{path / DESCRIPTION} is damaged (it is not what was written): remove {path}, and the "
-            "run goes on from the checkpoint before"
-        )
-    for name in ("model.safetensors", "optimizer.safetensors"):
+        raise DamagedError(f"{path / DESCRIPTION} is damaged (it is not what was written)")
+    if description.get("format") != FORMAT:
+        raise UserError(f"{path / DESCRIPTION} is not a checkpoint of format {FORMAT}")
+    for name in FILES:
         file, entry = path / name, description["files"][name]
-        if not file.is_file():
-            raise UserError(f"the checkpoint {path} has lost its {name}: use another one")
-        if file.stat().st_size != entry["bytes"] or storage.file_sha256(file) != entry["sha256"]:
-            raise UserError(
-                f"{file} is damaged (it is not the {entry['bytes']} bytes that were written): "
-                f"remove {path}, and the run goes on from the checkpoint before"
+        try:
+            whole = file.stat().st_size == entry["bytes"]
+            whole = whole and storage.file_sha256(file) == entry["sha256"]
+        except OSError as error:
+            raise DamagedError(f"{file} cannot be read ({error.strerror})") from None
+        if not whole:
+            raise DamagedError(
+                f"{file} is damaged (it is not the {entry['bytes']} bytes that were written)"
             )
     return Checkpoint(path, description, _read_tensors(path / "model.safetensors"))
 

@@ -1,12 +1,43 @@
 """Several processes as one: what torchrun started, and the few sums they exchange."""
 
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from rekindle.errors import UserError
+
+
+class Place:
+    """Where a rank stands in the program, for the watchdog to tell."""
+
+    def __init__(self) -> None:
+        self._text, self._waiting_since = "the start", 0.0
+
+    def at(self, text: str) -> None:
+        """This rank has come to `text` and waits for nobody."""
+        self._text, self._waiting_since = text, 0.0
+
+    def waits(self) -> None:
+        """It has given its part and needs the others'. On a GPU it goes on in the meantime, and
+        only the next `at` shows that they came."""
+        self._waiting_since = time.monotonic()
+
+    def goes_on(self) -> None:
+        self._waiting_since = 0.0
+
+    def waited(self) -> float:
+        """Seconds since `waits`; 0 if it does not wait."""
+        return time.monotonic() - self._waiting_since if self._waiting_since else 0.0
+
+    def now(self) -> str:
+        return f"waiting in {self._text}" if self._waiting_since else self._text
 
 
 @dataclass(frozen=True)
@@ -16,6 +47,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    place: Place = field(default_factory=Place, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -25,20 +57,61 @@ class World:
     def sum_(self, *tensors: Tensor) -> None:
         """Add each tensor over all ranks, in place. Gloo has no mean: whoever wants one divides."""
         if self.size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+            with self._together():
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
 
     def min(self, value: int, device: torch.device) -> int:
         """The smallest `value` any rank has."""
+        return -self.max(-value, device)
+
+    def max(self, value: int, device: torch.device) -> int:
+        """The largest `value` any rank has."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, device=device)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
-        return int(tensor)
+        with self._together():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            return int(tensor)
+
+    def agree(self, value: int, meaning: str, device: torch.device) -> None:
+        """Raise `UserError` on every rank unless all have the same `value`."""
+        least, most = self.min(value, device), self.max(value, device)
+        if least != most:
+            raise UserError(
+                f"the ranks see different files: to this one {meaning} {value}, to others it is "
+                f"{least if value == most else most}; give a folder that all hosts share"
+            )
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's `tensor`, in order; all have one shape."""
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self._together():
+            dist.all_gather(found, tensor)
+            return [each.cpu() for each in found]
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            with self._together():
+                dist.barrier()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Something that needs every rank."""
+        self.place.waits()
+        try:
+            yield
+        except RuntimeError as error:
+            raise UserError(
+                f"lost touch with another rank ({str(error).splitlines()[0]}): what ended it says "
+                "so itself; the same command goes on from the newest checkpoint"
+            ) from error
+        if self._on_cpu():
+            self.place.goes_on()
+
+    def _on_cpu(self) -> bool:
+        """Whether an exchange is over when its function returns."""
+        return dist.get_backend() == "gloo"
 
     def close(self) -> None:
         if self.size > 1:

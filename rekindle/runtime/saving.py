@@ -11,18 +11,21 @@ from torch import nn
 from rekindle.errors import UserError
 from rekindle.observe.metrics import Metrics
 from rekindle.runtime import checkpoint
-from rekindle.runtime.checkpoint import Snapshot
+from rekindle.runtime.checkpoint import Keep, Snapshot
+
+PAUSES = (1.0, 4.0)  # seconds before a disk that failed is tried again; then at the next save
 
 
 class Saver:
     """Writes a run's checkpoints, one at a time, in a thread; on the main rank alone.
 
-    A checkpoint is told of (metrics, console) and older ones are dropped once it is whole. What
-    goes wrong is told at once and raised by the next `save` or by `finish`.
+    A checkpoint is told of (metrics, console) and older ones are dropped once it is whole. A disk
+    that fails is tried again, and again with the next checkpoint: training goes on. Only `finish`,
+    after the last one, raises what kept it from being saved.
     """
 
     def __init__(
-        self, folder: Path, keep: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+        self, folder: Path, keep: Keep, model: nn.Module, optimizer: torch.optim.Optimizer,
         metrics: Metrics, *, is_main: bool,
     ) -> None:  # fmt: skip
         self._folder, self._keep, self._metrics = folder, keep, metrics
@@ -40,7 +43,11 @@ class Saver:
         if self._snapshot is None:
             return
         began = time.perf_counter()
-        self.finish()  # there is one snapshot, and a failure must not be trained past for long
+        if self._thread:
+            self._thread.join()  # there is one snapshot
+        if self._failure and not isinstance(self._failure, UserError):
+            raise self._failure  # a bug of ours
+        self._failure = None
         self._snapshot.take(self._model, self._optimizer)
         stall = time.perf_counter() - began
         # No daemon: the process does not end before it, even if `close` is interrupted.
@@ -64,7 +71,7 @@ class Saver:
         assert self._snapshot is not None
         step, began = description["step"], time.perf_counter()
         try:
-            path = checkpoint.write(self._folder, description, self._snapshot)
+            path = self._try_to_write(description)
             checkpoint.prune(self._folder, self._keep)
             seconds = time.perf_counter() - began
             self._metrics.record("checkpoint", step, seconds=seconds, stall_s=stall)
@@ -82,3 +89,18 @@ class Saver:
                     "it goes on from the newest checkpoint there"
                 )
             self._metrics.console.say(f"step {step:>5} | saving failed: {reason}")
+
+    def _try_to_write(self, description: dict[str, Any]) -> Path:
+        """Write a checkpoint, in a few attempts if the disk fails."""
+        assert self._snapshot is not None
+        step = description["step"]
+        for pause in PAUSES:
+            try:
+                return checkpoint.write(self._folder, description, self._snapshot)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                self._metrics.console.say(
+                    f"step {step:>5} | saving failed: {reason}; once more in {pause:.0f} s"
+                )
+                time.sleep(pause)
+        return checkpoint.write(self._folder, description, self._snapshot)

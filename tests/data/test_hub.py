@@ -60,7 +60,7 @@ def test_a_dataset_by_its_short_name(hub: Any, edu: list[str], tmp_path: Path) -
     assert source["name"] == "HuggingFaceFW/fineweb-edu:sample/10BT"
     assert (source["revision"], source["licence"]) == (hub.revision, "odc-by")
     names = [path.name for path in (tmp_path / "out").iterdir()]
-    assert sorted(names) == ["manifest.json", "train_000000.bin", "val_000000.bin"]
+    assert sorted(names) == [".lock", "manifest.json", "train_000000.bin", "val_000000.bin"]
 
 
 def test_any_dataset_with_its_own_validation_files(

@@ -148,7 +148,7 @@ def on_ranks() -> Callable[[int, Callable[[World], Any]], list[Any]]:
 
         def rank(number: int) -> None:
             try:
-                results[number] = work(ThreadWorld(number, size, number, meeting))
+                results[number] = work(ThreadWorld(number, size, number, meeting=meeting))
             except BaseException:
                 meeting.abort()  # nobody waits for a rank that has failed
                 raise

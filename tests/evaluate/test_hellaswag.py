@@ -237,7 +237,7 @@ def test_a_training_run_tokenizes_once(
 def test_a_training_run_packs_for_what_it_compiled(
     tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
-    from rekindle import train as module
+    from rekindle import session as module
 
     def compile_model(model: GPT2, *_: Any) -> tuple[Any, Any]:
         return (model.forward if compiled else model), model.transformer

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rekindle import train
+from rekindle import session
 from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.evaluate import hellaswag
 from rekindle.evaluate.loss import Forward, validation_loss
@@ -49,7 +49,7 @@ def make_model(config: GPT2Config = CONFIG) -> GPT2:
 def compiled(model: GPT2) -> Compiled:
     """Compiled as training does it."""
     run: Any = SimpleNamespace(compile=True)
-    forward, transformer = train.compile_model(model, run, CPU, Console(quiet=True))
+    forward, transformer = session.compile_model(model, run, CPU, Console(quiet=True))
     assert forward is not model
     return Compiled(model, forward, transformer)
 
@@ -141,7 +141,7 @@ def test_evaluation_compiles_a_few_graphs_once(
         return graph.forward
 
     torch._dynamo.reset()
-    monkeypatch.setattr(train, "why_not_compile", lambda device: None)
+    monkeypatch.setattr(session, "why_not_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
     wide = GPT2Config(
         n_layer=1, n_head=1, n_embd=8, block_size=1024, vocab_size=257, padded_vocab_size=384

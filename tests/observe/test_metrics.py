@@ -81,7 +81,7 @@ def make_metrics(stream: io.StringIO, log: JsonLines | None = None, **changes: A
     return Metrics(log, Console(stream=stream), **{**numbers, **changes})
 
 
-STEP = {"loss": 3.14159, "lr": 6e-4, "norm": 1.5, "data_wait": 0.0025, "accepted": True}
+STEP: dict[str, Any] = {"loss": 3.14159, "lr": 6e-4, "norm": 1.5, "data_wait": 0.0025}
 
 
 def test_the_progress_line() -> None:
@@ -104,7 +104,7 @@ def test_a_refused_step_says_so_at_once(clock: list[float]) -> None:
     stream = io.StringIO()
     metrics = make_metrics(stream)
     metrics.step(1, seconds=2.0, **STEP)
-    metrics.step(2, seconds=2.0, **{**STEP, "loss": float("nan"), "accepted": False})
+    metrics.step(2, seconds=2.0, **{**STEP, "loss": float("nan"), "objection": "not finite"})
     lines = stream.getvalue().splitlines()
     assert "REFUSED" not in lines[0]
     assert "loss nan" in lines[1]
@@ -140,7 +140,7 @@ def test_the_log(tmp_path: Path) -> None:
 def test_the_log_is_json_whatever_the_numbers(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log.jsonl")
     metrics = make_metrics(io.StringIO(), log)
-    bad = {"loss": float("nan"), "norm": float("inf"), "accepted": False}
+    bad = {"loss": float("nan"), "norm": float("inf"), "objection": "not finite"}
     metrics.step(0, seconds=1.0, **{**STEP, **bad})
     text = (tmp_path / "log.jsonl").read_text()
     record = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON

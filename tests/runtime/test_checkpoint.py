@@ -184,10 +184,12 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no checkpoint yet"):
         checkpoint.find(tmp_path)
     storage.write_json(tmp_path / "checkpoint.json", ["something else"])
-    with pytest.raises(UserError, match="is not a checkpoint of format 1"):
+    with pytest.raises(UserError, match="is not the description of a checkpoint"):
         checkpoint.load(tmp_path)
-    storage.write_json(tmp_path / "checkpoint.json", {"format": 2})
-    with pytest.raises(UserError, match="is not a checkpoint of format 1"):
+    newer = {"format": 99}
+    sha256 = checkpoint._description_sha256(newer)
+    storage.write_json(tmp_path / "checkpoint.json", {**newer, "sha256": sha256})
+    with pytest.raises(UserError, match="is not a checkpoint of format 2"):
         checkpoint.load(tmp_path)
 
 
@@ -209,5 +211,5 @@ def test_the_newest_is_found_by_its_number(tmp_path: Path) -> None:
 def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: int) -> None:
     names = [f"step-{n:06d}" for n in (5, 10, 15, 20)]
     make_folders(tmp_path, *names)
-    checkpoint.prune(tmp_path, keep)
+    checkpoint.prune(tmp_path, checkpoint.Keep(keep))
     assert sorted(p.name for p in tmp_path.iterdir()) == names[-left:]

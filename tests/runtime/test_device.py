@@ -278,7 +278,8 @@ from rekindle.runtime.device import get_device, keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory(get_device("cpu"))
-torch.ones(20_000_000)  # 80 MB: the first time they are new
+for _ in range(15):  # 80 MB: new at first, until the heap has settled
+    torch.ones(20_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     torch.ones(20_000_000)
@@ -289,5 +290,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
 def test_memory_given_back_is_used_again(python: Callable) -> None:
     faults = {how: int(python("-c", FAULTS, how).stdout) for how in ("keep", "as it is")}
-    assert faults["keep"] < 100
-    assert faults["as it is"] > 1000  # else this test shows nothing
+    assert faults["keep"] < 1000
+    assert faults["as it is"] > 90_000  # else this test shows nothing

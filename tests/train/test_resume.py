@@ -292,34 +292,6 @@ def test_nor_does_ctrl_c(
     assert [r["step"] for r in records(out, "checkpoint")] == [4]
 
 
-@pytest.mark.parametrize("at", [8, 12])
-def test_a_full_disk_ends_the_run_in_one_line(
-    straight: Path, tmp_path: Path, train: Train, records: Records, rekindle: Callable,
-    command: Callable, monkeypatch: pytest.MonkeyPatch, at: int,
-) -> None:  # fmt: skip
-    """At the save after, or at the end; the checkpoint before is untouched, and it goes on."""
-    out, original = tmp_path / "run", storage.Folder.write_tensors
-
-    def full(self: storage.Folder, name: str, arrays: Any) -> None:
-        original(self, name, arrays)
-        if self.path.name.endswith(f"{at:06d}"):
-            raise OSError(28, "No space left on device", str(self.path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage.Folder, "write_tensors", full)
-        outcome = rekindle(*command(out), "--keep-checkpoints", 1)
-    assert outcome.status == 2
-    assert outcome.err == (
-        f"rekindle: error: saving the checkpoint of step {at} in {out / 'checkpoints'} failed (No "
-        "space left on device): make room or see that it may be written to, then give the same "
-        "command again; it goes on from the newest checkpoint there\n"
-    )
-    assert f"step {at:>5} | saving failed: No space left on device" in outcome.out
-    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{at - 4:06d}"]
-    assert f"goes on at step {at - 4} of 12" in train(out).out
-    assert_same(out, straight, records)
-
-
 # -- killed by the system -------------------------------------------------------------------------
 
 

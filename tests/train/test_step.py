@@ -19,6 +19,7 @@ from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.recipes import Recipe
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
+from rekindle.runtime.guard import Guard
 from rekindle.train import StepResult, train_step
 
 CPU = Device(torch.device("cpu"), "CPU", "fp32")
@@ -58,7 +59,7 @@ class Training:
         x, y = (torch.from_numpy(np.ascontiguousarray(a)) for a in xy)
         return train_step(
             forward or self.model, self.gradients, self.optimizer, x, y,
-            lr=lr, clip=0.5, device=CPU, world=self.world,
+            lr=lr, clip=0.5, guard=Guard(), device=CPU, world=self.world,
         )  # fmt: skip
 
     def state(self) -> list[Tensor]:

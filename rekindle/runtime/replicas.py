@@ -1,0 +1,49 @@
+"""Every rank holds the same weights and moments, to the bit. A faulty memory breaks that and says
+nothing, and so it is looked for."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rekindle.errors import UserError
+from rekindle.runtime.distributed import World
+
+
+def compare(model: nn.Module, optimizer: torch.optim.Optimizer, world: World, step: int) -> None:
+    """Raise `UserError` on every rank if one of them differs; it names the rank and the tensor."""
+    if world.size == 1:
+        return
+    named = dict(_tensors(model, optimizer))
+    sums = torch.stack([checksum(tensor) for tensor in named.values()])
+    everyones = [tuple(row.tolist()) for row in world.gather(sums)]
+    right, many = Counter(everyones).most_common(1)[0]
+    wrong = [rank for rank, theirs in enumerate(everyones) if theirs != right]
+    if not wrong:
+        return
+    others = everyones[wrong[0]]
+    name = next(n for n, a, b in zip(named, right, others, strict=True) if a != b)
+    if many == 1 or 2 * many == len(everyones):  # no majority: nobody can say who is right
+        wrong = list(range(world.size))
+    raise UserError(
+        f"the ranks {', '.join(map(str, wrong))} disagree about {name} after step {step - 1}"
+        if len(wrong) > 1
+        else f"rank {wrong[0]} has another {name} than the others after step {step - 1}"
+        ": memory or a GPU there is faulty; take it out, and the same command goes on from the "
+        "newest checkpoint"
+    )
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The sum of a float32 tensor's bits, as numbers of 32 bits: a scalar int64. In any order it is
+    the same, and one flipped bit changes it."""
+    return tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, p in model.named_parameters():
+        yield name, p
+        for key, value in optimizer.state.get(p, {}).items():
+            if value.dim():  # not AdamW's count of steps
+                yield f"{key}.{name}", value

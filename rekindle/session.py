@@ -1,0 +1,256 @@
+"""What a run holds in memory while it trains: built, restored from checkpoints, closed whole."""
+
+import dataclasses
+import logging
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle import storage
+from rekindle.data import shards
+from rekindle.data.batches import Batches, Prefetcher, Split, Windows
+from rekindle.data.tokenizer import get_tokenizer
+from rekindle.errors import Stopped, UserError
+from rekindle.evaluate import hellaswag
+from rekindle.evaluate.loss import Forward
+from rekindle.evaluate.questions import for_training
+from rekindle.examine import Examiner
+from rekindle.model.gpt2 import GPT2
+from rekindle.observe.metrics import Console, Metrics
+from rekindle.optim.adamw import GradientBuffer, make_adamw
+from rekindle.recipes import Recipe
+from rekindle.run import Run, RunOptions, open_run
+from rekindle.runtime import distributed, replicas
+from rekindle.runtime.device import Device, get_device, keep_freed_memory, why_not_compile
+from rekindle.runtime.distributed import World
+from rekindle.runtime.fit import choose_compute, choose_micro, must_recompute
+from rekindle.runtime.guard import Guard
+from rekindle.runtime.saving import Saver
+from rekindle.runtime.watchdog import Watchdog
+
+GIVE_UP_AFTER = 3  # returns to the same checkpoint
+
+
+@dataclass
+class Session:
+    """A run in memory. Used as a context: however it is left, a checkpoint under way is finished
+    and the log is closed."""
+
+    run: Run
+    world: World
+    device: Device
+    model: GPT2  # with the clean names that are saved
+    forward: Forward  # the model as it is called: compiled, where that can be
+    gradients: GradientBuffer
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    batches: Batches
+    unchanged: shards.Unchanged
+    split: Split
+    metrics: Metrics
+    saver: Saver
+    examiner: Examiner
+    watch: Watchdog
+    validation: float | None = None  # loss of the last examination
+    returns: Counter[int] = field(default_factory=Counter)  # to the checkpoint of each step
+    prefetcher: Prefetcher = field(init=False)
+
+    def __enter__(self) -> "Session":
+        self.prefetch(self.run.batch)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.prefetcher.close()
+        self.saver.close()
+        self.metrics.close()
+        if kind in (None, Stopped):
+            self.world.barrier()  # on every rank the last checkpoint is whole from here on
+            self.world.close()
+        self.watch.close()
+
+    def prefetch(self, batch: int) -> None:
+        """Make the batches from this one on ready."""
+        last = batch + self.run.recipe.steps - self.run.step
+        self.prefetcher = Prefetcher(self.make_batch, batch, last, self.device.torch)
+
+    def make_batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        x, y = self.batches.batch(number, self.split)
+        self.unchanged.check()
+        return x, y
+
+    def restore(self) -> None:
+        """Weights, moments and the guard's memory as the run's checkpoint has them."""
+        restore(self.run, self.model, self.optimizer, self.guard)
+
+    def examine(self, step: int) -> None:
+        self.validation = self.examiner(step)
+
+    def save(self, step: int, batch: int, *, examined: bool) -> None:
+        """Begin the checkpoint of `step`; it is written while training goes on."""
+        self.compare_ranks(step)
+        validation = self.validation if examined else None
+        self.saver.save(
+            self.run.describe(step, batch, self.guard, examined=examined, validation=validation)
+        )
+
+    def stop(self, told: int, step: int, batch: int) -> NoReturn:
+        """Save what is there, and end the run as the signal `told` asked."""
+        self.save(step, batch, examined=False)
+        self.saver.finish()
+        raise Stopped(
+            told, f"stopped by {signal.Signals(told).name} after step {step - 1}, and all of it is "
+            "saved: the same command goes on",
+        )  # fmt: skip
+
+    def go_back(self, step: int, batch: int) -> int:
+        """After too many refused steps: return to the checkpoint before them, with the data after
+        them. Returns the step to go on with; the next batch is `batch`."""
+        self.saver.finish()
+        self.world.barrier()
+        refused = f"the {self.guard.refused} steps before step {step} were refused in a row"
+        advice = "lower --optim.lr and start anew, or fork an earlier checkpoint"
+        if not self.run.go_back(self.world):
+            raise UserError(f"{refused} and there is no checkpoint to go back to: {advice}")
+        back = self.run.step
+        self.returns[back] += 1
+        if self.returns[back] > GIVE_UP_AFTER:
+            raise UserError(f"{refused}, though the run went back to step {back} before: {advice}")
+        self.restore()
+        self.metrics.rewind(self.run.is_past)
+        self.metrics.record("return", back, refused_at=step - 1, next_batch=batch)
+        self.metrics.console.say(
+            f"step {step - 1:>5} | {refused}: back to step {back}, with batch {batch} and on "
+            f"(stepping over {self.run.batch} to {batch - 1})"
+        )
+        self.prefetcher.close()
+        self.prefetch(batch)
+        return back
+
+    def compare_ranks(self, step: int) -> None:
+        """Stop the run if a rank no longer has the weights of the others."""
+        replicas.compare(self.model, self.optimizer, self.world, step)
+
+
+def restore(run: Run, model: GPT2, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
+    """Weights, moments and the guard's memory as the run's checkpoint has them, if it has one."""
+    if run.checkpoint:
+        model.load_state_dict(run.checkpoint.model, strict=False)  # the tied head has no own entry
+        run.checkpoint.restore_optimizer(model, optimizer)
+        guard.restore(run.checkpoint.description["guard"])
+
+
+def start(
+    recipe: Recipe, data: Path, out: Path, options: RunOptions, lock: storage.Lock
+) -> Session:
+    """Check everything a user can get wrong, then build a run's model, data and optimizer, fresh
+    or as its newest checkpoint has them, and only then write to its folder."""
+    world = distributed.place()
+    console = Console(quiet=not world.is_main)
+    manifest = shards.read_manifest(data)
+    if world.is_main:
+        lock.take(create=False)  # before anything is read that another process may change
+    run = open_run(recipe, manifest, data, out, options, world.size)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    device = get_device(options.device, run.precision, world.local_rank)
+    distributed.connect(world, device.torch)
+    watch = Watchdog(world, options.timeout)
+    world.agree(run.step, "the newest whole checkpoint is that of step", device.torch)
+    make_deterministic(device)
+    keep_freed_memory(device)
+    unchanged = shards.Unchanged(data, manifest)  # from before the hashes are checked
+    verify_data(data, manifest, world, console)
+    batches, validation = open_data(run, data, manifest)
+    questions = for_training(options.hellaswag, device, console.say)
+
+    torch.manual_seed(run.recipe.seed)
+    model = GPT2(run.recipe.model)
+    compute = choose_compute(device, run.recipe.batch.length, kernels=run.kernels)
+    model.to(device.torch).use(compute)
+    o = run.recipe.optim
+    optimizer = make_adamw(model, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
+    guard = Guard(o.spike)
+    restore(run, model, optimizer, guard)
+    gradients = GradientBuffer(model.parameters())
+    recompute = run.recompute
+    if recompute is None:
+        recompute = must_recompute(model, batches.windows.T, device, world)
+    model.use(compute := dataclasses.replace(compute, recompute=recompute))
+    micro = run.micro or choose_micro(model, batches.rows, batches.windows.T, device, world)
+    split = Split.of(batches.rows, micro, world.rank, world.size)
+    forward, transformer = compile_model(model, run, device, console)
+
+    run.begin(device, compute, split, compiled=forward is not model, console=console, lock=lock)
+    metrics = run.open_metrics(device, console, world)
+    saver = run.open_saver(model, optimizer, metrics, world)
+    tokenizer = get_tokenizer(manifest.tokenizer)
+    packed = hellaswag.pack(
+        questions, tokenizer, model.config.block_size, device, world,
+        compiled=forward is not model,
+    )  # fmt: skip
+    examiner = Examiner(
+        run, model, forward, transformer, validation, packed, tokenizer, split.micro, device,
+        world, metrics,
+    )  # fmt: skip
+    return Session(
+        run, world, device, model, forward, gradients, optimizer, guard, batches, unchanged, split,
+        metrics, saver, examiner, watch,
+    )  # fmt: skip
+
+
+def open_data(run: Run, data: Path, manifest: shards.Manifest) -> tuple[Batches, list]:
+    """The training batches of a run and its validation shards."""
+    b = run.recipe.batch
+    windows = Windows(shards.open_split(data, manifest, "train"), b.length, manifest.vocab_size)
+    batches = Batches(windows, b.rows, run.recipe.seed, b.order)
+    return batches, shards.open_split(data, manifest, "val")
+
+
+def verify_data(data: Path, manifest: shards.Manifest, world: World, console: Console) -> None:
+    """Read every shard once before the first step, on one process of each machine."""
+    began = time.perf_counter()
+    if world.local_rank == 0:
+        shards.verify(data, manifest)
+    world.barrier()
+    console.say(
+        f"data: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation "
+        f"tokens, every hash checked in {time.perf_counter() - began:.1f} s"
+    )
+
+
+def make_deterministic(device: Device) -> None:
+    """On a CPU the same split gives the same bits. On a GPU this would cost speed."""
+    if device.torch.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        # Nobody reads memory before writing it, and filling it costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def compile_model(
+    model: GPT2, run: Run, device: Device, console: Console
+) -> tuple[Forward, Callable[..., Tensor]]:
+    """The model and its body as they are called in training: compiled, if it can be done here.
+
+    The compiled forms share their parameters with `model`, whose names stay clean.
+    """
+    reason = why_not_compile(device.torch) if run.compile else "as asked"
+    if reason:
+        console.say(f"running without torch.compile: {reason}")
+        return model, model.transformer
+    # It warns of a CUDA toolkit without a GPU, which is nothing to a CPU's user.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    console.say(f"compiling the model (kept in {cache}): the first steps take longer")
+    return (
+        torch.compile(model, fullgraph=True, dynamic=False),
+        torch.compile(model.transformer, fullgraph=True, dynamic=False),
+    )

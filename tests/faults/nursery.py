@@ -1,0 +1,64 @@
+"""Runs commands of rekindle in forked processes, which begin at once because torch is loaded here.
+
+Reads jobs from stdin and answers each on stdout, one JSON object a line:
+{"arguments": [...], "fault": "...", "signal": 9, "after": 0.3}
+{"status": 0, "out": "...", "err": ""}
+`fault` is for fault.c; `signal` is sent `after` so many seconds, and once more `again` so many
+later. A negative status is a signal's.
+"""
+
+import json
+import os
+import select
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+import torch
+
+from rekindle.cli import main
+
+
+def work(job: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        os.environ["FAULT"] = job.get("fault", "")
+        status = 1
+        try:
+            status = main(job["arguments"])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    if job.get("signal"):
+        descriptor = os.pidfd_open(pid)
+        for pause in filter(None, (job["after"], job.get("again"))):
+            select.select([descriptor], [], [], pause)  # not once it has ended
+            os.kill(pid, job["signal"])
+        os.close(descriptor)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def nurse() -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # which loads the compiler
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            status = work(json.loads(line))
+            printed = []
+            for file in (out, err):
+                file.seek(0)
+                printed.append(file.read())
+        answer = {"status": status, "out": printed[0], "err": printed[1]}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    nurse()

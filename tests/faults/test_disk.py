@@ -1,0 +1,205 @@
+"""A disk that is full, broken, slow or gone does not stop the training, and destroys nothing."""
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rekindle import train as rekindle_train
+from rekindle.runtime import checkpoint
+
+Nursery = Callable[..., Any]
+Records = Callable[..., list[dict[str, Any]]]
+
+FULL, BROKEN = errno.ENOSPC, errno.EIO
+
+
+@pytest.fixture
+def train(command: Callable, nursery: Nursery) -> Callable[..., Any]:
+    return lambda out, *flags, **job: nursery([*command(out), *flags], **job)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("straight") / "run"
+
+
+@pytest.fixture
+def expected(straight: Path, train: Callable) -> Path:
+    """The run that nobody disturbs."""
+    if not straight.exists():
+        assert train(straight).status == 0
+    return straight
+
+
+def weights(run: Path, step: int = 12) -> list[bytes]:
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    checkpoint.load(folder)
+    return [(folder / name).read_bytes() for name in checkpoint.FILES]
+
+
+def assert_same_records(run: Path, other: Path, records: Records) -> None:
+    """A checkpoint is told of when it is whole, which may be later."""
+    for kinds in (("train", "validation", "samples"), ("checkpoint",)):
+        assert records(run, *kinds) == records(other, *kinds)
+
+
+def steps(run: Path) -> list[int]:
+    found = checkpoint.list_checkpoints(run / "checkpoints")
+    return [checkpoint.load(path).step for path in found]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+def test_a_disk_that_fails_once_is_tried_again(
+    tmp_path: Path, train: Callable, expected: Path, records: Records, call: str
+) -> None:
+    out = tmp_path / "run"
+    end = train(out, fault=f"{call} optimizer.safetensors 1 1 {BROKEN}")
+    assert end.status == 0, end.err
+    assert "step     4 | saving failed: Input/output error; once more in 1 s" in end.out
+    assert steps(out) == [4, 8, 12]
+    assert weights(out) == weights(expected)
+    assert_same_records(out, expected, records)
+
+
+def test_training_goes_on_past_a_checkpoint_that_cannot_be_saved(
+    tmp_path: Path, train: Callable, expected: Path, records: Records
+) -> None:
+    """Of step 8, in three attempts; that of step 4 stays though only one is to be kept."""
+    out = tmp_path / "run"
+    end = train(
+        out, "--keep-checkpoints", 1, "--keep-best", 0,
+        fault=f"write step-000008/.tmp-model 1 99 {FULL}",
+    )  # fmt: skip
+    assert end.status == 0, end.err
+    assert end.out.count("step     8 | saving failed: No space left on device") == 3
+    assert steps(out) == [12]
+    assert weights(out) == weights(expected)
+    assert records(out, "train") == records(expected, "train")
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(
+    tmp_path: Path, train: Callable, expected: Path, records: Records
+) -> None:
+    out = tmp_path / "run"
+    end = train(
+        out, "--keep-checkpoints", 1, "--keep-best", 0,
+        fault=f"fsync step-000012/.tmp-model 1 99 {FULL}",
+    )  # fmt: skip
+    assert end.status == 2
+    assert end.err == (
+        f"rekindle: error: saving the checkpoint of step 12 in {out / 'checkpoints'} failed (No "
+        "space left on device): make room or see that it may be written to, then give the same "
+        "command again; it goes on from the newest checkpoint there\n"
+    )
+    assert steps(out) == [8]
+    assert train(out).status == 0
+    assert weights(out) == weights(expected)
+    assert_same_records(out, expected, records)
+
+
+def test_lines_of_the_log_wait_for_a_disk_that_takes_them(
+    tmp_path: Path, train: Callable, expected: Path, records: Records
+) -> None:
+    out = tmp_path / "run"
+    end = train(out, fault=f"write metrics.jsonl 3 5 {FULL}")
+    assert end.status == 0, end.err
+    assert "metrics.jsonl cannot be written (No space left on device): lines wait" in end.out
+    assert "metrics.jsonl is written again, with every line that waited" in end.out
+    assert_same_records(out, expected, records)
+
+
+def test_a_log_that_is_never_written_stops_nothing(
+    tmp_path: Path, train: Callable, expected: Path
+) -> None:
+    end = train(tmp_path / "run", fault=f"write metrics.jsonl 1 9999 {FULL}")
+    assert end.status == 0, end.err
+    assert "the last lines of metrics.jsonl are lost (No space left on device)" in end.out
+    assert weights(tmp_path / "run") == weights(expected)
+
+
+def test_a_slow_disk_changes_nothing(
+    tmp_path: Path, train: Callable, expected: Path, records: Records
+) -> None:
+    end = train(tmp_path / "run", fault="fsync safetensors 1 99 sleep200")
+    assert end.status == 0, end.err
+    assert weights(tmp_path / "run") == weights(expected)
+    assert records(tmp_path / "run", "train") == records(expected, "train")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for less than two checkpoints."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=350k", "tmpfs", str(folder)]
+    if (
+        os.name != "posix"
+        or os.geteuid()
+        or subprocess.run(command, capture_output=True).returncode
+    ):
+        pytest.skip("may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_real_small_disk(
+    small_disk: Path, tmp_path: Path, train: Callable, expected: Path
+) -> None:
+    """It fills up; the checkpoint that fitted stays whole, and the run moves away with it."""
+    out = small_disk / "run"
+    end = train(out)
+    assert end.status == 2
+    assert "No space left on device" in end.err
+    found = steps(out)
+    assert found
+    assert 12 not in found
+    shutil.copytree(out, tmp_path / "moved")
+    assert train(tmp_path / "moved").status == 0
+    assert weights(tmp_path / "moved") == weights(expected)
+
+
+def test_a_disk_that_becomes_read_only(
+    small_disk: Path, train: Callable, expected: Path, tmp_path: Path
+) -> None:
+    out = small_disk / "run"
+    assert train(out, "--steps", 4).status == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    end = train(out)
+    assert end.status == 2
+    assert end.err == (
+        f"rekindle: error: {out} may not be written to (Read-only file system): give another "
+        "--out\n"
+    )
+    assert steps(out) == [4]
+
+
+def test_a_run_folder_that_vanishes_is_made_again(
+    tmp_path: Path, rekindle: Callable, command: Callable, expected: Path, records: Records,
+    monkeypatch: pytest.MonkeyPatch, one_thread: None,
+) -> None:  # fmt: skip
+    """With the next checkpoint, from which the same command goes on."""
+    out, original = tmp_path / "run", rekindle_train.learning_rate
+
+    def remove(step: int, **options: Any) -> float:
+        if step == 6:
+            shutil.rmtree(out)
+        return original(step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rekindle_train, "learning_rate", remove)
+        outcome = rekindle(*command(out), "--steps", 10)
+    assert outcome.status == 0, outcome.err
+    assert "metrics.jsonl cannot be written (No such file or directory): lines wait" in outcome.out
+    assert steps(out) == [8, 10]
+    outcome = rekindle(*command(out))
+    assert "goes on at step 10 of 12" in outcome.out
+    assert (out / "run.json").is_file()
+    assert [r["step"] for r in records(out, "train")] == [6, 7, 8, 9, 10, 11]
+    other = rekindle(*command(out), "--seed", 1)
+    assert "was begun with another recipe" in other.err
