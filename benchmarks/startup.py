@@ -2,8 +2,9 @@
 
     python -m benchmarks.startup [--out benchmarks/results/startup.json]
 
-Whole commands in fresh processes. The run is `gpt2-10m` on Python's manual: begun with an empty
-cache of compiled graphs, then gone on with. Beside them, `import torch` alone.
+Whole commands in fresh processes, with Python's bytecode kept from one to the next. The run is
+`gpt2-10m` on Python's manual: begun with an empty cache of compiled graphs, then gone on with.
+Beside them, `import torch` alone.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def timed(arguments: list[str], until: str = "", **environ: str) -> float:
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, bufsize=1,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environ},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "", **environ},
     )  # fmt: skip
     assert process.stdout
     seconds = None
