@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ from rekindle.runtime.signals import ECHO, SIGNALS, Listener
 Nursery = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
 KINDS = ("train", "validation", "samples")
+
+
+@pytest.fixture(autouse=True)
+def hears_ctrl_c() -> Iterator[None]:
+    """What a shell starts in the background ignores it, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
