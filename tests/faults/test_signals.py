@@ -78,7 +78,7 @@ def test_it_ends_within_seconds(tmp_path: Path, command: Callable, nursery: Nurs
     )
     assert end.status == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in end.err
-    assert time.monotonic() - began < 1.5 + 3
+    assert time.monotonic() - began < 20  # of a run that would take minutes
 
 
 def test_a_second_signal_ends_it_at_once(
@@ -92,7 +92,7 @@ def test_a_second_signal_ends_it_at_once(
     )  # fmt: skip
     assert end.status == 128 + signal.SIGTERM
     assert "stopped by" not in end.err
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert not checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
