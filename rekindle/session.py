@@ -24,7 +24,7 @@ from rekindle.evaluate import hellaswag
 from rekindle.evaluate.loss import Forward
 from rekindle.evaluate.questions import for_training
 from rekindle.examine import Examiner
-from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import Console, Metrics
 from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.recipes import Recipe
@@ -35,6 +35,7 @@ from rekindle.runtime.distributed import World
 from rekindle.runtime.fit import choose_compute, choose_micro, must_recompute
 from rekindle.runtime.guard import Guard
 from rekindle.runtime.saving import Saver
+from rekindle.runtime.sharding import is_sharded, make_gradients, shard
 from rekindle.runtime.watchdog import Watchdog
 
 GIVE_UP_AFTER = 3  # returns to the same checkpoint
@@ -143,7 +144,7 @@ class Session:
 def restore(run: Run, model: GPT2, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
     """Weights, moments and the guard's memory as the run's checkpoint has them, if it has one."""
     if run.checkpoint:
-        model.load_state_dict(run.checkpoint.model, strict=False)  # the tied head has no own entry
+        run.checkpoint.restore_model(model)
         run.checkpoint.restore_optimizer(model, optimizer)
         guard.restore(run.checkpoint.description["guard"])
 
@@ -162,6 +163,9 @@ def start(
     if run.threads:
         torch.set_num_threads(run.threads)
     device = get_device(options.device, run.precision, world.local_rank)
+    sharded = run.shard and world.size > 1
+    if sharded and device.torch.type == "cuda" and not run.micro:
+        raise UserError("--shard: the rows that fit into a GPU are not measured: say --batch.micro")
     distributed.connect(world, device.torch)
     watch = Watchdog(world, options.timeout)
     world.agree(run.step, "the newest whole checkpoint is that of step", device.torch)
@@ -172,19 +176,17 @@ def start(
     batches, validation = open_data(run, data, manifest)
     questions = for_training(options.hellaswag, device, console.say)
 
-    torch.manual_seed(run.recipe.seed)
-    model = GPT2(run.recipe.model)
     compute = choose_compute(device, run.recipe.batch.length, kernels=run.kernels)
-    model.to(device.torch).use(compute)
+    model = make_model(run.recipe, compute, device, world, sharded=sharded)
     o = run.recipe.optim
     optimizer = make_adamw(model, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
     guard = Guard(o.spike)
     restore(run, model, optimizer, guard)
-    gradients = GradientBuffer(model.parameters())
+    gradients = make_gradients(model)
     recompute = run.recompute
-    if recompute is None:
+    if recompute is None and not sharded:
         recompute = must_recompute(model, batches.windows.T, device, world)
-    model.use(compute := dataclasses.replace(compute, recompute=recompute))
+    model.use(compute := dataclasses.replace(compute, recompute=bool(recompute)))
     micro = run.micro or choose_micro(model, batches.rows, batches.windows.T, device, world)
     split = Split.of(batches.rows, micro, world.rank, world.size)
     forward, transformer = compile_model(model, run, device, console)
@@ -197,6 +199,8 @@ def start(
         questions, tokenizer, model.config.block_size, device, world,
         compiled=forward is not model,
     )  # fmt: skip
+    if sharded:
+        packed = hellaswag.keep_step(packed, device)
     examiner = Examiner(
         run, model, forward, transformer, validation, packed, tokenizer, split.micro, device,
         world, metrics,
@@ -205,6 +209,18 @@ def start(
         run, world, device, model, forward, gradients, optimizer, guard, batches, unchanged, split,
         metrics, saver, examiner, watch,
     )  # fmt: skip
+
+
+def make_model(
+    recipe: Recipe, compute: Compute, device: Device, world: World, *, sharded: bool
+) -> GPT2:
+    """The model as it is initialised, the same on every rank; on the device, or its parts there."""
+    torch.manual_seed(recipe.seed)
+    model = GPT2(recipe.model).use(compute)
+    if not sharded:
+        return model.to(device.torch)
+    shard(model, device.torch, world)  # from the CPU: a GPU may not have room for all of it
+    return model
 
 
 def open_data(run: Run, data: Path, manifest: shards.Manifest) -> tuple[Batches, list]:
@@ -243,6 +259,8 @@ def compile_model(
     The compiled forms share their parameters with `model`, whose names stay clean.
     """
     reason = why_not_compile(device.torch) if run.compile else "as asked"
+    if is_sharded(model):
+        reason = reason or "the model is sharded"
     if reason:
         console.say(f"running without torch.compile: {reason}")
         return model, model.transformer
