@@ -163,9 +163,6 @@ def start(
     if run.threads:
         torch.set_num_threads(run.threads)
     device = get_device(options.device, run.precision, world.local_rank)
-    sharded = run.shard and world.size > 1
-    if sharded and device.torch.type == "cuda" and not run.micro:
-        raise UserError("--shard: the rows that fit into a GPU are not measured: say --batch.micro")
     distributed.connect(world, device.torch)
     watch = Watchdog(world, options.timeout)
     world.agree(run.step, "the newest whole checkpoint is that of step", device.torch)
@@ -177,16 +174,16 @@ def start(
     questions = for_training(options.hellaswag, device, console.say)
 
     compute = choose_compute(device, run.recipe.batch.length, kernels=run.kernels)
-    model = make_model(run.recipe, compute, device, world, sharded=sharded)
+    model = make_model(run, compute, device, world)
     o = run.recipe.optim
     optimizer = make_adamw(model, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
     guard = Guard(o.spike)
     restore(run, model, optimizer, guard)
     gradients = make_gradients(model)
     recompute = run.recompute
-    if recompute is None and not sharded:
+    if recompute is None:
         recompute = must_recompute(model, batches.windows.T, device, world)
-    model.use(compute := dataclasses.replace(compute, recompute=bool(recompute)))
+    model.use(compute := dataclasses.replace(compute, recompute=recompute))
     micro = run.micro or choose_micro(model, batches.rows, batches.windows.T, device, world)
     split = Split.of(batches.rows, micro, world.rank, world.size)
     forward, transformer = compile_model(model, run, device, console)
@@ -199,7 +196,7 @@ def start(
         questions, tokenizer, model.config.block_size, device, world,
         compiled=forward is not model,
     )  # fmt: skip
-    if sharded:
+    if is_sharded(model):
         packed = hellaswag.keep_step(packed, device)
     examiner = Examiner(
         run, model, forward, transformer, validation, packed, tokenizer, split.micro, device,
@@ -211,13 +208,11 @@ def start(
     )  # fmt: skip
 
 
-def make_model(
-    recipe: Recipe, compute: Compute, device: Device, world: World, *, sharded: bool
-) -> GPT2:
-    """The model as it is initialised, the same on every rank; on the device, or its parts there."""
-    torch.manual_seed(recipe.seed)
-    model = GPT2(recipe.model).use(compute)
-    if not sharded:
+def make_model(run: Run, compute: Compute, device: Device, world: World) -> GPT2:
+    """The model as it is initialised, the same on every rank: on the device, whole or sharded."""
+    torch.manual_seed(run.recipe.seed)
+    model = GPT2(run.recipe.model).use(compute)
+    if not run.shard or world.size == 1:
         return model.to(device.torch)
     shard(model, device.torch, world)  # from the CPU: a GPU may not have room for all of it
     return model

@@ -19,11 +19,11 @@ from rekindle import storage
 Train = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
 
-# Two micro-steps on each of two ranks, and a gradient that is clipped at every step. The width does
-# not divide by two. For eps see test_two_processes.py.
+# Two micro-steps on each of two ranks; a gradient that is clipped at every step; a width that does
+# not divide by two; of validation rows one rank has more. For eps see test_two_processes.py.
 FLAGS = (
     "--batch.micro", 2, "--optim.clip", 0.05, "--optim.eps", 1e-4, "--model.n-embd", 17,
-    "--model.n-head", 1,
+    "--model.n-head", 1, "--eval-tokens", 280,
 )  # fmt: skip
 
 WORK = """
@@ -60,7 +60,7 @@ class Runs(NamedTuple):
     parallel: Path
     sharded: Path
     resumed: Path  # sharded from the middle on, after having been sharded
-    begun_by_one: Path  # sharded from the middle on
+    begun_by_one: Path  # sharded from the middle on, and recomputing
     facts: list[list[dict[str, Any]]]  # by rank and run
     printed: str
 
@@ -115,7 +115,7 @@ def runs(
         printed = two(
             [*command(out[1]), *flags],
             [*command(out[2]), *flags, "--shard"],
-            [*command(out[4]), *flags, "--shard"],
+            [*command(out[4]), *flags, "--shard", "--recompute"],
         )
         (folder / "printed").write_text(printed)
         from_the_middle(out[2], out[3])
@@ -150,7 +150,8 @@ def test_a_sharded_run_is_that_of_one_process(runs: Runs, records: Records) -> N
     samples = [records(run, "samples") for run in (runs.sharded, runs.one)]
     assert [len(s) for s in samples] == [3, 3]
     assert "2 rows x 16 x 2 micro-steps x 2 ranks" in runs.printed
-    assert runs.printed.count("fp32, sharded; ") == 2
+    assert runs.printed.count(", sharded; ") == 2
+    assert runs.printed.count(", recomputing, sharded; ") == 1
     split = storage.read_json(runs.sharded / "checkpoints" / "step-000012" / "checkpoint.json")
     assert split["split"]["shard"]
 
