@@ -34,7 +34,7 @@ from rekindle.runtime import sharding
 
 train.World.close = lambda self: None  # gloo cannot meet twice under one torchrun
 facts = []
-make, clip = session.make_gradients, sharding.ShardedGradients.clip
+make, clip, step = session.make_gradients, sharding.ShardedGradients.clip, train.train_step
 
 def measured(model):
     parts = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
@@ -46,6 +46,15 @@ def clipped(self, norm, limit):  # what all ranks hold, put together
     facts[-1]["norms"].append((norm.item(), torch.linalg.vector_norm(torch.cat(wholes)).item()))
     clip(self, norm, limit)
 
+def placed(forward, *rest, world, **named):
+    def call(x, y):
+        result = forward(x, y)
+        facts[-1]["place"] = world.place.now()
+        return result
+
+    return step(call, *rest, world=world, **named)
+
+train.train_step = placed
 session.make_gradients, sharding.ShardedGradients.clip = measured, clipped
 for command in json.loads(sys.argv[1]):
     assert main(command) == 0, command
@@ -105,22 +114,23 @@ def runs(
         script.write_text(WORK)
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
 
-        def two(*commands: Sequence[object]) -> str:
+        def two(facts: str, *commands: Sequence[object]) -> str:
             texts = json.dumps([[str(a) for a in command] for command in commands])
-            done = python(*torchrun, texts, folder / f"facts-{len(commands)}")
+            done = python(*torchrun, texts, folder / facts)
             assert done.returncode == 0, done.stderr
             return done.stdout
 
         from_the_middle(out[0], out[4])
         printed = two(
+            "facts",
             [*command(out[1]), *flags],
             [*command(out[2]), *flags, "--shard"],
             [*command(out[4]), *flags, "--shard", "--recompute"],
         )
         (folder / "printed").write_text(printed)
         from_the_middle(out[2], out[3])
-        two([*command(out[3]), *flags])
-    facts = [storage.read_json(folder / f"facts-3-{rank}.json") for rank in (0, 1)]
+        two("facts of the resumed", [*command(out[3]), *flags])
+    facts = [storage.read_json(folder / f"facts-{rank}.json") for rank in (0, 1)]
     return Runs(*out, facts=facts, printed=(folder / "printed").read_text())
 
 
@@ -147,8 +157,8 @@ def test_a_sharded_run_is_that_of_one_process(runs: Runs, records: Records) -> N
     assert_close(runs.sharded, runs.one, records)
     assert_close(runs.sharded, runs.parallel, records)
     assert min(r["norm"] for r in records(runs.one, "train")) > 0.05  # all of them were clipped
-    samples = [records(run, "samples") for run in (runs.sharded, runs.one)]
-    assert [len(s) for s in samples] == [3, 3]
+    assert records(runs.sharded, "samples") == records(runs.one, "samples")
+    assert len(records(runs.one, "samples")) == 3
     assert "2 rows x 16 x 2 micro-steps x 2 ranks" in runs.printed
     assert runs.printed.count(", sharded; ") == 2
     assert runs.printed.count(", recomputing, sharded; ") == 1
@@ -166,6 +176,11 @@ def test_each_rank_holds_a_part_and_they_agree_about_the_norm(runs: Runs) -> Non
     assert [facts["held"] for facts in parallel] == [parallel[0]["all"]] * 2
     assert sum(facts["held"] for facts in sharded) == sharded[0]["all"]
     assert sharded[0]["norms"] == sharded[1]["norms"]
+
+
+def test_the_watchdog_knows_that_a_sharded_model_waits_for_the_others(runs: Runs) -> None:
+    for parallel, sharded, _ in runs.facts:
+        assert (parallel["place"], sharded["place"]) == ("step 11", "waiting in step 11")
 
 
 def test_a_run_goes_on_from_one_process_to_shards_and_back(
