@@ -105,7 +105,8 @@ def train(o: argparse.Namespace) -> None:
 
     options = RunOptions(
         device=o.device, precision=o.precision, compile=o.compile, kernels=o.kernels,
-        recompute=o.recompute, hellaswag=o.hellaswag, timeout=o.timeout, fork=o.fork,
+        recompute=o.recompute, shard=o.shard, hellaswag=o.hellaswag, timeout=o.timeout,
+        fork=o.fork,
     )  # fmt: skip
     train(recipe, o.data, o.out, options)
 
@@ -304,6 +305,11 @@ def _add_train(commands: Any) -> None:
         "--recompute", action=argparse.BooleanOptionalAction, default=None,
         help="recompute activations in the backward pass: less memory, slower (default: where only "
         "that lets a few rows fit)",
+    )  # fmt: skip
+    p.add_argument(
+        "--shard", action=argparse.BooleanOptionalAction, default=None,
+        help="share out weights, gradients and moments over the ranks, for a model that does not "
+        "fit into one GPU; not compiled, and needs --batch.micro on a GPU (default: no)",
     )  # fmt: skip
     p.add_argument(
         "--timeout", type=float, default=600.0, metavar="S",

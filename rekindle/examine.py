@@ -25,6 +25,7 @@ from rekindle.runtime import distributed
 from rekindle.runtime.device import Device, get_device, keep_freed_memory
 from rekindle.runtime.distributed import World
 from rekindle.runtime.fit import rows_for
+from rekindle.runtime.sharding import is_sharded, parts_callable
 
 
 class Examiner:
@@ -44,10 +45,11 @@ class Examiner:
     def __call__(self, step: int) -> float | None:
         """Look at everything; return the validation loss in nats per token, if there is one."""
         loss = self.validate(step)
-        if self.questions.total:
-            self.answer(step)
-        if step:  # before the first step there is only noise to hear
-            self.speak(step)
+        with parts_callable(self.model):
+            if self.questions.total:
+                self.answer(step)
+            if step:  # before the first step there is only noise to hear
+                self.speak(step)
         return loss
 
     def validate(self, step: int) -> float | None:
@@ -86,7 +88,7 @@ class Examiner:
         )
 
     def speak(self, step: int) -> None:
-        if not self.world.is_main:
+        if not (self.world.is_main or is_sharded(self.model)):
             return
         prompt = self.tokenizer.encode(self.run.recipe.prompt)
         wanted = 96 if self.tokenizer.name == "bytes" else 32  # about as much text

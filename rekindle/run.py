@@ -40,6 +40,7 @@ class RunOptions:
     compile: bool | None = None
     kernels: bool | None = None  # Triton's, for bf16 on a GPU
     recompute: bool | None = None  # None: if only so a few rows fit into the GPU's memory
+    shard: bool | None = None  # weights, gradients and moments over the ranks
     hellaswag: str = "auto"  # a file, "hub", "none", or "auto": from the hub on a GPU
     timeout: float = 600.0  # seconds that a rank may wait for the others; 0: for ever
     fork: Path | None = None  # run or checkpoint whose weights and optimizer state to start from
@@ -61,6 +62,7 @@ class Run:
     compile: bool
     kernels: bool
     recompute: bool | None  # None: to be found
+    shard: bool  # where there is more than one rank
     threads: int | None  # of the CPU, as the run was begun
     micro: int  # rows per forward pass, or 0: to be found
     split: dict[str, Any] = field(default_factory=dict)  # as it is recorded; known from `begin` on
@@ -91,6 +93,7 @@ class Run:
             "micro": split.micro, "ranks": split.ranks, "threads": torch.get_num_threads(),
             "device": device.torch.type, "precision": device.precision, "compile": self.compile,
             "kernels": self.kernels, "recompute": compute.recompute,
+            "shard": self.shard,
         }  # fmt: skip
         if split.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,9 +114,10 @@ class Run:
         console.say(
             f"device: {split.ranks} x {device.name}, {device.precision}"
             f"{', compiled' if compiled else ''}{', kernels' if self.kernels else ''}"
-            f"{', recomputing' if compute.recompute else ''}; {r.batch.tokens:,} tokens a step = "
-            f"{split.micro} rows x {r.batch.length} x {split.accumulation} micro-steps x "
-            f"{split.ranks} ranks"
+            f"{', recomputing' if compute.recompute else ''}"
+            f"{', sharded' if self.shard and split.ranks > 1 else ''}; "
+            f"{r.batch.tokens:,} tokens a step = {split.micro} rows x {r.batch.length} x "
+            f"{split.accumulation} micro-steps x {split.ranks} ranks"
         )
         console.say(self._opening(split))
 
@@ -254,6 +258,7 @@ def open_run(
         compile=split.get("compile", True) if options.compile is None else options.compile,
         kernels=split.get("kernels", False) if options.kernels is None else options.kernels,
         recompute=split.get("recompute") if options.recompute is None else options.recompute,
+        shard=split.get("shard", False) if options.shard is None else options.shard,
         threads=split.get("threads"),
         micro=recipe.batch.micro or _fitting_micro(recipe, split, ranks),
     )

@@ -24,7 +24,7 @@ from rekindle.evaluate import hellaswag
 from rekindle.evaluate.loss import Forward
 from rekindle.evaluate.questions import for_training
 from rekindle.examine import Examiner
-from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import Console, Metrics
 from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.recipes import Recipe
@@ -35,6 +35,7 @@ from rekindle.runtime.distributed import World
 from rekindle.runtime.fit import choose_compute, choose_micro, must_recompute
 from rekindle.runtime.guard import Guard
 from rekindle.runtime.saving import Saver
+from rekindle.runtime.sharding import is_sharded, make_gradients, shard
 from rekindle.runtime.watchdog import Watchdog
 
 GIVE_UP_AFTER = 3  # returns to the same checkpoint
@@ -143,7 +144,7 @@ class Session:
 def restore(run: Run, model: GPT2, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
     """Weights, moments and the guard's memory as the run's checkpoint has them, if it has one."""
     if run.checkpoint:
-        model.load_state_dict(run.checkpoint.model, strict=False)  # the tied head has no own entry
+        run.checkpoint.restore_model(model)
         run.checkpoint.restore_optimizer(model, optimizer)
         guard.restore(run.checkpoint.description["guard"])
 
@@ -172,15 +173,13 @@ def start(
     batches, validation = open_data(run, data, manifest)
     questions = for_training(options.hellaswag, device, console.say)
 
-    torch.manual_seed(run.recipe.seed)
-    model = GPT2(run.recipe.model)
     compute = choose_compute(device, run.recipe.batch.length, kernels=run.kernels)
-    model.to(device.torch).use(compute)
+    model = make_model(run, compute, device, world)
     o = run.recipe.optim
     optimizer = make_adamw(model, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
     guard = Guard(o.spike)
     restore(run, model, optimizer, guard)
-    gradients = GradientBuffer(model.parameters())
+    gradients = make_gradients(model)
     recompute = run.recompute
     if recompute is None:
         recompute = must_recompute(model, batches.windows.T, device, world)
@@ -197,6 +196,8 @@ def start(
         questions, tokenizer, model.config.block_size, device, world,
         compiled=forward is not model,
     )  # fmt: skip
+    if is_sharded(model):
+        packed = hellaswag.keep_step(packed, device)
     examiner = Examiner(
         run, model, forward, transformer, validation, packed, tokenizer, split.micro, device,
         world, metrics,
@@ -205,6 +206,16 @@ def start(
         run, world, device, model, forward, gradients, optimizer, guard, batches, unchanged, split,
         metrics, saver, examiner, watch,
     )  # fmt: skip
+
+
+def make_model(run: Run, compute: Compute, device: Device, world: World) -> GPT2:
+    """The model as it is initialised, the same on every rank: on the device, whole or sharded."""
+    torch.manual_seed(run.recipe.seed)
+    model = GPT2(run.recipe.model).use(compute)
+    if not run.shard or world.size == 1:
+        return model.to(device.torch)
+    shard(model, device.torch, world)  # from the CPU: a GPU may not have room for all of it
+    return model
 
 
 def open_data(run: Run, data: Path, manifest: shards.Manifest) -> tuple[Batches, list]:
@@ -243,6 +254,8 @@ def compile_model(
     The compiled forms share their parameters with `model`, whose names stay clean.
     """
     reason = why_not_compile(device.torch) if run.compile else "as asked"
+    if is_sharded(model):
+        reason = reason or "the model is sharded"
     if reason:
         console.say(f"running without torch.compile: {reason}")
         return model, model.transformer

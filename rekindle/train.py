@@ -64,7 +64,7 @@ def train_step(
         assert micro_loss is not None
         (micro_loss * share).backward()  # adds to the gradients of the micro-steps before
         loss += micro_loss.detach() * share
-    world.sum_(gradients.flat, loss)  # the only talk between ranks: once a step
+    world.sum_(*gradients.shares(), loss)  # the ranks' only talk, unless they share the weights
 
     norm = gradients.norm()
     loss_seen, norm_seen = torch.stack([loss, norm]).tolist()

@@ -10,7 +10,7 @@ seeing the others. `pack` makes these rows once, `evaluate` answers them as ofte
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -108,6 +108,13 @@ def pack(
         batches.append(_batch(chosen, len(chosen) if eager_cpu else B, T, device.torch))
     labels = torch.tensor([question.label for question in mine], dtype=torch.long)
     return Packed(len(questions), labels, batches, world)
+
+
+def keep_step(packed: Packed, device: Device) -> Packed:
+    """The same, with as many batches on every rank: a sharded model is called by all together."""
+    missing = packed.world.max(len(packed.batches), device.torch) - len(packed.batches)
+    padding = [_batch([], 1, 8, device.torch)] * missing
+    return replace(packed, batches=packed.batches + padding)
 
 
 def _rows(number: int, question: Question, tokenizer: Tokenizer, limit: int) -> list[_Row]:

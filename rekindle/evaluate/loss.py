@@ -47,14 +47,14 @@ def validation_loss(
     totals = torch.zeros(3, dtype=torch.float64)  # nats, targets, bytes
     for x, y in validation_batches(shards, T, tokens, rows, world.rank, world.size):
         real = y[y != IGNORED]
-        if not len(real):  # a rank may run out a batch before the others
-            continue
         with device.autocast():
             _, mean = forward(
                 torch.from_numpy(x).to(device.torch, non_blocking=True),
                 torch.from_numpy(y).to(device.torch, non_blocking=True),
             )
         assert mean is not None
+        if not len(real):  # a rank may run out a batch before the others, but all take every step
+            continue
         nats = mean.item() * len(real)
         totals += torch.tensor([nats, len(real), token_bytes[real].sum()], dtype=torch.float64)
     totals = totals.to(device.torch) if device.torch.type == "cuda" else totals

@@ -27,10 +27,10 @@ class GradientBuffer:
     sum over ranks happens once a step because nobody asks for it earlier.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         parameters = list(parameters)
         self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        self._views = []
+        self._views: list[tuple[Tensor, Tensor]] = []
         start = 0
         for p in parameters:
             self._views.append((p, self.flat[start : start + p.numel()].view_as(p)))
@@ -41,6 +41,10 @@ class GradientBuffer:
         self.flat.zero_()
         for parameter, view in self._views:
             parameter.grad = view
+
+    def shares(self) -> tuple[Tensor, ...]:
+        """What each rank has a share of: to be added up over them, in place, before `norm`."""
+        return (self.flat,)
 
     def norm(self) -> Tensor:
         """The length of the whole gradient, a scalar."""

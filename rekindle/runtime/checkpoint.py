@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from rekindle import storage
 from rekindle.errors import UserError
+from rekindle.runtime.sharding import laid_out_as, whole
 
 FORMAT = 2
 DESCRIPTION = "checkpoint.json"
@@ -39,11 +41,17 @@ class Checkpoint:
     def step(self) -> int:
         return self.description["step"]
 
+    @torch.no_grad()
+    def restore_model(self, model: nn.Module) -> None:
+        """Give `model` the weights it had."""
+        for name, p in model.named_parameters():
+            p.copy_(laid_out_as(p, self.model[name]))
+
     def restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give `optimizer` the moments and the count of updates it had."""
         moments = _read_tensors(self.path / "optimizer.safetensors")
         for name, p in model.named_parameters():
-            state = {key: moments[f"{key}.{name}"].to(p.device) for key in _MOMENTS}
+            state = {key: laid_out_as(p, moments[f"{key}.{name}"]) for key in _MOMENTS}
             count = torch.tensor(float(self.description["updates"]))
             fused = optimizer.defaults.get("fused")  # whose kernels count on the device
             optimizer.state[p] = {"step": count.to(p.device) if fused else count, **state}
@@ -65,7 +73,7 @@ class Snapshot:
         for _ in range(1 + len(_MOMENTS)):  # a few large pieces: pinning rounds each one up
             flat = torch.empty(sum(sizes), pin_memory=self._pinned).zero_()  # now, not at a save
             pieces = zip(parameters.items(), flat.split(sizes), strict=True)
-            views.append({name: piece.view_as(p) for (name, p), piece in pieces})
+            views.append({name: piece.view(p.shape) for (name, p), piece in pieces})
         self.model: dict[str, Tensor] = views[0]
         self.optimizer = {
             f"{key}.{name}": view
@@ -82,15 +90,13 @@ class Snapshot:
 
     def take(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Copy what is to be saved. On a GPU the copies are only begun, before whatever the GPU is
-        given to do next; after `wait` they are whole."""
-        for name, p in model.named_parameters():
-            self._copy(p.detach(), self.model[name])
-            state = optimizer.state.get(p)
-            for key in _MOMENTS:
-                moment = self.optimizer[f"{key}.{name}"]
-                self._copy(state[key], moment) if state else moment.zero_()
-            if state:
-                self._copy(state["step"], self._updates)
+        given to do next; after `wait` they are whole. If the model is sharded, the other ranks run
+        through `whole_tensors` meanwhile."""
+        targets = {**self.model, **self.optimizer}
+        for name, tensor in whole_tensors(model, optimizer):
+            self._copy(tensor, targets[name])
+        for state in optimizer.state.values():
+            self._copy(state["step"], self._updates)
         if self._pinned:
             self._copied = torch.cuda.Event(blocking=True)
             self._copied.record()
@@ -101,6 +107,16 @@ class Snapshot:
 
     def _copy(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source, non_blocking=self._pinned)
+
+
+def whole_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds, under its names there: one after the other, each of them whole."""
+    for name, p in model.named_parameters():
+        yield name, whole(p.detach())
+        for key in _MOMENTS if optimizer.state.get(p) else ():
+            yield f"{key}.{name}", whole(optimizer.state[p][key])
 
 
 def write(folder: Path, description: dict[str, Any], snapshot: Snapshot) -> Path:

@@ -13,6 +13,7 @@ from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.model.kernels import why_not
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
+from rekindle.runtime.sharding import is_sharded
 
 MOST_ROWS = 64  # the lecture's; more gives less than 1 % on an H200
 FEW_ROWS = 4  # with fewer, kernels are too small to fill a GPU, and recomputing costs less
@@ -40,8 +41,9 @@ def choose_compute(device: Device, T: int, *, kernels: bool = False) -> Compute:
 
 
 def must_recompute(model: GPT2, T: int, device: Device, world: World) -> bool:
-    """Whether too few rows fit into any rank's GPU unless activations are recomputed."""
-    if device.torch.type != "cuda":
+    """Whether too few rows fit into any rank's GPU unless activations are recomputed. A sharded
+    model is not measured: for it they are recomputed if somebody says so."""
+    if device.torch.type != "cuda" or is_sharded(model):
         return False
     return world.min(_rows_in_gpu_memory(model, T, device), device.torch) < FEW_ROWS
 
@@ -49,10 +51,13 @@ def must_recompute(model: GPT2, T: int, device: Device, world: World) -> bool:
 def choose_micro(model: GPT2, rows: int, T: int, device: Device, world: World) -> int:
     """Rows per forward pass: the most that fit and that divide the batch evenly over the ranks.
 
-    Raises `UserError` if the batch does not divide, or if not even one row fits.
+    Raises `UserError` if the batch does not divide, if not even one row fits, or if the model is
+    sharded over GPUs: a rank that runs out of memory would leave the others waiting.
     """
     if rows % world.size:
         raise UserError(f"a batch of {rows} rows does not divide over {world.size} ranks")
+    if device.torch.type == "cuda" and is_sharded(model):
+        raise UserError("with --shard nobody measures how many rows fit: give --batch.micro")
     if device.torch.type == "cuda":
         fits = min(MOST_ROWS, _rows_in_gpu_memory(model, T, device))
     else:

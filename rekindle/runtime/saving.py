@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rekindle.errors import UserError
 from rekindle.observe.metrics import Metrics
 from rekindle.runtime import checkpoint
 from rekindle.runtime.checkpoint import Keep, Snapshot
+from rekindle.runtime.sharding import is_sharded
 
 PAUSES = (1.0, 4.0)  # seconds before a disk that failed is tried again; then at the next save
 
@@ -41,6 +43,8 @@ class Saver:
         (at 25 GB/s, 60 ms for 124M parameters) is part of the next step's.
         """
         if self._snapshot is None:
+            if is_sharded(self._model):  # the main rank needs the parts of all
+                deque(checkpoint.whole_tensors(self._model, self._optimizer), maxlen=0)
             return
         began = time.perf_counter()
         if self._thread:

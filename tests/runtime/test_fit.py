@@ -130,6 +130,14 @@ def test_activations_are_recomputed_where_few_rows_fit(
     assert not fit.must_recompute(model, 16, CPU, World())
 
 
+def test_a_sharded_model_is_not_measured(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
+    monkeypatch.setattr(fit, "is_sharded", lambda model: True)
+    assert not fit.must_recompute(model, 16, GPU, World())
+    with pytest.raises(UserError, match=r"--shard .*: give --batch.micro"):
+        fit.choose_micro(model, 8, 16, GPU, World())
+    assert fit.choose_micro(model, 8, 16, CPU, World()) == 8
+
+
 def test_kernels_are_refused_where_there_are_none() -> None:
     assert fit.choose_compute(CPU, 16).loss_kernel is False
     with pytest.raises(UserError, match=r"--kernels: .*; say --no-kernels"):

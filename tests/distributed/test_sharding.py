@@ -1,0 +1,202 @@
+"""Sharded over two processes, a run is what it is on one: gloo on the CPU, one thread each.
+
+A start of two processes takes seconds, so that one of them does everything that needs two.
+"""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rekindle import storage
+
+Train = Callable[..., Any]
+Records = Callable[..., list[dict[str, Any]]]
+
+# Two micro-steps on each of two ranks; a gradient that is clipped at every step; a width that does
+# not divide by two; of validation rows one rank has more. For eps see test_two_processes.py.
+FLAGS = (
+    "--batch.micro", 2, "--optim.clip", 0.05, "--optim.eps", 1e-4, "--model.n-embd", 17,
+    "--model.n-head", 1, "--eval-tokens", 280,
+)  # fmt: skip
+
+WORK = """
+import json, sys, torch
+from rekindle import session, train
+from rekindle.cli import main
+from rekindle.evaluate import hellaswag
+from rekindle.runtime import sharding
+
+train.World.close = lambda self: None  # gloo cannot meet twice under one torchrun
+hellaswag.CPU_TOKENS = 1  # a batch for each question: one rank has two, the other one
+facts = []
+make, clip, step = session.make_gradients, sharding.ShardedGradients.clip, train.train_step
+
+def measured(model):
+    parts = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
+    facts.append({"held": parts, "all": sum(p.numel() for p in model.parameters()), "norms": []})
+    return make(model)
+
+def clipped(self, norm, limit):  # what all ranks hold, put together
+    wholes = [p.grad.full_tensor().flatten() for p, _ in self._views]
+    facts[-1]["norms"].append((norm.item(), torch.linalg.vector_norm(torch.cat(wholes)).item()))
+    clip(self, norm, limit)
+
+def placed(forward, *rest, world, **named):
+    def call(x, y):
+        result = forward(x, y)
+        facts[-1]["place"] = world.place.now()
+        return result
+
+    return step(call, *rest, world=world, **named)
+
+train.train_step = placed
+session.make_gradients, sharding.ShardedGradients.clip = measured, clipped
+for command in json.loads(sys.argv[1]):
+    assert main(command) == 0, command
+open(f"{sys.argv[2]}-{session.distributed.place().rank}.json", "w").write(json.dumps(facts))
+"""
+
+
+class Runs(NamedTuple):
+    """Run folders: of one process; of two, with all weights on both; of two, sharded."""
+
+    one: Path
+    parallel: Path
+    sharded: Path
+    resumed: Path  # sharded from the middle on, after having been sharded
+    begun_by_one: Path  # sharded from the middle on, and recomputing
+    facts: list[list[dict[str, Any]]]  # by rank and run
+    printed: str
+
+
+def questions(file: Path) -> Path:
+    """Three of HellaSwag's shape, of different lengths."""
+    rows = [
+        {"ctx": "the cat" * n, "endings": ["a", "sat on", "mat", "ran away"], "label": n}
+        for n in (1, 2, 3)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def from_the_middle(run: Path, out: Path) -> Path:
+    """A copy of `run` as it was after 4 steps."""
+    shutil.copytree(run, out)
+    for step in ("000008", "000012"):
+        shutil.rmtree(out / "checkpoints" / f"step-{step}")
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture
+def flags(folder: Path) -> tuple[object, ...]:
+    return (*FLAGS, "--hellaswag", questions(folder / "questions.jsonl"))
+
+
+@pytest.fixture
+def runs(
+    folder: Path, flags: tuple[object, ...], train: Train, command: Callable,
+    python: Callable[..., subprocess.CompletedProcess[str]],
+) -> Runs:  # fmt: skip
+    out = [folder / name for name in ("one", "parallel", "sharded", "resumed", "begun by one")]
+    if not out[0].exists():
+        train(out[0], *flags)
+        script = folder / "work.py"
+        script.write_text(WORK)
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
+
+        def two(facts: str, *commands: Sequence[object]) -> str:
+            texts = json.dumps([[str(a) for a in command] for command in commands])
+            done = python(*torchrun, texts, folder / facts)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        from_the_middle(out[0], out[4])
+        printed = two(
+            "facts",
+            [*command(out[1]), *flags],
+            [*command(out[2]), *flags, "--shard"],
+            [*command(out[4]), *flags, "--shard", "--recompute"],
+        )
+        (folder / "printed").write_text(printed)
+        from_the_middle(out[2], out[3])
+        two("facts of the resumed", [*command(out[3]), *flags])
+    facts = [storage.read_json(folder / f"facts-{rank}.json") for rank in (0, 1)]
+    return Runs(*out, facts=facts, printed=(folder / "printed").read_text())
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    last = run / "checkpoints" / "step-000012"
+    return {**load_file(last / "model.safetensors"), **load_file(last / "optimizer.safetensors")}
+
+
+def assert_close(run: Path, other: Path, records: Records) -> None:
+    """The same within rounding: losses, norms, validation, HellaSwag; weights and moments."""
+    kinds = ("train", "validation", "hellaswag")
+    logged, expected = records(run, *kinds), records(other, *kinds)
+    assert len(logged) == len(expected) == 12 + 4 + 4
+    for record, like in zip(logged, expected, strict=True):
+        assert record.pop("kind") == like.pop("kind")
+        assert record == pytest.approx(like, rel=2e-5)
+    mine, theirs = tensors(run), tensors(other)
+    assert list(mine) == list(theirs)
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_a_sharded_run_is_that_of_one_process(runs: Runs, records: Records) -> None:
+    assert_close(runs.sharded, runs.one, records)
+    assert_close(runs.sharded, runs.parallel, records)
+    assert min(r["norm"] for r in records(runs.one, "train")) > 0.05  # all of them were clipped
+    assert records(runs.sharded, "samples") == records(runs.one, "samples")
+    assert len(records(runs.one, "samples")) == 3
+    assert "2 rows x 16 x 2 micro-steps x 2 ranks" in runs.printed
+    assert runs.printed.count(", sharded; ") == 2
+    assert runs.printed.count(", recomputing, sharded; ") == 1
+    split = storage.read_json(runs.sharded / "checkpoints" / "step-000012" / "checkpoint.json")
+    assert split["split"]["shard"]
+
+
+def test_each_rank_holds_a_part_and_they_agree_about_the_norm(runs: Runs) -> None:
+    for _, sharded, begun_by_one in runs.facts:
+        assert sharded["held"] < 0.52 * sharded["all"]
+        assert (len(sharded["norms"]), len(begun_by_one["norms"])) == (12, 8)
+        for norm, norm_of_whole in sharded["norms"]:
+            assert norm == pytest.approx(norm_of_whole, rel=1e-6)
+    parallel, sharded, _ = zip(*runs.facts, strict=True)
+    assert [facts["held"] for facts in parallel] == [parallel[0]["all"]] * 2
+    assert sum(facts["held"] for facts in sharded) == sharded[0]["all"]
+    assert sharded[0]["norms"] == sharded[1]["norms"]
+
+
+def test_the_watchdog_knows_that_a_sharded_model_waits_for_the_others(runs: Runs) -> None:
+    for parallel, sharded, _ in runs.facts:
+        assert (parallel["place"], sharded["place"]) == ("step 11", "waiting in step 11")
+
+
+def test_a_run_goes_on_from_one_process_to_shards_and_back(
+    runs: Runs, tmp_path: Path, flags: tuple[object, ...], train: Train, records: Records
+) -> None:
+    assert_close(runs.begun_by_one, runs.one, records)
+    begun_sharded = from_the_middle(runs.sharded, tmp_path / "run")
+    outcome = train(begun_sharded, *flags)
+    assert "goes on at step 4 of 12 (on 1 ranks instead of 2)" in outcome.out
+    assert "sharded" not in outcome.out
+    assert_close(begun_sharded, runs.one, records)
+
+
+def test_a_sharded_run_goes_on_sharded_with_the_same_bits(runs: Runs, records: Records) -> None:
+    assert records(runs.resumed) == records(runs.sharded)
+    resumed, undisturbed = tensors(runs.resumed), tensors(runs.sharded)
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
