@@ -105,7 +105,7 @@ def train(o: argparse.Namespace) -> None:
 
     options = RunOptions(
         device=o.device, precision=o.precision, compile=o.compile, kernels=o.kernels,
-        recompute=o.recompute, shard=o.shard, hellaswag=o.hellaswag, timeout=o.timeout,
+        recompute=o.recompute, deterministic=o.deterministic, shard=o.shard, hellaswag=o.hellaswag, timeout=o.timeout,
         fork=o.fork,
     )  # fmt: skip
     train(recipe, o.data, o.out, options)
@@ -305,6 +305,11 @@ def _add_train(commands: Any) -> None:
         "--recompute", action=argparse.BooleanOptionalAction, default=None,
         help="recompute activations in the backward pass: less memory, slower (default: where only "
         "that lets a few rows fit)",
+    )  # fmt: skip
+    p.add_argument(
+        "--deterministic", action=argparse.BooleanOptionalAction, default=None,
+        help="on a GPU the same bits from run to run, at some cost of speed (default: no; a CPU "
+        "always does)",
     )  # fmt: skip
     p.add_argument(
         "--shard", action=argparse.BooleanOptionalAction, default=None,

@@ -40,6 +40,7 @@ class RunOptions:
     compile: bool | None = None
     kernels: bool | None = None  # Triton's, for bf16 on a GPU
     recompute: bool | None = None  # None: if only so a few rows fit into the GPU's memory
+    deterministic: bool | None = None  # the same bits again; always so on a CPU
     shard: bool | None = None  # weights, gradients and moments over the ranks
     hellaswag: str = "auto"  # a file, "hub", "none", or "auto": from the hub on a GPU
     timeout: float = 600.0  # seconds that a rank may wait for the others; 0: for ever
@@ -62,6 +63,7 @@ class Run:
     compile: bool
     kernels: bool
     recompute: bool | None  # None: to be found
+    deterministic: bool
     shard: bool  # where there is more than one rank
     threads: int | None  # of the CPU, as the run was begun
     micro: int  # rows per forward pass, or 0: to be found
@@ -93,7 +95,7 @@ class Run:
             "micro": split.micro, "ranks": split.ranks, "threads": torch.get_num_threads(),
             "device": device.torch.type, "precision": device.precision, "compile": self.compile,
             "kernels": self.kernels, "recompute": compute.recompute,
-            "shard": self.shard,
+            "shard": self.shard, "deterministic": self.deterministic,
         }  # fmt: skip
         if split.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -258,6 +260,11 @@ def open_run(
         compile=split.get("compile", True) if options.compile is None else options.compile,
         kernels=split.get("kernels", False) if options.kernels is None else options.kernels,
         recompute=split.get("recompute") if options.recompute is None else options.recompute,
+        deterministic=(
+            split.get("deterministic", False)
+            if options.deterministic is None
+            else options.deterministic
+        ),
         shard=split.get("shard", False) if options.shard is None else options.shard,
         threads=split.get("threads"),
         micro=recipe.batch.micro or _fitting_micro(recipe, split, ranks),

@@ -166,7 +166,7 @@ def start(
     distributed.connect(world, device.torch)
     watch = Watchdog(world, options.timeout)
     world.agree(run.step, "the newest whole checkpoint is that of step", device.torch)
-    make_deterministic(device)
+    make_deterministic(device, on_gpu=run.deterministic)
     keep_freed_memory(device)
     unchanged = shards.Unchanged(data, manifest)  # from before the hashes are checked
     verify_data(data, manifest, world, console)
@@ -238,9 +238,11 @@ def verify_data(data: Path, manifest: shards.Manifest, world: World, console: Co
     )
 
 
-def make_deterministic(device: Device) -> None:
-    """On a CPU the same split gives the same bits. On a GPU this would cost speed."""
-    if device.torch.type == "cpu":
+def make_deterministic(device: Device, *, on_gpu: bool = False) -> None:
+    """On a CPU the same split gives the same bits. On a GPU this costs speed: the fastest attention
+    and the tuning of compiled kernels are left out."""
+    if device.torch.type == "cpu" or on_gpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
         torch.use_deterministic_algorithms(True)
         # Nobody reads memory before writing it, and filling it costs time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

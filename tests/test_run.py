@@ -15,6 +15,8 @@ import rekindle.train
 from rekindle import storage
 from rekindle.data.shards import Manifest, Shard, write_shard
 from rekindle.data.tokenizer import ByteTokenizer
+from rekindle.runtime.device import Device
+from rekindle.session import make_deterministic
 from rekindle.train import due
 
 Train = Callable[..., Any]
@@ -175,6 +177,23 @@ def test_a_learning_rate_that_explodes_ends_in_one_line(
     assert outcome.status == 2
     assert outcome.err.count("\n") == 1
     assert "were refused in a row and there is no checkpoint to go back to" in outcome.err
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_gpu_is_deterministic_only_if_asked(on_gpu: bool) -> None:
+    torch.use_deterministic_algorithms(False)
+    device = Device(torch.device("cuda"), "a GPU", "autocast")
+    make_deterministic(device, on_gpu=on_gpu)
+    assert torch.are_deterministic_algorithms_enabled() == on_gpu
+
+
+def test_what_a_run_was_begun_with_is_used_again(tmp_path: Path, train: Train) -> None:
+    """Also whether it is to be deterministic."""
+    for flags in (["--deterministic"], []):
+        train(tmp_path / "run", "--steps", 4 if flags else 8, *flags)
+    for step in (4, 8):
+        saved = tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "checkpoint.json"
+        assert storage.read_json(saved)["split"]["deterministic"]
 
 
 def test_validation_never_trains(tmp_path: Path, train: Train, records: Records) -> None:

@@ -201,7 +201,7 @@ def test_the_split_of_the_run_is_used_again(
     assert split == {
         "micro": 2, "ranks": 1, "threads": 1, "device": "cpu", "precision": "autocast",
         "compile": False, "kernels": False, "recompute": False,
-        "shard": False,
+        "shard": False, "deterministic": False,
     }  # fmt: skip
     first = storage.read_json(out / "checkpoints" / "step-000004" / "checkpoint.json")["split"]
     assert first == split
