@@ -105,8 +105,8 @@ def train(o: argparse.Namespace) -> None:
 
     options = RunOptions(
         device=o.device, precision=o.precision, compile=o.compile, kernels=o.kernels,
-        recompute=o.recompute, deterministic=o.deterministic, shard=o.shard, hellaswag=o.hellaswag, timeout=o.timeout,
-        fork=o.fork,
+        recompute=o.recompute, deterministic=o.deterministic, shard=o.shard,
+        hellaswag=o.hellaswag, timeout=o.timeout, fork=o.fork,
     )  # fmt: skip
     train(recipe, o.data, o.out, options)
 
