@@ -24,6 +24,7 @@ Notes = dict[int, dict[int, dict[str, Any]]]  # by step and rank
 # Compared to within rounding, weights must not depend on noise: the bias of the keys has no
 # gradient but rounding errors, which AdamW's usual epsilon of 1e-8 would blow up.
 FLAGS = ("--optim.eps", "1e-4")
+TIMEOUT = ("--timeout", "60")  # ranks that wait for each other fail a test, and do not hold it up
 
 
 class End(NamedTuple):
@@ -72,7 +73,8 @@ def ranks(
         count: int, out: Path, *faults: dict[str, Any], flags: Any = (), torchrun: Any = (),
         patience: float = 30,
     ) -> End:  # fmt: skip
-        rank = [json.dumps(faults), str(notes_of(out)), *command(out), *FLAGS, *map(str, flags)]
+        rank = [json.dumps(faults), str(notes_of(out)), *command(out), *FLAGS, *TIMEOUT]
+        rank += map(str, flags)
         options = ["--standalone", "--nproc-per-node", str(count), *torchrun]
         return nursery([{"torchrun": options, "rank": rank, "patience": patience}])[0]
 
