@@ -97,6 +97,7 @@ class Session:
 
     def save(self, step: int, batch: int, *, examined: bool) -> None:
         """Begin the checkpoint of `step`; it is written while training goes on."""
+        self.watch.at(f"the checkpoint of step {step}")
         self.compare_ranks(step)
         validation = self.validation if examined else None
         self.saver.save(
@@ -163,8 +164,8 @@ def start(
     if run.threads:
         torch.set_num_threads(run.threads)
     device = get_device(options.device, run.precision, world.local_rank)
-    distributed.connect(world, device.torch)
-    watch = Watchdog(world, options.timeout)
+    life = distributed.connect(world, device.torch)
+    watch = Watchdog(world, options.timeout, life)
     world.agree(run.step, "the newest whole checkpoint is that of step", device.torch)
     make_deterministic(device, on_gpu=run.deterministic)
     keep_freed_memory(device)

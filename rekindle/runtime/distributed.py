@@ -1,6 +1,7 @@
 """Several processes as one: what torchrun started, and the few sums they exchange."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from rekindle.errors import UserError
 
@@ -103,8 +105,8 @@ class World:
             yield
         except RuntimeError as error:
             raise UserError(
-                f"lost touch with another rank ({str(error).splitlines()[0]}): what ended it says "
-                "so itself; the same command goes on from the newest checkpoint"
+                f"lost touch with another rank ({reason(error)}): what ended it says so itself; "
+                "the same command goes on from the newest checkpoint"
             ) from error
         if self._on_cpu():
             self.place.goes_on()
@@ -127,15 +129,47 @@ def place() -> World:
     )
 
 
-def connect(world: World, device: torch.device) -> None:
-    """Join the other processes: NCCL between GPUs, gloo between CPUs.
+def connect(world: World, device: torch.device) -> str:
+    """Join the other processes: NCCL between GPUs, gloo between CPUs. Returns the name of this life
+    of theirs, see `meet`.
 
     The time-out is long enough for one rank to compile while the others wait for it.
     """
-    if world.size > 1 and not dist.is_initialized():
-        on_gpu = device.type == "cuda"
+    if world.size == 1 or dist.is_initialized():
+        return ""
+    on_gpu, timeout = device.type == "cuda", timedelta(minutes=30)
+    try:
+        store, *_ = next(rendezvous("env://", timeout=timeout))
+        life = meet(store, world.rank, world.size)
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            timeout=timedelta(minutes=30),
-            device_id=device if on_gpu else None,
-        )
+            "nccl" if on_gpu else "gloo", store=PrefixStore(life, store), timeout=timeout,
+            rank=world.rank, world_size=world.size, device_id=device if on_gpu else None,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise UserError(
+            f"the ranks did not meet ({reason(error)}): what kept another one away it says itself; "
+            "give the same command again"
+        ) from error
+    return life
+
+
+def meet(store: Store, rank: int, size: int) -> str:
+    """Wait for all ranks. Returns a name that they share and that no ranks before them had.
+
+    torchrun keeps its store when it begins anew, and with it the addresses of those that died, to
+    which gloo would connect. Its count of restarts is no such name: each host has its own.
+    """
+    store.set(f"rekindle/{rank}", os.urandom(8).hex())
+    while True:
+        everyone = [store.get(f"rekindle/{r}").decode() for r in range(size)]
+        life = "rekindle/" + "-".join(everyone)  # some of it may be of a rank that died
+        store.set(f"{life}/{rank}", "met")
+        if store.check([f"{life}/{r}" for r in range(size)]):  # they read the same, so it is new
+            return life
+        time.sleep(0.05)
+
+
+def reason(error: RuntimeError) -> str:
+    """What torch says, without the line of its source and its advice."""
+    line = str(error).splitlines()[0]
+    return re.sub(r"\[/\S*\] ", "", line).partition(". ")[0]

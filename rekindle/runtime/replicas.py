@@ -26,14 +26,16 @@ def compare(model: nn.Module, optimizer: torch.optim.Optimizer, world: World, st
         return
     others = everyones[wrong[0]]
     name = next(n for n, a, b in zip(named, right, others, strict=True) if a != b)
-    if many == 1 or 2 * many == len(everyones):  # no majority: nobody can say who is right
+    if 2 * many <= len(everyones):  # no majority: nobody can say who is right
         wrong = list(range(world.size))
+    who = (
+        f"rank {wrong[0]} has another {name} than the others"
+        if len(wrong) == 1
+        else f"the ranks {', '.join(map(str, wrong))} disagree about {name}"
+    )
     raise UserError(
-        f"the ranks {', '.join(map(str, wrong))} disagree about {name} after step {step - 1}"
-        if len(wrong) > 1
-        else f"rank {wrong[0]} has another {name} than the others after step {step - 1}"
-        ": memory or a GPU there is faulty; take it out, and the same command goes on from the "
-        "newest checkpoint"
+        f"{who} after step {step - 1}: memory or a GPU there is faulty; take it out, and the same "
+        "command goes on from the newest checkpoint"
     )
 
 

@@ -8,12 +8,11 @@ ends the rest, and begins anew if it was told to (`--max-restarts`).
 import os
 import sys
 import threading
-import time
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from rekindle.runtime.distributed import World
+from rekindle.runtime.distributed import World, reason
 
 STATUS = 3  # exit status of a rank that gives up waiting
 TICK = 2.0  # seconds between two posts
@@ -23,9 +22,10 @@ SILENT = 5  # ticks without a post: the process, its host or the network is gone
 class Watchdog:
     """A thread that watches how long this rank has been waiting for the others."""
 
-    def __init__(self, world: World, limit: float) -> None:
-        """`limit`: seconds that a rank may wait for the others; 0: for ever."""
-        self._world, self._limit = world, limit
+    def __init__(self, world: World, limit: float, life: str) -> None:
+        """`limit`: seconds that a rank may wait for the others; 0: for ever. `life`: the name that
+        `distributed.connect` gave to this life of the ranks."""
+        self._world, self._limit, self._life = world, limit, life
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         if world.size > 1 and limit:
@@ -49,7 +49,7 @@ class Watchdog:
     def _watch(self) -> None:
         place, beat = self._world.place, 0
         tick = min(TICK, self._limit / 4)
-        while not self._done.wait(tick):
+        while not self._done.wait(tick if beat else 0):
             beat += 1
             try:
                 self._store.set(self._key(self._world.rank), f"{beat} {place.now()}")
@@ -57,15 +57,26 @@ class Watchdog:
                     self._give_up(tick)
             except RuntimeError as error:  # of the store: its host is gone, or the run is over
                 if place.waited() > self._limit:
-                    self._end(f"rank 0's host cannot be reached ({str(error).splitlines()[0]})")
+                    self._end(f"rank 0's host cannot be reached ({reason(error)})")
 
     def _give_up(self, tick: float) -> None:
-        before = self._posts()
-        time.sleep(SILENT * tick)
-        if self._done.is_set() or self._world.place.waited() < self._limit:
-            return  # it came after all
+        # Asked over a broken network, the store never answers.
+        late = threading.Timer(2 * SILENT * tick, self._end, ["rank 0's host cannot be reached"])
+        late.daemon = True
+        late.start()
+        try:
+            before = self._posts()
+            if self._done.wait(SILENT * tick) or self._world.place.waited() < self._limit:
+                return  # it came after all
+            culprits = self._culprits(before, self._posts())
+        finally:
+            late.cancel()
+        self._end(" and ".join(culprits) or "every rank waits: the network between them is broken")
+
+    def _culprits(self, before: dict[int, str], now: dict[int, str]) -> list[str]:
+        """Which ranks do not wait as they should, by what they posted."""
         culprits = []
-        for rank, post in self._posts().items():
+        for rank, post in now.items():
             beat, _, where = post.partition(" ")
             if not beat:
                 culprits.append(f"rank {rank} has never been heard of")
@@ -73,7 +84,7 @@ class Watchdog:
                 culprits.append(f"rank {rank} is gone (last at {where})")
             elif not where.startswith("waiting"):
                 culprits.append(f"rank {rank} stands still at {where}")
-        self._end(" and ".join(culprits) or "every rank waits: the network between them is broken")
+        return culprits
 
     def _posts(self) -> dict[int, str]:
         """What every rank posted last; empty for one that never did."""
@@ -84,8 +95,7 @@ class Watchdog:
         return posts
 
     def _key(self, rank: int) -> str:
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return f"rekindle/{restart}/{rank}"
+        return f"{self._life}/stands/{rank}"
 
     def _end(self, what: str) -> None:
         print(

@@ -12,16 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rekindle import storage
+from tests.distributed.conftest import FLAGS, assert_close, last
 
 Records = Callable[..., list[dict[str, Any]]]
 Train = Callable[..., Any]
-
-# Compared to within rounding, weights must not depend on noise: the bias of the keys has no
-# gradient but rounding errors, which AdamW's usual epsilon of 1e-8 would blow up.
-FLAGS = ("--optim.eps", 1e-4)
 
 WORK = """
 import json, sys, time
@@ -88,28 +84,6 @@ def two(folder: Path, torchrun: Callable, command: Callable) -> Path:
         assert done.returncode == 0, done.stderr
         (folder / "printed").write_text(done.stdout)
     return folder / "two"
-
-
-def assert_close(run: Path, other: Path, records: Records) -> None:
-    """The same within rounding: losses, gradient norms, validation losses, weights."""
-    logged, expected = records(run, "train", "validation"), records(other, "train", "validation")
-    assert len(logged) == len(expected) == 12 + 4
-    for record, like in zip(logged, expected, strict=True):
-        assert (record["kind"], record["step"]) == (like["kind"], like["step"])
-        assert record["loss"] == pytest.approx(like["loss"], rel=2e-6)
-        if record["kind"] == "train":
-            assert record["norm"] == pytest.approx(like["norm"], rel=2e-5)
-            assert record["lr"] == like["lr"]
-        else:
-            assert record["tokens"] == like["tokens"] == 300
-            assert record["bits_per_byte"] == pytest.approx(like["bits_per_byte"], rel=2e-6)
-    weights, like = (load_file(last(r) / "model.safetensors") for r in (run, other))
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, like[name], rtol=1e-4, atol=2e-6, msg=name)
-
-
-def last(run: Path) -> Path:
-    return run / "checkpoints" / "step-000012"
 
 
 def test_two_processes_train_as_one(one: Path, two: Path, folder: Path, records: Records) -> None:

@@ -1,0 +1,165 @@
+"""Ranks that go wrong when told, and what they leave."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rekindle import storage
+from rekindle.runtime import checkpoint
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+Records = Callable[..., list[dict[str, Any]]]
+Notes = dict[int, dict[int, dict[str, Any]]]  # by step and rank
+
+# Compared to within rounding, weights must not depend on noise: the bias of the keys has no
+# gradient but rounding errors, which AdamW's usual epsilon of 1e-8 would blow up.
+FLAGS = ("--optim.eps", "1e-4")
+TIMEOUT = ("--timeout", "60")  # ranks that wait for each other fail a test, and do not hold it up
+
+
+class End(NamedTuple):
+    """How torchrun ended."""
+
+    status: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        """What rekindle itself said."""
+        return [line for line in self.err.splitlines() if line.startswith("rekindle: ")]
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Callable[..., list[End]]]:
+    """`nursery([{...}, ...])`: one torchrun for each host, see nursery.py."""
+    process = subprocess.Popen(
+        [sys.executable, HERE / "nursery.py"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    asked, answered = process.stdin, process.stdout
+    assert asked
+    assert answered
+
+    def run(hosts: list[dict[str, Any]], limit: float = 200) -> list[End]:
+        print(json.dumps({"hosts": hosts, "limit": limit}), file=asked, flush=True)
+        return [End(**end) for end in json.loads(answered.readline())]
+
+    yield run
+    asked.close()
+    process.wait()
+
+
+@pytest.fixture
+def ranks(
+    nursery: Callable[..., list[End]], command: Callable[[Path], list[str]]
+) -> Callable[..., End]:
+    """`ranks(2, out, {fault}, {fault}, flags=[...], torchrun=[...])`: train as so many ranks, which
+    take notes beside `out`. `patience`: seconds between torchrun's SIGTERM and SIGKILL."""
+
+    def run(
+        count: int, out: Path, *faults: dict[str, Any], flags: Any = (), torchrun: Any = (),
+        patience: float = 30,
+    ) -> End:  # fmt: skip
+        rank = [json.dumps(faults), str(notes_of(out)), *command(out), *FLAGS, *TIMEOUT]
+        rank += map(str, flags)
+        options = ["--standalone", "--nproc-per-node", str(count), *torchrun]
+        return nursery([{"torchrun": options, "rank": rank, "patience": patience}])[0]
+
+    return run
+
+
+@pytest.fixture
+def undisturbed(ranks: Callable[..., End], tmp_path_factory: Any) -> Callable[[int], Path]:
+    """`undisturbed(2)`: the run of so many ranks that nothing happened to."""
+
+    def run(count: int) -> Path:
+        out = tmp_path_factory.getbasetemp() / f"undisturbed-{count}"
+        if not out.exists():
+            end = ranks(count, out)
+            assert end.status == 0, end.err
+        return out
+
+    return run
+
+
+def notes_of(out: Path) -> Path:
+    """Where the ranks of the run `out` note what they train on."""
+    folder = out.with_name(f"{out.name}-notes")
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def notes_by_rank(out: Path) -> dict[int, list[dict[str, Any]]]:
+    """Everything each rank noted, in the order of time."""
+    files = sorted(notes_of(out).iterdir())
+    return {int(f.stem.removeprefix("rank-")): storage.read_json_lines(f) for f in files}
+
+
+def read_notes(out: Path) -> Notes:
+    """By step and rank; of a step that was taken again, the last time."""
+    notes: Notes = {}
+    for rank, noted in notes_by_rank(out).items():
+        for note in noted:
+            notes.setdefault(note["step"], {})[rank] = note
+    return notes
+
+
+def global_batches(notes: Notes) -> dict[int, str]:
+    """A hash of the rows of each step, in the order of the global batch: micro-step m of rank r has
+    those from (m·ranks + r)·micro on."""
+    hashes = {}
+    for step, by_rank in notes.items():
+        rows = np.array([by_rank[r]["rows"] for r in sorted(by_rank)])
+        hashes[step] = hash_rows(rows.swapaxes(0, 1).reshape(-1, rows.shape[-1]))
+    return hashes
+
+
+def hash_rows(rows: np.ndarray) -> str:
+    return hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()
+
+
+def saved(out: Path) -> list[str]:
+    return [path.name for path in checkpoint.list_checkpoints(out / "checkpoints")]
+
+
+def same_bits(run: Path, other: Path) -> bool:
+    """Whether two runs have the same newest checkpoint."""
+    ends = [checkpoint.list_checkpoints(r / "checkpoints")[-1] for r in (run, other)]
+    return ends[0].name == ends[1].name and all(
+        (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes() for name in checkpoint.FILES
+    )
+
+
+def assert_close(run: Path, other: Path, records: Records) -> None:
+    """The same within rounding: losses, gradient norms, validation losses, weights."""
+    logged, expected = records(run, "train", "validation"), records(other, "train", "validation")
+    assert len(logged) == len(expected) == 12 + 4
+    for record, like in zip(logged, expected, strict=True):
+        assert (record["kind"], record["step"]) == (like["kind"], like["step"])
+        assert record["loss"] == pytest.approx(like["loss"], rel=2e-6)
+        if record["kind"] == "train":
+            assert record["norm"] == pytest.approx(like["norm"], rel=2e-5)
+            assert record["lr"] == like["lr"]
+        else:
+            assert record["tokens"] == like["tokens"] == 300
+            assert record["bits_per_byte"] == pytest.approx(like["bits_per_byte"], rel=2e-6)
+    weights, like = (load_file(last(r) / "model.safetensors") for r in (run, other))
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, like[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def last(run: Path) -> Path:
+    return run / "checkpoints" / "step-000012"

@@ -1,0 +1,163 @@
+"""One rank of a test: it trains, notes what it trained on, and goes wrong where it was told to.
+
+A fault is {"rank": 1, "step": 5, "do": NAME of a method below, ...}. Each happens once, before that
+step, in life 0 of the ranks: torchrun may have begun anew since (`"life": 1`).
+"""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle import train
+from rekindle.cli import main
+from rekindle.data.batches import Batches
+from rekindle.evaluate.loss import Forward
+from rekindle.runtime import watchdog
+from rekindle.runtime.signals import Listener
+from rekindle.session import Session
+
+
+class Rank:
+    """Puts itself between the training loop and what the loop calls."""
+
+    step = 0
+    session: Session
+    listener: Listener
+
+    def __init__(self, faults: list[dict[str, Any]], notes: Path) -> None:
+        self.number = int(os.environ["RANK"])
+        self.life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        rank = self
+        mine = [f for f in faults if (f["rank"], f.get("life", 0)) == (self.number, self.life)]
+        self.faults, self.notes = mine, notes
+        self.start, self.learning_rate = train.start, train.learning_rate
+        self.train_step, self.batch = train.train_step, Batches.batch
+        train.start, train.learning_rate = self.started, self.before_step
+        train.train_step, train.Listener = self.noted_step, self.listening
+        Batches.batch = lambda self, step, split: rank.read(self, step, split)  # type: ignore
+
+    def started(self, *arguments: Any) -> Session:
+        self.session = self.start(*arguments)
+        return self.session
+
+    def listening(self) -> Listener:
+        self.listener = Listener()
+        return self.listener
+
+    def before_step(self, step: int, **options: Any) -> float:
+        self.step = step
+        for name in ("tell", "interrupt", "die", "freeze", "flip", "shell"):
+            for fault in self.take(name):
+                getattr(self, name)(**fault)
+        return self.learning_rate(step, **options)
+
+    def take(self, name: str, step: int | None = None) -> list[dict[str, Any]]:
+        """The faults of this kind that are due, without what made them so."""
+        step = self.step if step is None else step
+        due = [f for f in self.faults if (f["do"], f["step"]) == (name, step)]
+        self.faults = [f for f in self.faults if f not in due]
+        return [
+            {k: v for k, v in f.items() if k not in ("rank", "step", "do", "life")} for f in due
+        ]
+
+    def noted_step(
+        self, forward: Forward, gradients: Any, optimizer: Any, x: Tensor, y: Tensor, **options: Any
+    ) -> train.StepResult:
+        if self.take("nan"):
+            forward = _changed(forward, lambda loss: loss * math.nan)
+        if self.take("infinite_gradient"):
+            forward = _changed(forward, _with_infinite_gradient)
+        before = self.state()
+        result = self.train_step(forward, gradients, optimizer, x, y, **options)
+        note = {
+            "step": self.step, "life": self.life, "rows": torch.cat([x, y[..., -1:]], -1).tolist(),
+            "before": before, "after": self.state(), "accepted": result.accepted,
+        }  # fmt: skip
+        with open(self.notes / f"rank-{self.number}.jsonl", "a") as file:
+            file.write(json.dumps(note) + "\n")
+        return result
+
+    def state(self) -> str:
+        """A hash of all weights and moments."""
+        model, optimizer = self.session.model, self.session.optimizer
+        sha256 = hashlib.sha256()
+        for p in model.parameters():
+            state = optimizer.state.get(p, {})
+            for tensor in (p.detach(), *(state[key] for key in sorted(state))):
+                sha256.update(tensor.numpy().tobytes())
+        return sha256.hexdigest()
+
+    def read(self, batches: Batches, number: int, split: Any) -> tuple[np.ndarray, np.ndarray]:
+        for fault in self.take("sleep_in_batch", number):
+            time.sleep(fault["seconds"])
+        return self.batch(batches, number, split)
+
+    # What goes wrong:
+
+    def tell(self, number: int, who: str) -> None:
+        """Send a signal to this rank, or to its torchrun."""
+        os.kill(os.getpid() if who == "rank" else os.getppid(), number)
+        self.wait_until_told()
+
+    def interrupt(self) -> None:
+        """Ctrl-C at a terminal of old: torchrun and all its children hear it from the terminal, and
+        the children once more from torchrun."""
+        parent = os.getppid()
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        for process in (parent, *map(int, children)):
+            os.kill(process, signal.SIGINT)
+        self.wait_until_told()
+
+    def wait_until_told(self) -> None:
+        while not self.listener.told:
+            time.sleep(0.01)
+
+    def die(self, after: str) -> None:
+        """Get no time for anything, once there is a checkpoint of that name."""
+        while not (self.session.run.folder / "checkpoints" / after).exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Stop with all threads, once the watchdog has told the others of this step."""
+        time.sleep(2 * watchdog.TICK)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def flip(self, what: str, name: str, bit: int) -> None:
+        """Flip a bit of one number."""
+        p = self.session.model.get_parameter(name)
+        tensor = p.detach() if what == "weight" else self.session.optimizer.state[p][what]
+        tensor.view(torch.int32).view(-1)[0] ^= 1 << bit
+
+    def shell(self, command: str) -> None:
+        subprocess.run(command, shell=True, check=True)
+
+
+def _changed(forward: Forward, change: Any) -> Forward:
+    def changed(x: Tensor, y: Tensor) -> Any:
+        logits, loss = forward(x, y)
+        assert loss is not None
+        return logits, change(loss)
+
+    return changed
+
+
+def _with_infinite_gradient(loss: Tensor) -> Tensor:
+    loss.register_hook(lambda gradient: gradient * math.inf)
+    return loss
+
+
+def work(faults: str, notes: str, *arguments: str) -> int:
+    """`{rank}` in an argument stands for this process' number."""
+    rank = Rank(json.loads(faults), Path(notes))
+    return main([a.format(rank=rank.number) for a in arguments])

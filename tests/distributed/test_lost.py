@@ -1,0 +1,132 @@
+"""A rank that dies, hangs or is cut off: the others do not wait for ever, and say which it is."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import FLAGS, End, notes_by_rank, notes_of, same_bits, saved
+
+Ranks = Callable[..., End]
+HASTE = ("--timeout", 5)
+
+
+def test_torchrun_begins_anew_when_a_rank_dies(
+    tmp_path: Path, ranks: Ranks, undisturbed: Callable[[int], Path],
+    records: Callable[..., list[dict[str, Any]]],
+) -> None:  # fmt: skip
+    """Rank 1 after the first checkpoint, then rank 0, which writes them."""
+    out = tmp_path / "run"
+    end = ranks(
+        2, out, {"rank": 1, "step": 6, "do": "die", "after": "step-000004"},
+        {"rank": 0, "step": 9, "do": "die", "after": "step-000008", "life": 1},
+        torchrun=["--max-restarts", "2"],
+    )  # fmt: skip
+    assert end.status == 0, end.err
+    steps = [(note["life"], note["step"]) for note in notes_by_rank(out)[0]]
+    expected = [range(6), range(4, 9), range(8, 12)]
+    assert steps == [(life, step) for life, steps in enumerate(expected) for step in steps]
+    for line in end.errors:
+        assert "lost touch with another rank" in line
+        assert line.endswith("the same command goes on from the newest checkpoint")
+    assert same_bits(out, undisturbed(2))
+    kinds = ("train", "validation", "samples")
+    assert records(out, *kinds) == records(undisturbed(2), *kinds)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"do": "freeze"}, "rank 1 is gone (last at the data of step 6)"),
+        ({"do": "sleep_in_batch", "seconds": 600}, "rank 1 stands still at the data of step 6"),
+    ],
+    ids=["frozen", "asleep"],
+)
+def test_a_rank_that_hangs_is_named(
+    tmp_path: Path, ranks: Ranks, undisturbed: Callable[[int], Path], fault: dict[str, Any],
+    said: str,
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    # Only SIGKILL ends what hangs, and torchrun would ask for 30 s before.
+    end = ranks(2, out, {"rank": 1, "step": 6, **fault}, flags=HASTE, patience=1)
+    [line] = end.errors
+    assert line.startswith("rekindle: error (rank 0): waited 1")
+    assert line.endswith(
+        f" s for the other ranks: {said}; the same command goes on from the newest checkpoint"
+    )
+    assert "failed (exitcode: 3) local_rank: 0" in end.err
+    assert end.seconds < 60
+    assert saved(out) == ["step-000004"]
+    assert ranks(2, out).status == 0
+    assert same_bits(out, undisturbed(2))
+
+
+def test_ranks_that_see_different_folders_are_told(tmp_path: Path, ranks: Ranks) -> None:
+    """As where a host does not share the folder with the others."""
+    assert ranks(1, tmp_path / "run-0").status == 0
+    (tmp_path / "run-1").mkdir()
+    end = ranks(2, tmp_path / "run-{rank}")
+    advice = "; give a folder that all hosts share"
+    assert sorted(end.errors) == [
+        f"rekindle: error (rank {rank}): the ranks see different files: to this one the newest "
+        f"whole checkpoint is that of step {mine}, to others it is {other}{advice}"
+        for rank, mine, other in ((0, 12, 0), (1, 0, 12))
+    ], end.err
+    assert not list((tmp_path / "run-1").iterdir())
+
+
+def test_a_host_that_is_cut_off_is_named(
+    tmp_path: Path, nursery: Callable[..., list[End]], command: Callable[[Path], list[str]],
+    two_networks: tuple[str, str], undisturbed: Callable[[int], Path],
+) -> None:  # fmt: skip
+    """Two hosts with a cable between them; both end in time, and given back they go on."""
+    out = tmp_path / "run"
+
+    def train(*faults: dict[str, Any]) -> list[End]:
+        rank = [json.dumps(faults), str(notes_of(out)), *command(out), *FLAGS, "--timeout", "5"]
+        options = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "10.77.0.1"]
+        return nursery(
+            [
+                {"torchrun": [*options, "--node-rank", str(n)], "rank": rank, "network": network}
+                for n, network in enumerate(two_networks)
+            ],
+            limit=60,
+        )
+
+    ends = train({"rank": 1, "step": 6, "do": "shell", "command": "ip link set eth0 down"})
+    for end, said in zip(ends, ("rank 1 is gone", "rank 0's host cannot be reached"), strict=True):
+        [line] = end.errors
+        assert said in line
+        assert line.endswith("the same command goes on from the newest checkpoint")
+        assert "failed (exitcode: 3)" in end.err
+        assert end.seconds < 60
+    assert saved(out) == ["step-000004"]
+    subprocess.run(["ip", "-n", two_networks[1], "link", "set", "eth0", "up"], check=True)
+    assert [end.status for end in train()] == [0, 0]
+    assert same_bits(out, undisturbed(2))
+
+
+@pytest.fixture
+def two_networks() -> Iterator[tuple[str, str]]:
+    """Two network namespaces, each with an eth0: 10.77.0.1 and 10.77.0.2."""
+    a, b = names = tuple(f"rekindle-{os.getpid()}-{n}" for n in (1, 2))
+    commands = [f"netns add {a}", f"netns add {b}"]
+    commands += [f"link add eth0 netns {a} type veth peer name eth0 netns {b}"]
+    for n, name in enumerate(names, 1):
+        commands += [f"-n {name} addr add 10.77.0.{n}/24 dev eth0"]
+        commands += [f"-n {name} link set {device} up" for device in ("lo", "eth0")]
+    try:
+        for text in commands:
+            try:
+                subprocess.run(["ip", *text.split()], check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                said = getattr(error, "stderr", "") or str(error)
+                pytest.skip(f"no network namespaces here: ip {text}: {said.strip()}")
+        yield a, b
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)

@@ -1,0 +1,118 @@
+"""A bit that flips in one rank's memory is found before it is saved, and the rank is named."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rekindle.errors import UserError
+from rekindle.model.gpt2 import GPT2
+from rekindle.optim.adamw import make_adamw
+from rekindle.recipes import Recipe
+from rekindle.runtime import replicas
+from rekindle.runtime.distributed import World
+from tests.distributed.conftest import End, read_notes, saved
+
+Ranks = Callable[..., End]
+WEIGHT = "transformer.h.1.mlp.c_fc.weight"
+ADVICE = (
+    " after step {}: memory or a GPU there is faulty; take it out, and the same command goes on "
+    "from the newest checkpoint"
+)
+
+
+def test_of_two_ranks_nobody_knows_which_is_right(tmp_path: Path, ranks: Ranks) -> None:
+    """The lowest bit of a weight, found when the next checkpoint is due; without it they go on."""
+    out = tmp_path / "run"
+    fault = {"rank": 1, "step": 6, "do": "flip", "what": "weight", "name": WEIGHT, "bit": 0}
+    end = ranks(2, out, fault)
+    assert end.status != 0
+    assert sorted(end.errors) == [
+        f"rekindle: error (rank {rank}): the ranks 0, 1 disagree about {WEIGHT}{ADVICE.format(7)}"
+        for rank in (0, 1)
+    ], end.err
+    assert saved(out) == ["step-000004"]
+    assert ranks(2, out).status == 0
+
+
+def test_of_three_ranks_two_are_right(tmp_path: Path, ranks: Ranks) -> None:
+    """A moment, with no checkpoint due: the ranks are compared every 100 steps."""
+    out = tmp_path / "run"
+    flags = ("--batch.tokens", 96, "--checkpoint-every", 0, "--steps", 110, "--eval-every", 0)
+    fault = {"rank": 1, "step": 90, "do": "flip", "what": "exp_avg_sq", "name": WEIGHT, "bit": 24}
+    end = ranks(3, out, fault, flags=flags)
+    assert end.status != 0
+    said = f"rank 1 has another {WEIGHT} than the others{ADVICE.format(99)}"
+    assert end.errors
+    assert set(end.errors) <= {f"rekindle: error (rank {rank}): {said}" for rank in range(3)}
+    assert max(read_notes(out)) == 99
+    assert saved(out) == []
+
+
+@dataclass(frozen=True)
+class Stub(World):
+    """A world in which the `others` gave these checksums, and all else what this rank gives."""
+
+    others: dict[int, Tensor] = field(default_factory=dict)
+    given: list[Tensor] = field(default_factory=list)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        self.given.append(tensor)
+        return [self.others.get(rank, tensor) for rank in range(self.size)]
+
+
+@pytest.fixture
+def trained(tiny: Recipe) -> tuple[GPT2, torch.optim.Optimizer]:
+    """A model and its optimizer after one step."""
+    model = GPT2(tiny.model.for_training())
+    optimizer = make_adamw(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return model, optimizer
+
+
+def flipped(model: GPT2, optimizer: torch.optim.Optimizer, what: str, bit: int) -> Tensor:
+    """The checksums of a rank on which one bit is another."""
+    model, optimizer = deepcopy((model, optimizer))
+    p = model.get_parameter(WEIGHT)
+    tensor = p.detach() if what == "weight" else optimizer.state[p][what]
+    tensor.view(torch.int32)[3, 7] ^= torch.tensor(1 << bit).to(torch.int32)
+    stub = Stub(size=2)
+    replicas.compare(model, optimizer, stub, 1)
+    return stub.given[0]
+
+
+@pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
+def test_any_flipped_bit_of_a_weight_or_moment_is_seen(
+    trained: tuple[GPT2, torch.optim.Optimizer], what: str
+) -> None:
+    name = WEIGHT if what == "weight" else f"{what}.{WEIGHT}"
+    replicas.compare(*trained, Stub(size=3), 8)
+    for bit in (0, 11, 23, 30, 31):
+        stub = Stub(size=3, others={2: flipped(*trained, what, bit)})
+        with pytest.raises(UserError) as error:
+            replicas.compare(*trained, stub, 8)
+        assert str(error.value) == (f"rank 2 has another {name} than the others{ADVICE.format(7)}")
+
+
+@pytest.mark.parametrize(
+    ("size", "bits", "named"),
+    [
+        (3, {0: 1}, "rank 0 has"),
+        (4, {0: 1, 3: 2}, "ranks 0, 1, 2, 3 disagree"),  # two of four are no majority
+        (5, {0: 1, 3: 2}, "ranks 0, 3 disagree"),
+        (5, {0: 1, 1: 1, 2: 2}, "ranks 0, 1, 2, 3, 4 disagree"),  # nor two of five
+        (3, {1: 1, 2: 2}, "ranks 0, 1, 2 disagree"),
+    ],
+)
+def test_only_a_majority_is_right(
+    trained: tuple[GPT2, torch.optim.Optimizer], size: int, bits: dict[int, int], named: str
+) -> None:
+    others = {rank: flipped(*trained, "weight", bit) for rank, bit in bits.items()}
+    with pytest.raises(UserError, match=named):
+        replicas.compare(*trained, Stub(size=size, others=others), 8)

@@ -1,0 +1,37 @@
+"""Several ranks that are told to stop agree on the step, save once, and go on to the same end."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.conftest import End, read_notes, same_bits, saved
+
+Ranks = Callable[..., End]
+Records = Callable[..., list[dict[str, Any]]]
+SAID = "rekindle: stopped by {} after step {}, and all of it is saved: the same command goes on"
+KINDS = ("train", "validation", "samples")
+
+
+def test_one_rank_or_all_of_them_may_be_told(
+    tmp_path: Path, ranks: Ranks, undisturbed: Callable[[int], Path], records: Records
+) -> None:
+    """First one rank of two alone; then Ctrl-C, of which each hears twice."""
+    out = tmp_path / "run"
+    end = ranks(
+        2, out, {"rank": 1, "step": 2, "do": "tell", "number": signal.SIGTERM, "who": "rank"}
+    )
+    assert end.status != 0
+    assert end.errors == [SAID.format("SIGTERM", 2)], end.err
+    assert saved(out) == ["step-000003"]
+    assert [sorted(by_rank) for by_rank in read_notes(out).values()] == [[0, 1]] * 3
+
+    end = ranks(2, out, {"rank": 0, "step": 6, "do": "interrupt"})
+    assert end.errors == [SAID.format("SIGINT", 6)], end.err
+    assert saved(out) == ["step-000003", "step-000004", "step-000007"]
+    assert sorted(read_notes(out)) == list(range(7))
+
+    end = ranks(2, out)
+    assert end.status == 0, end.err
+    assert same_bits(out, undisturbed(2))
+    assert records(out, *KINDS) == records(undisturbed(2), *KINDS)
