@@ -145,7 +145,7 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `newest` so many (0: all), of the others the `best` so many by
+    """Which checkpoints stay: the `newest` so many (0: all), the `best` so many of all by
     validation loss, and those at multiples of `every` steps (0: none)."""
 
     newest: int = 0
@@ -158,7 +158,7 @@ def prune(folder: Path, keep: Keep) -> None:
     found = list_checkpoints(folder)
     old = found[: -keep.newest] if keep.newest else []
     losses = {path: _validation_loss(path) for path in found} if old and keep.best else {}
-    best = sorted((p for p, loss in losses.items() if math.isfinite(loss)), key=lambda p: losses[p])
+    best = sorted((p for p, loss in losses.items() if loss < math.inf), key=lambda p: losses[p])
     for path in old:
         if path in best[: keep.best] or (keep.every and _step(path) % keep.every == 0):
             continue
@@ -168,10 +168,9 @@ def prune(folder: Path, keep: Keep) -> None:
 def _validation_loss(path: Path) -> float:
     """As its description has it; infinite if it was not measured or cannot be read."""
     try:
-        loss = storage.read_json(path / DESCRIPTION).get("validation_loss")
-    except (UserError, AttributeError):
+        return storage.read_json(path / DESCRIPTION, {"validation_loss": float})["validation_loss"]
+    except UserError:
         return math.inf
-    return loss if isinstance(loss, float) else math.inf
 
 
 def _step(path: Path) -> int:
