@@ -10,8 +10,8 @@ def mismatch(value: Any, form: Any, where: str = "") -> str:
     """What in `value` is not of `form`, in a few words; empty if all is.
 
     A form is `str`, `bool`, `dict`, `int` (whole, not negative), `float` (any finite number), a
-    `range` of whole numbers, `None`, `object` (anything), a tuple (one of these forms), a list of the form of every
-    item, or a dict of the forms of the keys that must be there.
+    `range` of whole numbers, `None`, `object` (anything), a tuple (one of these forms), a list (of
+    the form of every item), or a dict (of the forms of the keys that must be there).
     """
     if isinstance(form, tuple):
         found = [mismatch(value, one, where) for one in form]

@@ -141,7 +141,7 @@ class Lock:
         """
         if self._descriptor is None and (create or self._path.exists()):
             self._descriptor = self._open()
-        if create and not self._named and os.name != "nt":
+        if self._descriptor and create and not self._named and os.name != "nt":
             who = f"process {os.getpid()} on {socket.gethostname()}".encode()
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, who, 0)

@@ -5,6 +5,8 @@ from typing import Any
 
 from rekindle import storage
 from rekindle.errors import UserError
+from rekindle.observe.metrics import RECORD
+from rekindle.schema import mismatch
 
 
 def draw_loss(run: Path, picture: Path) -> Path:
@@ -15,9 +17,11 @@ def draw_loss(run: Path, picture: Path) -> Path:
     plt = _pyplot()
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run} has no metrics.jsonl: it is no run, or has not begun")
-    records = storage.read_json_lines(run / "metrics.jsonl")
+    records = storage.read_json_lines(run / "metrics.jsonl", RECORD)
     training = [r for r in records if r["kind"] == "train"]
-    validation = [r for r in records if r["kind"] == "validation" and r["loss"] is not None]
+    validation = [r for r in records if r["kind"] == "validation" and r.get("loss") is not None]
+    if wrong := mismatch([*training, *validation], [{"loss": (None, float)}]):
+        raise UserError(f"{run / 'metrics.jsonl'} is damaged ({wrong})")
     if not training:
         raise UserError(f"{run} has taken no step yet: there is nothing to draw")
 
@@ -90,7 +94,9 @@ def _label_last(axes: Any, record: dict[str, Any]) -> None:
 
 
 def _title(run: Path) -> str:
-    recipe = storage.read_json(run / "run.json")["recipe"]
+    numbers = {"model.n_layer": int, "model.n_embd": int, "batch.tokens": int, "seed": int}
+    form = {"recipe": {"name": str, **numbers}}
+    recipe = storage.read_json(run / "run.json", form)["recipe"]
     return (
         f"{recipe['name']}: {recipe['model.n_layer']} layers, {recipe['model.n_embd']} wide, "
         f"{recipe['batch.tokens']:,} tokens a step, seed {recipe['seed']}"

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,24 @@ from torch import Tensor, nn
 
 from rekindle import storage
 from rekindle.errors import UserError
+from rekindle.model.config import GPT2Config, check_shapes
+from rekindle.schema import mismatch
 
 FORMAT = 2
 DESCRIPTION = "checkpoint.json"
 FILES = ("model.safetensors", "optimizer.safetensors")
+# What everybody may rely on in a description. `Run.describe` makes it.
+FORM = {
+    "step": int, "updates": int, "examined": bool, "forked_from": (None, str), "model": dict,
+    "recipe": {"batch.length": range(1, 2**31), "eval_tokens": int},
+    "data": {"path": str, "fingerprint": str}, "data_position": {"windows": int},
+    "tokenizer": {"name": str, "sha256": str}, "guard": {"losses": [float], "refused": int},
+    "split": {
+        "micro": int, "ranks": int, "threads": range(1, 4096), "precision": str, "compile": bool,
+        "kernels": bool, "recompute": bool,
+    },
+    "files": {name: {"bytes": int, "sha256": str} for name in FILES},
+}  # fmt: skip
 _NAME = re.compile(r"step-(\d{6,})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -34,6 +49,7 @@ class Checkpoint:
     path: Path
     description: dict[str, Any]
     model: dict[str, Tensor]
+    config: GPT2Config
 
     @property
     def step(self) -> int:
@@ -41,7 +57,8 @@ class Checkpoint:
 
     def restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give `optimizer` the moments and the count of updates it had."""
-        moments = _read_tensors(self.path / "optimizer.safetensors")
+        shapes = ((f"{key}.{name}", s) for key in _MOMENTS for name, s in self.config.shapes())
+        moments = _read_tensors(self.path / "optimizer.safetensors", shapes)
         for name, p in model.named_parameters():
             state = {key: moments[f"{key}.{name}"].to(p.device) for key in _MOMENTS}
             count = torch.tensor(float(self.description["updates"]))
@@ -214,6 +231,8 @@ def load(path: Path) -> Checkpoint:
         raise DamagedError(f"{path / DESCRIPTION} is damaged (it is not what was written)")
     if description.get("format") != FORMAT:
         raise UserError(f"{path / DESCRIPTION} is not a checkpoint of format {FORMAT}")
+    if wrong := mismatch(description, FORM):
+        raise DamagedError(f"{path / DESCRIPTION} is not the description of a checkpoint ({wrong})")
     for name in FILES:
         file, entry = path / name, description["files"][name]
         try:
@@ -225,7 +244,12 @@ def load(path: Path) -> Checkpoint:
             raise DamagedError(
                 f"{file} is damaged (it is not the {entry['bytes']} bytes that were written)"
             )
-    return Checkpoint(path, description, _read_tensors(path / "model.safetensors"))
+    try:
+        config = GPT2Config.of(description["model"])
+    except UserError as error:
+        raise DamagedError(f"{path / DESCRIPTION} describes no GPT-2 ({error})") from None
+    model = _read_tensors(path / "model.safetensors", config.shapes())
+    return Checkpoint(path, description, model, config)
 
 
 def _description_sha256(description: dict[str, Any]) -> str:
@@ -233,11 +257,19 @@ def _description_sha256(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_tensors(file: Path, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """The tensors of a file, which are float32 and have these names and shapes; otherwise
+    `DamagedError`, before memory is taken for them."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(file)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} is not a safetensors file ({error})") from None
+        with safe_open(file, "pt") as opened:
+            found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            if any(tensor.get_dtype() != "F32" for tensor in found.values()):
+                raise UserError("not all tensors are float32")
+            check_shapes({name: t.get_shape() for name, t in found.items()}, shapes)
+            return {name: opened.get_tensor(name) for name in found}
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"{file} is not a safetensors file ({error})") from None
+    except UserError as error:
+        raise DamagedError(f"{file}: {error}") from None

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import rekindle.train
-from rekindle import storage
 from rekindle.data import shards
 from rekindle.data.batches import Batches
+from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.runtime import checkpoint
 from rekindle.train import StepResult
 
@@ -48,7 +48,7 @@ class Watched:
         return x, y
 
     def step(self, original: Callable, forward: Any, *arguments: Any, **options: Any) -> StepResult:
-        gradients, optimizer, x, _ = arguments
+        _, optimizer, x, _ = arguments
         number = self.numbers[x.numpy().tobytes()]
         if (end := self.end.pop(number, None)) is Killed:
             raise Killed
@@ -168,8 +168,8 @@ def test_the_guard_remembers_across_a_stop(
     at: int, number: Any,
 ) -> None:  # fmt: skip
     """Before and in the middle of what is refused."""
-    spoil = {n: "loss nan" for n in (4, 5, 6, 8)}
-    spoil |= {n: "labels" for n in (20, 40, 41, 51, 53)}  # 20 is too early to be refused
+    spoil = dict.fromkeys((4, 5, 6, 8), "loss nan")
+    spoil |= dict.fromkeys((20, 40, 41, 51, 53), "labels")  # 20 is too early to be refused
     expected = undisturbed(spoil)
     assert [r["step"] for r in expected[2] if not r.get("accepted", True)] == [
         4, 5, 6, 8, 40, 41, 51, 53,
@@ -184,7 +184,7 @@ def test_the_guard_remembers_across_a_stop(
     assert end_of(tmp_path / "run", records) == expected
 
 
-# -- ten in a row -----------------------------------------------------------------------------------
+# -- ten in a row ----------------------------------------------------------------------------------
 
 STREAK = dict.fromkeys(range(44, 54), "labels")
 
@@ -258,7 +258,7 @@ def test_no_checkpoint_is_saved_within_a_streak_unasked(watch: Callable, run: Ca
     assert "step    56 | saved" in outcome.out
 
 
-# -- by data alone, and killed for real -------------------------------------------------------------
+# -- by data alone, and killed for real ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -273,9 +273,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         count, sha256 = shards.write_shard(folder / f"{split}.bin", [tokens])
         entries.append(shards.Shard(f"{split}.bin", split, count, 1, sha256))
         tokens = tokens[:400]
-    from rekindle.data.tokenizer import ByteTokenizer as T
-
-    shards.Manifest(T.name, T.sha256, T.vocab_size, {}, tuple(entries)).write(folder)
+    shards.Manifest(ByteTokenizer.name, ByteTokenizer.sha256, 257, {}, tuple(entries)).write(folder)
     return folder
 
 

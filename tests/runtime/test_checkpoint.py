@@ -1,6 +1,7 @@
 """A checkpoint comes back bit for bit, or is refused by name."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,21 @@ def state(model: GPT2, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t.detach().clone() for t in [*model.parameters(), *remembered]]
 
 
-def save(
-    folder: Path, description: dict[str, Any], model: GPT2, optimizer: torch.optim.Optimizer
-) -> Path:
-    snapshot = Snapshot(model)
-    snapshot.take(model, optimizer)
-    return checkpoint.write(folder, description, snapshot)
+@pytest.fixture
+def save(describe: Callable, tmp_path: Path) -> Callable[..., Path]:
+    """`save(step, model, optimizer)`: a checkpoint."""
+
+    def write(step: int, model: GPT2, optimizer: torch.optim.Optimizer) -> Path:
+        snapshot = Snapshot(model)
+        snapshot.take(model, optimizer)
+        return checkpoint.write(tmp_path, describe(step, model.config), snapshot)
+
+    return write
 
 
 @pytest.fixture
-def saved(trained: tuple[GPT2, torch.optim.Optimizer], tmp_path: Path) -> Path:
-    return save(tmp_path, {"step": 3, "model": {}}, *trained)
+def saved(trained: tuple[GPT2, torch.optim.Optimizer], save: Callable) -> Path:
+    return save(3, *trained)
 
 
 def test_weights_and_optimizer_come_back(
@@ -113,10 +118,10 @@ def test_a_snapshot_takes_twelve_bytes_a_parameter(
     assert sum(storages.values()) == 12 * sum(p.numel() for p in model.parameters())
 
 
-def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, tmp_path: Path) -> None:
+def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, save: Callable) -> None:
     model = GPT2(tiny.model)
     optimizer = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
-    loaded = checkpoint.load(save(tmp_path, {"step": 0}, model, optimizer))
+    loaded = checkpoint.load(save(0, model, optimizer))
     other = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
     loaded.restore_optimizer(model, other)
     before = [p.detach().clone() for p in model.parameters()]
@@ -137,11 +142,11 @@ def test_names_are_gpt2s_own(saved: Path, trained: tuple[GPT2, torch.optim.Optim
 
 
 def test_a_compiled_model_is_saved_under_clean_names(
-    trained: tuple[GPT2, torch.optim.Optimizer], tmp_path: Path
+    trained: tuple[GPT2, torch.optim.Optimizer], save: Callable
 ) -> None:
     model, optimizer = trained
     torch.compile(model, backend="eager")(torch.zeros(1, 4, dtype=torch.long))
-    saved = save(tmp_path, {"step": 3}, model, optimizer)
+    saved = save(3, model, optimizer)
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert not any("_orig_mod" in key for key in load_file(saved / name))
 
