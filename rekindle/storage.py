@@ -296,6 +296,8 @@ def parse_json(text: bytes, form: Any = object) -> Any:
     """The value in `text`. Raises `ValueError` if there is none, or not one of this `form`."""
     try:
         value = json.loads(text.decode())
+        if b"\\ud" in text.lower():  # half a surrogate pair is no text: nothing could print it
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if wrong := mismatch(value, form):

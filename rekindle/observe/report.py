@@ -25,6 +25,7 @@ def draw_loss(run: Path, picture: Path) -> Path:
     if not training:
         raise UserError(f"{run} has taken no step yet: there is nothing to draw")
 
+    title = _title(run)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
     axes.plot([r["step"] for r in training], [r["loss"] for r in training],
               color="#9db4c8", linewidth=1, label="training, each step")  # fmt: skip
@@ -35,7 +36,7 @@ def draw_loss(run: Path, picture: Path) -> Path:
         _label_last(axes, validation[-1])
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss, nats per token")
-    axes.set_title(_title(run), fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -44,7 +44,7 @@ def overwrite(path: Path) -> None:
 
 
 def cut(path: Path) -> None:
-    os.truncate(path, HEADER_BYTES)
+    os.truncate(path, 0)  # not even its first page is left: to read there ends the process
 
 
 def spoil(path: Path, token: int, value: int) -> None:

@@ -190,7 +190,8 @@ def fuzz() -> Callable[..., int]:
                 error.add_note(f"REKINDLE_SEED={SEED + n}: {file.read_bytes()[:3000]!r}")
                 raise
             one_line = "\n" not in said and len(said) < 1000
-            assert one_line and time.monotonic() - began < 10, f"REKINDLE_SEED={SEED + n}: {said}"
+            assert one_line, f"REKINDLE_SEED={SEED + n}: {said}"
+            assert time.monotonic() - began < 10, f"REKINDLE_SEED={SEED + n}: {said}"
             assert peak_memory() < before_all + 512, f"REKINDLE_SEED={SEED + n}"
             if sealed:
                 description.write_bytes(before)
@@ -366,13 +367,13 @@ def test_reports(fuzz: Callable, trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     fuzz(
         trained / "metrics.jsonl", [damage, edit_lines, edit_lines],
-        lambda: draw_loss(trained, tmp_path / "loss.svg"), inputs=INPUTS // 6,
+        lambda: draw_loss(trained, tmp_path / "loss.svg"), inputs=INPUTS // 10,
     )  # fmt: skip
     fuzz(
         trained / "run.json",
         [damage, edit_json],
         lambda: draw_loss(trained, tmp_path / "loss.svg"),
-        inputs=INPUTS // 6,
+        inputs=INPUTS // 10,
     )
 
 
