@@ -13,7 +13,7 @@ import pytest
 
 from rekindle import train as rekindle_train
 from rekindle.data import shards
-from rekindle.data.batches import Windows, validation_batches
+from rekindle.data.batches import Batches, Windows, validation_batches
 from rekindle.data.shards import HEADER_BYTES, Manifest, Unchanged
 from rekindle.errors import UserError
 from rekindle.runtime import checkpoint
@@ -85,7 +85,8 @@ def test_a_shard_that_changes_ends_the_run(
     name: str,
 ) -> None:  # fmt: skip
     """All that was learnt and saved until then is what it would have been."""
-    flags = ("--data", data, "--steps", 24, "--checkpoint-every", 2, "--eval-every", 3)
+    examine = 3 if name.startswith("val") else 0  # which would find it as well
+    flags = ("--data", data, "--steps", 24, "--checkpoint-every", 2, "--eval-every", examine)
     train(tmp_path / "straight", *flags)
     meanwhile(7, lambda: change(data / name))
     outcome = rekindle(*command(tmp_path / "run"), *flags)
@@ -102,6 +103,22 @@ def test_a_shard_that_changes_ends_the_run(
         for file in checkpoint.FILES:
             other = tmp_path / "straight" / "checkpoints" / path.name / file
             assert (path / file).read_bytes() == other.read_bytes()
+
+
+def test_a_batch_that_changes_while_it_is_read_is_not_learnt(
+    tmp_path: Path, data: Path, command: Callable, rekindle: Callable, records: Records,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    original = Batches.batch
+
+    def batch(batches: Batches, number: int, split: Any) -> Any:
+        if number == 6:
+            overwrite(data / "train-0000.bin")
+        return original(batches, number, split)
+
+    monkeypatch.setattr(Batches, "batch", batch)
+    assert rekindle(*command(tmp_path / "run"), "--data", data, "--eval-every", 0).status == 2
+    assert records(tmp_path / "run", "train")[-1]["step"] == 5
 
 
 def test_the_run_goes_on_once_the_data_is_as_it_was(
@@ -126,7 +143,7 @@ def test_an_id_out_of_range_is_named(
 ) -> None:  # fmt: skip
     """Though the file looks untouched. Two epochs are 19 steps."""
     meanwhile(2, lambda: spoil(data / name, token, 60_000))
-    flags = ("--steps", 24, "--eval-every", 3, "--checkpoint-every", 1)
+    flags = ("--steps", 24, "--eval-every", 3, "--checkpoint-every", 4)
     outcome = rekindle(*command(tmp_path / "run"), "--data", data, *flags)
     assert outcome.status == 2
     assert (
@@ -134,7 +151,7 @@ def test_an_id_out_of_range_is_named(
         "not when it was checked"
     ) in outcome.err
     found = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert found[-1].name < "step-000020"
+    assert all(path.name < "step-000020" for path in found)
 
 
 def test_a_run_told_to_stop_after_the_change_saves_what_was_right(
