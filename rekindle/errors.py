@@ -1,8 +1,17 @@
 """The exceptions that the command line turns into a line and an exit status."""
 
+LONGEST = 900  # characters
+
 
 class UserError(Exception):
-    """What is wrong, where, and what to do. The command line prints it and exits with status 2."""
+    """What is wrong, where, and what to do. The command line prints it and exits with status 2.
+
+    It is one line, and no long one, whatever a file that it quotes from holds.
+    """
+
+    def __init__(self, said: str) -> None:
+        said = " ".join(said.splitlines())
+        super().__init__(said if len(said) < LONGEST else f"{said[:LONGEST]} ...")
 
 
 class Stopped(Exception):

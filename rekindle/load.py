@@ -10,7 +10,6 @@ import torch
 from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.errors import UserError
 from rekindle.interop import huggingface
-from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
 from rekindle.runtime import checkpoint
 from rekindle.runtime.device import Device
@@ -51,8 +50,12 @@ def _load(name: str) -> Loaded:
         )
     saved = checkpoint.load(checkpoint.find(path))
     tokenizer = get_tokenizer(saved.description["tokenizer"]["name"])
+    if saved.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{saved.path} has {saved.config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}"
+        )
     with torch.device("meta"):  # shapes only; the weights come from the file
-        model = GPT2(GPT2Config(**saved.description["model"]))
+        model = GPT2(saved.config)
     model.load_state_dict(
         {**saved.model, "lm_head.weight": saved.model["transformer.wte.weight"]}, assign=True
     )

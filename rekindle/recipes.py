@@ -65,7 +65,7 @@ class Recipe:
     eval_tokens: int = 10_485_760  # of the validation split, always the same ones [lecture]
     checkpoint_every: int = 250  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 3  # newest ones to keep; 0: all of them
-    keep_best: int = 1  # and of the others those with the lowest validation loss
+    keep_best: int = 1  # and those with the lowest validation loss of all
     keep_every: int = 0  # and those at multiples of so many steps; 0: none
     prompt: str = field(default="Hello, I'm a language model,")  # of the samples [lecture]
 

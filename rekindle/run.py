@@ -18,7 +18,7 @@ from rekindle.data.batches import Split
 from rekindle.data.shards import Manifest
 from rekindle.errors import UserError
 from rekindle.model.gpt2 import GPT2, Compute
-from rekindle.observe.metrics import Console, Metrics
+from rekindle.observe.metrics import RECORD, Console, Metrics
 from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint
 from rekindle.runtime.checkpoint import Checkpoint, Keep
@@ -27,6 +27,8 @@ from rekindle.runtime.distributed import World
 from rekindle.runtime.guard import Guard
 from rekindle.runtime.saving import Saver
 
+# What everybody may rely on in run.json.
+FORM = {key: checkpoint.FORM[key] for key in ("recipe", "data", "tokenizer", "forked_from")}
 EXAMINATIONS = ("validation", "hellaswag", "samples")
 
 
@@ -148,7 +150,7 @@ class Run:
         """The run's log, without what was logged after the checkpoint it goes on from."""
         log = None
         if world.is_main:
-            log = storage.JsonLines(self.folder / "metrics.jsonl", keep=self.is_past)
+            log = storage.JsonLines(self.folder / "metrics.jsonl", self.is_past, RECORD)
         peak = device.peak_flops
         metrics = Metrics(
             log, console, steps=self.recipe.steps, tokens_per_step=self.recipe.batch.tokens,
@@ -165,7 +167,7 @@ class Run:
         if not own:
             return False
         log = self.folder / "metrics.jsonl"
-        records = storage.read_json_lines(log) if log.exists() else []
+        records = storage.read_json_lines(log, RECORD) if log.exists() else []
         return not any(r["kind"] == "checkpoint" and r["step"] == self.step for r in records)
 
     def is_past(self, record: dict[str, Any]) -> bool:
@@ -283,7 +285,7 @@ def _check_can_be_written(out: Path) -> None:
 def _identity_of(out: Path) -> dict[str, Any] | None:
     """What the run in `out` was begun with; a checkpoint tells if its folder was lost meanwhile."""
     if (out / "run.json").is_file():
-        return storage.read_json(out / "run.json")
+        return storage.read_json(out / "run.json", FORM)
     found = checkpoint.list_checkpoints(out / "checkpoints")
     return checkpoint.load(found[-1]).description if found else None
 

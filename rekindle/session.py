@@ -84,6 +84,7 @@ class Session:
         self.prefetcher = Prefetcher(self.make_batch, batch, last, self.device.torch)
 
     def make_batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        self.unchanged.check()  # to read past the end of a file cut short would end the process
         x, y = self.batches.batch(number, self.split)
         self.unchanged.check()
         return x, y
@@ -93,7 +94,9 @@ class Session:
         restore(self.run, self.model, self.optimizer, self.guard)
 
     def examine(self, step: int) -> None:
+        self.unchanged.check()
         self.validation = self.examiner(step)
+        self.unchanged.check()
 
     def save(self, step: int, batch: int, *, examined: bool) -> None:
         """Begin the checkpoint of `step`; it is written while training goes on."""

@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from rekindle.errors import UserError
+from rekindle.schema import mismatch
 
 TEMPORARY = ".tmp-"  # names that start so are unfinished and may be removed by whoever comes next
 LOCK = ".lock"
@@ -130,14 +131,23 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK
         self._descriptor: int | None = None
+        self._named = False
 
     def take(self, *, create: bool = True) -> None:
-        """Take the lock, if it is not ours already; without `create`, only if its file is there.
+        """Take the lock, if it is not ours already; without `create`, only if its file is there,
+        and without writing to it.
 
         Raises `UserError` that names the process which has it.
         """
-        if self._descriptor is not None or not (create or self._path.exists()):
-            return
+        if self._descriptor is None and (create or self._path.exists()):
+            self._descriptor = self._open()
+        if self._descriptor and create and not self._named and os.name != "nt":
+            who = f"process {os.getpid()} on {socket.gethostname()}".encode()
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, who, 0)
+            self._named = True
+
+    def _open(self) -> int:
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
@@ -155,11 +165,7 @@ class Lock:
                 f"{self._path.parent} is in use by {holder or 'another process'}: wait until that "
                 "is done, or give another --out"
             ) from None
-        self._descriptor = descriptor
-        if create and os.name != "nt":
-            who = f"process {os.getpid()} on {socket.gethostname()}".encode()
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, who, 0)
+        return descriptor
 
     def __enter__(self) -> "Lock":
         return self
@@ -212,10 +218,12 @@ class JsonLines:
     A disk that takes nothing more does not stop whoever logs: lines wait in memory for the next.
     """
 
-    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
+    def __init__(
+        self, path: Path, keep: Callable[[dict[str, Any]], bool] | None = None, form: Any = dict
+    ) -> None:
         """Open `path` for appending. With `keep`, first drop every record it refuses, and a last
         line cut short by a kill, so that a resumed run logs each step once."""
-        self._path = path
+        self._path, self._form = path, form
         self._waiting = bytearray()
         self._descriptor: int | None = None
         self._lock = threading.Lock()
@@ -226,7 +234,7 @@ class JsonLines:
     def rewind(self, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
         """Drop every record that `keep` refuses."""
         self.close()
-        kept = [r for r in read_json_lines(self._path) if keep is None or keep(r)]
+        kept = [r for r in read_json_lines(self._path, self._form) if keep is None or keep(r)]
         write_file(self._path, [(json.dumps(record) + "\n").encode() for record in kept])
 
     def append(self, record: Mapping[str, Any]) -> OSError | None:
@@ -259,20 +267,42 @@ class JsonLines:
             return error
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a log; a last line cut short by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+def read_json_lines(path: Path, form: Any = dict) -> list[dict[str, Any]]:
+    """All whole records of a log; a last line cut short by a kill is left out.
+
+    Raises `UserError` that names a line which is no record of this `form` (see `schema`).
+    """
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            if line:
+                records.append(parse_json(line, form))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is damaged ({error}): remove it") from None
+    return records
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises `UserError` when it is missing or damaged."""
+def read_json(path: Path, form: Any = object) -> Any:
+    """Read a JSON file. Raises `UserError` when it is missing, damaged, or not of this `form`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), form)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it or make it again") from None
+
+
+def parse_json(text: bytes, form: Any = object) -> Any:
+    """The value in `text`. Raises `ValueError` if there is none, or not one of this `form`."""
+    try:
+        value = json.loads(text.decode())
+        if b"\\ud" in text.lower():  # half a surrogate pair is no text: nothing could print it
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if wrong := mismatch(value, form):
+        raise ValueError(wrong)
+    return value
 
 
 def file_sha256(path: Path) -> str:

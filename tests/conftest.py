@@ -1,6 +1,7 @@
 """What many tests share: tokens on disk, a model of a few thousand weights, and the command line
 called in this process, because importing torch takes seconds."""
 
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -233,6 +234,24 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return call
+
+
+def describe(step: int, model: Any) -> dict[str, Any]:
+    """The least that a checkpoint of `model` (a GPT2Config) says of itself."""
+    return {
+        "step": step, "examined": False, "forked_from": None, "model": dataclasses.asdict(model),
+        "recipe": {"batch.length": 16, "eval_tokens": 300},
+        "data": {"path": "data", "fingerprint": ""}, "tokenizer": {"name": "bytes", "sha256": ""},
+        "data_position": {"windows": 0}, "guard": {"losses": [], "refused": 0},
+        "split": {"micro": 1, "ranks": 1, "threads": 1, "precision": "fp32", "compile": False,
+                  "kernels": False, "recompute": False},
+    }  # fmt: skip
+
+
+@pytest.fixture(name="describe")
+def _describe() -> Callable[..., dict[str, Any]]:
+    """`describe(step, model)`: what a checkpoint says of itself."""
+    return describe
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -84,8 +83,9 @@ class Windows:
             shard, start = self._locate(int(number))
             out[row] = self.shards[shard][start : start + self.T + 1]
         if out.size and out.max() >= self.vocab_size:
-            row, place = np.argwhere(out >= self.vocab_size)[0]
-            self._refuse(int(numbers[row]), int(place), int(out[row, place]))
+            row = int(np.argmax(out.max(1) >= self.vocab_size))
+            shard, start = self._locate(int(numbers[row]))
+            check_ids(out[row], self.shards[shard], start, self.vocab_size)
         return out
 
     def _locate(self, number: int) -> tuple[int, int]:
@@ -93,12 +93,16 @@ class Windows:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, (number - (int(self._ends[shard - 1]) if shard else 0)) * self.T
 
-    def _refuse(self, number: int, place: int, token: int) -> NoReturn:
-        shard, first = self._locate(number)
-        name = getattr(self.shards[shard], "filename", f"shard {shard}")
+
+def check_ids(tokens: np.ndarray, shard: np.ndarray, start: int, vocab_size: int) -> None:
+    """Raises `UserError` if `tokens`, those of `shard` from `start` on, hold an id beyond the
+    vocabulary, and names the file and the place."""
+    if tokens.max(initial=0) >= vocab_size:
+        place = int(np.argmax(tokens >= vocab_size))
         raise UserError(
-            f"{name} holds the id {token} beyond the vocabulary of {self.vocab_size} at token "
-            f"{first + place}, and did not when it was checked: prepare it again"
+            f"{getattr(shard, 'filename', 'a shard')} holds the id {tokens[place]} beyond the "
+            f"vocabulary of {vocab_size} at token {start + place}, and did not when it was "
+            "checked: prepare it again"
         )
 
 
@@ -159,12 +163,15 @@ class Batches:
 
 
 def validation_batches(
-    shards: Sequence[np.ndarray], T: int, limit: int, rows: int, rank: int = 0, ranks: int = 1
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    shards: Sequence[np.ndarray], T: int, limit: int, rows: int, rank: int = 0, ranks: int = 1,
+    vocab_size: int = 2**16,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """The first `limit` targets of a split, each exactly once, in batches (rows, T) of one shape.
 
     Which targets are scored, and with which context, depends on `T` alone. What fills up a last
     window or batch has the target -100. All ranks get the same number of batches.
+
+    Raises `UserError` that names the file and the place of an id beyond the vocabulary.
     """
     spans: list[tuple[int, int, int]] = []  # shard, first input, inputs
     for number, shard in enumerate(shards):
@@ -179,6 +186,7 @@ def validation_batches(
         mine = spans[first + rank * rows : first + (rank + 1) * rows]
         for row, (number, start, size) in enumerate(mine):
             tokens = shards[number][start : start + size + 1]
+            check_ids(tokens, shards[number], start, vocab_size)
             x[row, :size], y[row, :size] = tokens[:-1], tokens[1:]
         yield x, y
 

@@ -31,6 +31,11 @@ LARGEST_SHARD = 1_000_000_000  # the header's count is an int32, and the last do
 MOST_VALIDATION = 0.1  # of all documents, so that small data is not swallowed
 BYTES_PER_TOKEN = {"gpt2": 4.6, "bytes": 1.0}  # of English web text; only the estimate needs it
 SPLITS = ("train", "val")
+PENDING = {"documents": int, "pieces": [str]}
+FORM = {  # of what `_Preparation` saves; one of the splits is pending
+    "source": dict, "cursor": [int], "shards": [shards.SHARD],
+    "pending": tuple({split: PENDING} for split in SPLITS),
+}  # fmt: skip
 
 
 def prepare(
@@ -54,14 +59,14 @@ def prepare(
         )
     out = Path(out)
     try:
-        if isinstance(source, ReadyMade):
-            return source.take(out, get_tokenizer(tokenizer), say)
         settings = {
             "tokenizer": tokenizer,
             "val_tokens": val_tokens,
             "shard_tokens": shard_tokens,
         }
         with storage.Lock(out) as lock:
+            if isinstance(source, ReadyMade):
+                return source.take(out, get_tokenizer(tokenizer), say, lock)
             return _prepare(source, out, settings, say, lock)
     except OSError as error:
         raise UserError(
@@ -73,7 +78,7 @@ def prepare(
 def _prepare(
     source: Source, out: Path, settings: dict[str, Any], say: Say, lock: storage.Lock
 ) -> Manifest:
-    if finished := _finished(source, out, settings):
+    if finished := _finished(source, out, settings, lock):
         say(f"{out} is prepared already: {finished.summary()}; nothing to do")
         return finished
     lock.take(create=False)
@@ -94,7 +99,9 @@ def _prepare(
         source.close()
 
 
-def _finished(source: Source, out: Path, settings: dict[str, Any]) -> Manifest | None:
+def _finished(
+    source: Source, out: Path, settings: dict[str, Any], lock: storage.Lock
+) -> Manifest | None:
     """The manifest in `out` if it is of this source and these settings; None if there is none."""
     if not (out / shards.MANIFEST).exists():
         return None
@@ -102,6 +109,7 @@ def _finished(source: Source, out: Path, settings: dict[str, Any]) -> Manifest |
     _compare(out, source, manifest.source, settings)
     shards.check_sizes(out, manifest)
     if (out / shards.UNFINISHED).exists():  # killed between the manifest and this
+        lock.take()
         storage.remove_folder(out / shards.UNFINISHED)
     return manifest
 
@@ -111,7 +119,11 @@ def _saved_state(source: Source, out: Path, settings: dict[str, Any]) -> dict[st
     path = out / shards.UNFINISHED / shards.STATE
     if not path.exists():
         return None
-    state = storage.read_json(path)
+    state = storage.read_json(path, FORM)
+    pieces = [name for entry in state["pending"].values() for name in entry["pieces"]]
+    names = [*(entry["name"] for entry in state["shards"]), *pieces]
+    if not all(map(shards.is_name, names)):  # pieces are removed when they are in a shard
+        raise UserError(f"{path} names files of other folders: remove {out} and prepare again")
     _compare(out, source, state["source"], settings)
     for entry in state["shards"]:
         if len(shards.open_shard(out / entry["name"])) != entry["tokens"]:

@@ -25,8 +25,9 @@ class ReadyMade(ABC):
     """A set of shards that needs no encoding."""
 
     @abstractmethod
-    def take(self, out: Path, tokenizer: Tokenizer, say: Say) -> Manifest:
-        """Make `out` a folder of these shards. Does nothing when it is one already."""
+    def take(self, out: Path, tokenizer: Tokenizer, say: Say, lock: storage.Lock) -> Manifest:
+        """Make `out` a folder of these shards. Does nothing when it is one already;
+        otherwise nobody else may write there meanwhile."""
 
 
 class ShardFolder(ReadyMade):
@@ -40,7 +41,7 @@ class ShardFolder(ReadyMade):
         if not self.paths:
             raise UserError(f"{folder} holds no shards (*.bin)")
 
-    def take(self, out: Path, tokenizer: Tokenizer, say: Say) -> Manifest:
+    def take(self, out: Path, tokenizer: Tokenizer, say: Say, lock: storage.Lock) -> Manifest:
         if out.resolve() != self.folder.resolve():
             raise UserError(f"ready-made shards stay where they are: give --out {self.folder}")
         if (out / shards.MANIFEST).exists():
@@ -50,6 +51,7 @@ class ShardFolder(ReadyMade):
                 raise UserError(f"{out / shards.MANIFEST} names other shards: remove it first")
             say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
             return manifest
+        lock.take()
         with ThreadPoolExecutor(usable_cores()) as pool:
             entries = list(pool.map(lambda path: _describe(path, tokenizer), self.paths))
         source = {
@@ -66,7 +68,7 @@ class PublishedShards(ReadyMade):
     def __init__(self, repository: str = REPOSITORY) -> None:
         self.repository = repository
 
-    def take(self, out: Path, tokenizer: Tokenizer, say: Say) -> Manifest:
+    def take(self, out: Path, tokenizer: Tokenizer, say: Say, lock: storage.Lock) -> Manifest:
         if tokenizer.name != "gpt2":
             raise UserError(f"{self.repository} holds GPT-2's tokens: use --tokenizer gpt2")
         out.mkdir(parents=True, exist_ok=True)
@@ -76,6 +78,7 @@ class PublishedShards(ReadyMade):
             shards.check_sizes(out, manifest)
             say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
             return manifest
+        lock.take()
         source, entries = _Fetch(self, out, tokenizer, say).run()
         manifest = _write_manifest(out, tokenizer, source, entries, say)
         storage.remove_folder(out / shards.UNFINISHED)
@@ -86,7 +89,7 @@ class PublishedShards(ReadyMade):
         path = out / shards.UNFINISHED / shards.STATE
         if not path.exists():
             return {"source": {}, "shards": []}
-        state = storage.read_json(path)
+        state = storage.read_json(path, {"source": dict, "shards": [shards.SHARD]})
         self._check_origin(out, state["source"])
         return state
 

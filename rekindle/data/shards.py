@@ -17,10 +17,16 @@ import numpy as np
 
 from rekindle import storage
 from rekindle.errors import UserError
+from rekindle.schema import mismatch
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 MANIFEST = "manifest.json"
 UNFINISHED, STATE = ".progress", "state.json"  # folder of a preparation under way, and its file
+SHARD = {"name": str, "split": str, "tokens": int, "documents": int, "sha256": str}
+FORM = {
+    "tokenizer": str, "tokenizer_sha256": str, "vocab_size": range(1, 2**16 + 1), "source": dict,
+    "shards": [SHARD],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,17 +85,24 @@ def read_manifest(folder: Path) -> Manifest:
             "(for shards made elsewhere: `rekindle prepare --shards`)"
         )
     try:
-        raw = dict(storage.read_json(path))
+        raw = storage.read_json(path, {"format": int})
         if raw.pop("format") != 1:
             raise UserError(f"{path} is of a newer format: update Rekindle")
+        if wrong := mismatch(raw, FORM):
+            raise ValueError(wrong)
         shards = tuple(Shard(**entry) for entry in raw.pop("shards"))
         manifest = Manifest(**raw, shards=shards)
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path} is not a manifest of shards ({error}): prepare again") from None
     for shard in shards:
-        if Path(shard.name).name != shard.name or shard.split not in ("train", "val"):
+        if not is_name(shard.name) or shard.split not in ("train", "val"):
             raise UserError(f"{path} names {shard.name!r}, which is no shard of this folder")
     return manifest
+
+
+def is_name(name: str) -> bool:
+    """Whether it names a file of the folder it is found in, and cannot lead out of it."""
+    return Path(name).name == name and name[:1] not in ("", ".") and "\0" not in name
 
 
 def write_shard(path: Path, pieces: Iterable[np.ndarray]) -> tuple[int, str]:
@@ -109,6 +122,8 @@ def open_shard(path: Path) -> np.ndarray:
         header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
     except FileNotFoundError:
         raise UserError(f"the shard {path} is missing: run `rekindle prepare` again") from None
+    except OSError as error:
+        raise UserError(f"the shard {path} cannot be read ({error.strerror})") from None
     if len(header) < HEADER_BYTES // 4 or tuple(header[:2]) != (MAGIC, VERSION):
         raise UserError(f"{path} does not start with the header of a token shard: prepare it again")
     count = int(header[2])

@@ -41,11 +41,13 @@ def validation_loss(
 
     `forward` is a model or its compiled form and gets batches of one shape, (`rows`, `T`).
     `token_bytes` (vocab_size,) says how much text an id stands for. Sums are kept in float64.
-    Raises `UserError` if the shards hold nothing to predict.
+    Raises `UserError` if the shards hold nothing to predict, or an id beyond the vocabulary.
     """
     world = world or World()
     totals = torch.zeros(3, dtype=torch.float64)  # nats, targets, bytes
-    for x, y in validation_batches(shards, T, tokens, rows, world.rank, world.size):
+    for x, y in validation_batches(
+        shards, T, tokens, rows, world.rank, world.size, len(token_bytes)
+    ):
         real = y[y != IGNORED]
         with device.autocast():
             _, mean = forward(

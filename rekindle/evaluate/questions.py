@@ -1,6 +1,5 @@
 """HellaSwag's questions: from a file, or from the hub."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from rekindle import hub
 from rekindle.errors import UserError
 from rekindle.runtime.device import Device
+from rekindle.storage import parse_json
 
 # The hub converts every data set to Parquet under this revision.
 HUB = {"repo": "Rowan/hellaswag", "file": "default/validation/0000.parquet",
@@ -38,7 +38,7 @@ def read_questions(path: Path) -> list[Question]:
                 raise ValueError("not a context and four endings")
             if not 0 <= question.label < 4:
                 raise ValueError(f"label {question.label}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}, row {number}: not a HellaSwag question ({error!r})") from None
         questions.append(question)
     if not questions:
@@ -77,13 +77,13 @@ def _read_rows(path: Path) -> Iterator[Any]:
 
         try:
             yield from pq.read_table(path).to_pylist()
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"{path} is not a whole Parquet file ({reason})") from None
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
+                yield parse_json(line)
             except ValueError:  # also for bytes that are not UTF-8
                 raise UserError(f"{path}, row {number}: not a line of JSON") from None

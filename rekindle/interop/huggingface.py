@@ -13,9 +13,10 @@ from torch import Tensor
 from rekindle import hub, storage
 from rekindle.errors import UserError
 from rekindle.model import gpt2
-from rekindle.model.config import SIZES, GPT2Config
+from rekindle.model.config import SIZES, GPT2Config, check_shapes
 
 HUB = {name: f"openai-community/{name}" for name in SIZES}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, not parameters
 
@@ -76,17 +77,13 @@ def convert(weights: dict[str, Tensor], config: GPT2Config) -> dict[str, Tensor]
     for name, tensor in weights.items():
         if name.endswith(_BUFFERS) or name == "lm_head.weight":
             continue
+        if tensor.dtype not in FLOATS or (name.endswith(_CONV1D) and tensor.dim() != 2):
+            raise UserError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, no weight of ours")
         name = name if name.startswith("transformer.") else f"transformer.{name}"
         tensor = tensor.t() if name.endswith(_CONV1D) else tensor
-        ours[name] = tensor.float().contiguous()
-    with torch.device("meta"):
-        expected = {n: p.shape for n, p in gpt2.GPT2(config).named_parameters()}
-    if expected.keys() != ours.keys():
-        odd = sorted(expected.keys() ^ ours.keys())
-        raise UserError(f"not the weights of this GPT-2: {odd[0]} is missing or unknown")
-    for name, shape in expected.items():
-        if ours[name].shape != shape:
-            raise UserError(f"{name} has shape {tuple(ours[name].shape)}, not {tuple(shape)}")
+        ours[name] = tensor
+    check_shapes({name: tensor.shape for name, tensor in ours.items()}, config.shapes())
+    ours = {name: tensor.float().contiguous() for name, tensor in ours.items()}
     # The table is one parameter; both of its names are given, so that none stays on `meta`.
     return {**ours, "lm_head.weight": ours["transformer.wte.weight"]}
 

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 from rekindle.storage import JsonLines
 
+RECORD = {"kind": str, "step": int}  # what every line of the log has
+
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 4.2 s, 42 s, 3 min 20 s, 5 h 07 min."""

@@ -5,6 +5,8 @@ from typing import Any
 
 from rekindle import storage
 from rekindle.errors import UserError
+from rekindle.observe.metrics import RECORD
+from rekindle.schema import mismatch
 
 
 def draw_loss(run: Path, picture: Path) -> Path:
@@ -15,12 +17,15 @@ def draw_loss(run: Path, picture: Path) -> Path:
     plt = _pyplot()
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run} has no metrics.jsonl: it is no run, or has not begun")
-    records = storage.read_json_lines(run / "metrics.jsonl")
+    records = storage.read_json_lines(run / "metrics.jsonl", RECORD)
     training = [r for r in records if r["kind"] == "train"]
-    validation = [r for r in records if r["kind"] == "validation" and r["loss"] is not None]
+    validation = [r for r in records if r["kind"] == "validation" and r.get("loss") is not None]
+    if wrong := mismatch([*training, *validation], [{"loss": (None, float)}]):
+        raise UserError(f"{run / 'metrics.jsonl'} is damaged ({wrong})")
     if not training:
         raise UserError(f"{run} has taken no step yet: there is nothing to draw")
 
+    title = _title(run)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
     axes.plot([r["step"] for r in training], [r["loss"] for r in training],
               color="#9db4c8", linewidth=1, label="training, each step")  # fmt: skip
@@ -31,7 +36,7 @@ def draw_loss(run: Path, picture: Path) -> Path:
         _label_last(axes, validation[-1])
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss, nats per token")
-    axes.set_title(_title(run), fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -90,7 +95,9 @@ def _label_last(axes: Any, record: dict[str, Any]) -> None:
 
 
 def _title(run: Path) -> str:
-    recipe = storage.read_json(run / "run.json")["recipe"]
+    numbers = {"model.n_layer": int, "model.n_embd": int, "batch.tokens": int, "seed": int}
+    form = {"recipe": {"name": str, **numbers}}
+    recipe = storage.read_json(run / "run.json", form)["recipe"]
     return (
         f"{recipe['name']}: {recipe['model.n_layer']} layers, {recipe['model.n_embd']} wide, "
         f"{recipe['batch.tokens']:,} tokens a step, seed {recipe['seed']}"

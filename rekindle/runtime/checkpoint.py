@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,25 @@ from torch import Tensor, nn
 
 from rekindle import storage
 from rekindle.errors import UserError
+from rekindle.model.config import GPT2Config, check_shapes
 from rekindle.runtime.sharding import laid_out_as, whole
+from rekindle.schema import mismatch
 
 FORMAT = 2
 DESCRIPTION = "checkpoint.json"
 FILES = ("model.safetensors", "optimizer.safetensors")
+# What everybody may rely on in a description. `Run.describe` makes it.
+FORM = {
+    "step": int, "updates": int, "examined": bool, "forked_from": (None, str), "model": dict,
+    "recipe": {"batch.length": range(1, 2**31), "eval_tokens": int},
+    "data": {"path": str, "fingerprint": str}, "data_position": {"windows": int},
+    "tokenizer": {"name": str, "sha256": str}, "guard": {"losses": [float], "refused": int},
+    "split": {
+        "micro": int, "ranks": int, "threads": range(1, 4096), "precision": str, "compile": bool,
+        "kernels": bool, "recompute": bool,
+    },
+    "files": {name: {"bytes": int, "sha256": str} for name in FILES},
+}  # fmt: skip
 _NAME = re.compile(r"step-(\d{6,})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,6 +50,7 @@ class Checkpoint:
     path: Path
     description: dict[str, Any]
     model: dict[str, Tensor]
+    config: GPT2Config
 
     @property
     def step(self) -> int:
@@ -49,7 +64,8 @@ class Checkpoint:
 
     def restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give `optimizer` the moments and the count of updates it had."""
-        moments = _read_tensors(self.path / "optimizer.safetensors")
+        shapes = ((f"{key}.{name}", s) for key in _MOMENTS for name, s in self.config.shapes())
+        moments = _read_tensors(self.path / "optimizer.safetensors", shapes)
         for name, p in model.named_parameters():
             state = {key: laid_out_as(p, moments[f"{key}.{name}"]) for key in _MOMENTS}
             count = torch.tensor(float(self.description["updates"]))
@@ -161,7 +177,7 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `newest` so many (0: all), of the others the `best` so many by
+    """Which checkpoints stay: the `newest` so many (0: all), the `best` so many of all by
     validation loss, and those at multiples of `every` steps (0: none)."""
 
     newest: int = 0
@@ -174,7 +190,7 @@ def prune(folder: Path, keep: Keep) -> None:
     found = list_checkpoints(folder)
     old = found[: -keep.newest] if keep.newest else []
     losses = {path: _validation_loss(path) for path in found} if old and keep.best else {}
-    best = sorted((p for p, loss in losses.items() if math.isfinite(loss)), key=lambda p: losses[p])
+    best = sorted((p for p, loss in losses.items() if loss < math.inf), key=lambda p: losses[p])
     for path in old:
         if path in best[: keep.best] or (keep.every and _step(path) % keep.every == 0):
             continue
@@ -184,10 +200,9 @@ def prune(folder: Path, keep: Keep) -> None:
 def _validation_loss(path: Path) -> float:
     """As its description has it; infinite if it was not measured or cannot be read."""
     try:
-        loss = storage.read_json(path / DESCRIPTION).get("validation_loss")
-    except (UserError, AttributeError):
+        return storage.read_json(path / DESCRIPTION, {"validation_loss": float})["validation_loss"]
+    except UserError:
         return math.inf
-    return loss if isinstance(loss, float) else math.inf
 
 
 def _step(path: Path) -> int:
@@ -231,6 +246,8 @@ def load(path: Path) -> Checkpoint:
         raise DamagedError(f"{path / DESCRIPTION} is damaged (it is not what was written)")
     if description.get("format") != FORMAT:
         raise UserError(f"{path / DESCRIPTION} is not a checkpoint of format {FORMAT}")
+    if wrong := mismatch(description, FORM):
+        raise DamagedError(f"{path / DESCRIPTION} is not the description of a checkpoint ({wrong})")
     for name in FILES:
         file, entry = path / name, description["files"][name]
         try:
@@ -242,7 +259,12 @@ def load(path: Path) -> Checkpoint:
             raise DamagedError(
                 f"{file} is damaged (it is not the {entry['bytes']} bytes that were written)"
             )
-    return Checkpoint(path, description, _read_tensors(path / "model.safetensors"))
+    try:
+        config = GPT2Config.of(description["model"])
+    except UserError as error:
+        raise DamagedError(f"{path / DESCRIPTION} describes no GPT-2 ({error})") from None
+    model = _read_tensors(path / "model.safetensors", config.shapes())
+    return Checkpoint(path, description, model, config)
 
 
 def _description_sha256(description: dict[str, Any]) -> str:
@@ -250,11 +272,19 @@ def _description_sha256(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_tensors(file: Path, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """The tensors of a file, which are float32 and have these names and shapes; otherwise
+    `DamagedError`, before memory is taken for them."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(file)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} is not a safetensors file ({error})") from None
+        with safe_open(file, "pt") as opened:
+            found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            if any(tensor.get_dtype() != "F32" for tensor in found.values()):
+                raise UserError("not all tensors are float32")
+            check_shapes({name: t.get_shape() for name, t in found.items()}, shapes)
+            return {name: opened.get_tensor(name) for name in found}
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"{file} is not a safetensors file ({error})") from None
+    except UserError as error:
+        raise DamagedError(f"{file}: {error}") from None

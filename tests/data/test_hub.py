@@ -244,7 +244,7 @@ def test_published_shards_are_taken_as_they_are(
     assert [shard.name for shard in manifest.split("val")] == ["fineweb_val_000000.bin"]
     assert manifest.tokens("train") == 5 * 2001
     assert manifest.source["revision"] == hub.revision
-    assert {path.name for path in tmp_path.iterdir()} == {*published, "manifest.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {*published, "manifest.json", ".lock"}
     monkeypatch.setenv("HF_ENDPOINT", nowhere())  # all is there: the hub is not asked
     assert run("fineweb-10bt-tokenized", tmp_path, tokenizer="gpt2") == manifest
 

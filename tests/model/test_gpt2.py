@@ -1,5 +1,6 @@
 """The model is GPT-2: its parameters, their first values, and what it computes."""
 
+import dataclasses
 import hashlib
 import math
 import platform
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rekindle.model.config import SIZES, GPT2Config
+from rekindle.errors import UserError
+from rekindle.model.config import SIZES, GPT2Config, check_shapes
 from rekindle.model.gpt2 import GPT2
 
 # What the lecture's own script gives for its seed, on torch 2.13 and 2.15.
@@ -205,3 +207,25 @@ def test_flops_per_token_are_those_that_pytorch_counts() -> None:
 def test_flops_per_token_of_gpt2() -> None:
     # 6 · (12 · 12 · 768² + 50,304 · 768) + 12 · 12 · 768 · 1024
     assert SIZES["gpt2"].for_training().flops_per_token(1024) == 854_654_976
+
+
+def test_the_shapes_of_a_configuration_are_those_of_its_model() -> None:
+    for config in (TINY, GPT2Config()):
+        with torch.device("meta"):
+            named = {name: tuple(p.shape) for name, p in GPT2(config).named_parameters()}
+        assert dict(config.shapes()) == named
+        check_shapes(named, config.shapes())
+
+
+def test_other_shapes_are_named() -> None:
+    """At once, however many layers are claimed."""
+    shapes = dict(TINY.shapes())
+    for n_layer in (TINY.n_layer + 1, 10**12):
+        with pytest.raises(
+            UserError, match=rf"transformer.h.{TINY.n_layer}.ln_1.weight is missing"
+        ):
+            check_shapes(shapes, dataclasses.replace(TINY, n_layer=n_layer).shapes())
+    with pytest.raises(UserError, match="more is missing or unknown"):
+        check_shapes({**shapes, "more": (1,)}, TINY.shapes())
+    with pytest.raises(UserError, match=r"ln_f.bias has shape \(1,\), not"):
+        check_shapes({**shapes, "transformer.ln_f.bias": (1,)}, TINY.shapes())

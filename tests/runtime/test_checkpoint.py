@@ -1,6 +1,7 @@
 """A checkpoint comes back bit for bit, or is refused by name."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,21 @@ def state(model: GPT2, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t.detach().clone() for t in [*model.parameters(), *remembered]]
 
 
-def save(
-    folder: Path, description: dict[str, Any], model: GPT2, optimizer: torch.optim.Optimizer
-) -> Path:
-    snapshot = Snapshot(model)
-    snapshot.take(model, optimizer)
-    return checkpoint.write(folder, description, snapshot)
+@pytest.fixture
+def save(describe: Callable, tmp_path: Path) -> Callable[..., Path]:
+    """`save(step, model, optimizer)`: a checkpoint."""
+
+    def write(step: int, model: GPT2, optimizer: torch.optim.Optimizer) -> Path:
+        snapshot = Snapshot(model)
+        snapshot.take(model, optimizer)
+        return checkpoint.write(tmp_path, describe(step, model.config), snapshot)
+
+    return write
 
 
 @pytest.fixture
-def saved(trained: tuple[GPT2, torch.optim.Optimizer], tmp_path: Path) -> Path:
-    return save(tmp_path, {"step": 3, "model": {}}, *trained)
+def saved(trained: tuple[GPT2, torch.optim.Optimizer], save: Callable) -> Path:
+    return save(3, *trained)
 
 
 def test_weights_and_optimizer_come_back(
@@ -113,10 +118,10 @@ def test_a_snapshot_takes_twelve_bytes_a_parameter(
     assert sum(storages.values()) == 12 * sum(p.numel() for p in model.parameters())
 
 
-def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, tmp_path: Path) -> None:
+def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, save: Callable) -> None:
     model = GPT2(tiny.model)
     optimizer = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
-    loaded = checkpoint.load(save(tmp_path, {"step": 0}, model, optimizer))
+    loaded = checkpoint.load(save(0, model, optimizer))
     other = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
     loaded.restore_optimizer(model, other)
     before = [p.detach().clone() for p in model.parameters()]
@@ -137,11 +142,11 @@ def test_names_are_gpt2s_own(saved: Path, trained: tuple[GPT2, torch.optim.Optim
 
 
 def test_a_compiled_model_is_saved_under_clean_names(
-    trained: tuple[GPT2, torch.optim.Optimizer], tmp_path: Path
+    trained: tuple[GPT2, torch.optim.Optimizer], save: Callable
 ) -> None:
     model, optimizer = trained
     torch.compile(model, backend="eager")(torch.zeros(1, 4, dtype=torch.long))
-    saved = save(tmp_path, {"step": 3}, model, optimizer)
+    saved = save(3, model, optimizer)
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert not any("_orig_mod" in key for key in load_file(saved / name))
 
@@ -213,3 +218,66 @@ def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: int) -> None:
     make_folders(tmp_path, *names)
     checkpoint.prune(tmp_path, checkpoint.Keep(keep))
     assert sorted(p.name for p in tmp_path.iterdir()) == names[-left:]
+
+
+def make_checkpoints(folder: Path, losses: dict[int, Any]) -> None:
+    """Folders of these steps that say so of their validation loss."""
+    for step, loss in losses.items():
+        (folder / f"step-{step:06d}").mkdir()
+        storage.write_json(
+            folder / f"step-{step:06d}" / "checkpoint.json", {"validation_loss": loss}
+        )
+
+
+def kept(folder: Path, keep: checkpoint.Keep) -> list[int]:
+    checkpoint.prune(folder, keep)
+    assert all(p.name.startswith("step-") for p in folder.iterdir())
+    return [int(p.name.removeprefix("step-")) for p in checkpoint.list_checkpoints(folder)]
+
+
+LOSSES = {5: 3.0, 10: 1.0, 15: 2.0, 20: 4.0, 25: None, 30: 5.0}
+
+
+@pytest.mark.parametrize(
+    ("keep", "steps"),
+    [
+        (checkpoint.Keep(newest=1, best=1), [10, 30]),
+        (checkpoint.Keep(newest=2, best=2), [10, 15, 25, 30]),
+        (checkpoint.Keep(newest=1, best=9), [5, 10, 15, 20, 30]),  # 25 was not measured
+        (checkpoint.Keep(newest=1, every=10), [10, 20, 30]),
+        (checkpoint.Keep(newest=2, best=1, every=15), [10, 15, 25, 30]),
+        (checkpoint.Keep(newest=0, best=1, every=10), list(LOSSES)),
+    ],
+)
+def test_prune_keeps_the_best_and_every_so_many_beside_the_newest(
+    tmp_path: Path, keep: checkpoint.Keep, steps: list[int]
+) -> None:
+    make_checkpoints(tmp_path, LOSSES)
+    assert kept(tmp_path, keep) == steps
+
+
+def test_the_best_may_be_among_the_newest(tmp_path: Path) -> None:
+    """And is then not sought among the older ones."""
+    make_checkpoints(tmp_path, {5: 3.0, 10: 2.0, 15: 1.0})
+    assert kept(tmp_path, checkpoint.Keep(newest=1, best=1)) == [15]
+
+
+def test_the_newest_is_never_removed(tmp_path: Path) -> None:
+    """Whatever its loss; and so a run that prunes after every checkpoint keeps the best one."""
+    best = []
+    for step, loss in ((1, 5.0), (2, 1.0), (3, 9.0), (4, 8.0), (5, float("inf"))):
+        make_checkpoints(tmp_path, {step: loss})
+        best.append(kept(tmp_path, checkpoint.Keep(newest=1, best=1)))
+    assert best == [[1], [2], [2, 3], [2, 4], [2, 5]]
+
+
+@pytest.mark.parametrize(
+    "description",
+    [b"", b"{", b"[]", b"3", b"\xff", b'{"validation_loss": "1"}', b'{"validation_loss": NaN}',
+     b'{"validation_loss": -Infinity}', b"[" * 99999, None],
+)  # fmt: skip
+def test_a_damaged_description_is_not_the_best(tmp_path: Path, description: bytes | None) -> None:
+    make_checkpoints(tmp_path, {5: 1.0, 10: 2.0, 15: 3.0})
+    file = tmp_path / "step-000005" / "checkpoint.json"
+    file.write_bytes(description) if description is not None else file.unlink()
+    assert kept(tmp_path, checkpoint.Keep(newest=1, best=1)) == [10, 15]

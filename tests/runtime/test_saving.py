@@ -1,6 +1,7 @@
 """A checkpoint is written while training goes on, and holds what was there when it was begun."""
 
 import io
+import json
 import re
 import subprocess
 import threading
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from rekindle import storage
 from rekindle.errors import UserError
+from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console, Metrics
 from rekindle.optim.adamw import make_adamw
@@ -29,9 +31,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Training:
     """A tiny model in training, whose run folder is `folder`."""
 
-    def __init__(self, recipe: Recipe, folder: Path, *, keep: int = 0, is_main: bool = True):
+    def __init__(
+        self, recipe: Recipe, folder: Path, describe: Callable, *, keep: int = 0,
+        is_main: bool = True,
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
-        self.folder = folder
+        self.folder, self.describe = folder, describe
         self.model = GPT2(recipe.model)
         self.optimizer = make_adamw(self.model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
         self.steps, self.printed = 0, io.StringIO()
@@ -55,7 +60,7 @@ class Training:
     def save(self) -> dict[str, Tensor]:
         """Step, begin a checkpoint, and return what must be in it."""
         self.step()
-        self.saver.save({"step": self.steps})
+        self.saver.save(self.describe(self.steps, self.model.config))
         return self.state()
 
     def state(self) -> dict[str, Tensor]:
@@ -82,8 +87,8 @@ class Training:
 
 
 @pytest.fixture
-def training(tiny: Recipe, tmp_path: Path) -> Training:
-    return Training(tiny, tmp_path)
+def training(tiny: Recipe, tmp_path: Path, describe: Callable) -> Training:
+    return Training(tiny, tmp_path, describe)
 
 
 @pytest.fixture
@@ -155,9 +160,10 @@ def test_closing_waits(training: Training, gate: threading.Event) -> None:
 
 
 UNCLOSED = """
-import sys, time
+import json, sys, time
 from pathlib import Path
 from rekindle import storage
+from rekindle.model.config import GPT2Config
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console, Metrics
@@ -172,19 +178,26 @@ def slow(path, chunks):
     return write(path, chunks)
 
 storage.write_file = slow
-model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9))
+model = GPT2(
+    GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9, padded_vocab_size=9)
+)
 optimizer = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
 metrics = Metrics(None, Console(), steps=1, tokens_per_step=1, flops_per_token=1, peak_flops=None)
-Saver(Path(sys.argv[1]), Keep(), model, optimizer, metrics, is_main=True).save({"step": 1})
+Saver(Path(sys.argv[1]), Keep(), model, optimizer, metrics, is_main=True).save(
+    json.loads(sys.argv[2])
+)
 raise SystemExit(3)
 """
 
 
 def test_the_process_does_not_end_before_it_is_whole(
-    tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]]
+    tmp_path: Path, describe: Callable, python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     """Even if nobody closes anything."""
-    done = python("-c", UNCLOSED, tmp_path)
+    config = GPT2Config(
+        n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9, padded_vocab_size=9
+    )
+    done = python("-c", UNCLOSED, tmp_path, json.dumps(describe(1, config)))
     assert done.returncode == 3, done.stderr
     (path,) = tmp_path.iterdir()
     assert checkpoint.load(path).step == 1
@@ -196,11 +209,11 @@ def full(descriptor: int) -> None:
 
 @pytest.mark.parametrize("then", ["save", "finish"])
 def test_a_disk_that_fails_is_told_at_once_and_raised_only_at_the_end(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+    tiny: Recipe, tmp_path: Path, describe: Callable, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     """The checkpoint before is untouched, and nothing half-written stays."""
     monkeypatch.setattr(saving, "PAUSES", (0.01, 0.02))
-    training = Training(tiny, tmp_path, keep=1)
+    training = Training(tiny, tmp_path, describe, keep=1)
     state = training.save()
     training.saver.finish()
     with monkeypatch.context() as patch:
@@ -237,9 +250,9 @@ def test_a_mistake_of_ours_is_raised_as_it_is(
 
 
 def test_older_ones_go_when_the_new_one_is_whole(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, tmp_path: Path, describe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = Training(tiny, tmp_path, keep=2)
+    training = Training(tiny, tmp_path, describe, keep=2)
     remove, seen = storage.remove_folder, []
 
     def noted(path: Path) -> None:
@@ -254,8 +267,10 @@ def test_older_ones_go_when_the_new_one_is_whole(
     assert training.names() == ["step-000002", "step-000003"]
 
 
-def test_other_ranks_neither_write_nor_wait(tiny: Recipe, tmp_path: Path) -> None:
-    training = Training(tiny, tmp_path, is_main=False)
+def test_other_ranks_neither_write_nor_wait(
+    tiny: Recipe, tmp_path: Path, describe: Callable
+) -> None:
+    training = Training(tiny, tmp_path, describe, is_main=False)
     before = threading.active_count()
     training.save()
     assert threading.active_count() == before

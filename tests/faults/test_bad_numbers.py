@@ -1,0 +1,304 @@
+"""A step whose numbers are bad leaves no trace but its place; ten in a row send the run back."""
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import rekindle.train
+from rekindle.data import shards
+from rekindle.data.batches import Batches
+from rekindle.data.tokenizer import ByteTokenizer
+from rekindle.runtime import checkpoint
+from rekindle.train import StepResult
+
+Records = Callable[..., list[dict[str, Any]]]
+# The loss falls from 6 to 2 within these steps, so that only a narrow guard sees a spike.
+FLAGS = ["--steps", 60, "--checkpoint-every", 8, "--eval-every", 20, "--optim.lr", 0.03,
+         "--optim.spike", 3]  # fmt: skip
+
+
+class Killed(BaseException):
+    """The process ended here."""
+
+
+@dataclass
+class Watched:
+    """What a run is made to suffer, by the number of its batch, and what it did."""
+
+    spoil: dict[int, str] = field(default_factory=dict)
+    end: dict[int, Any] = field(default_factory=dict)  # before this batch: a signal, or `Killed`
+    steps: list[tuple[int, float, str]] = field(default_factory=list)  # batch, lr, objection
+    numbers: dict[bytes, int] = field(default_factory=dict)  # of batches, by their inputs
+
+    def batch(self, original: Callable, *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        number = arguments[1]
+        x, y = original(*arguments)
+        self.numbers[np.ascontiguousarray(x).tobytes()] = number
+        if self.spoil.get(number) == "labels":
+            y = np.random.default_rng(number).integers(0, 32, y.shape)  # that never come
+        return x, y
+
+    def step(self, original: Callable, forward: Any, *arguments: Any, **options: Any) -> StepResult:
+        _, optimizer, x, _ = arguments
+        number = self.numbers[x.numpy().tobytes()]
+        if (end := self.end.pop(number, None)) is Killed:
+            raise Killed
+        if end:
+            os.kill(os.getpid(), end)
+        where, _, what = self.spoil.get(number, "").partition(" ")
+        value = float(what or 1)
+
+        def spoilt(x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
+            logits, loss = forward(x, y)
+            return logits, loss * (value if where == "loss" else 1.0)
+
+        def one_element(gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            gradient.view(-1)[7] = value
+            return gradient
+
+        weight = forward.transformer.h[1].mlp.c_fc.weight
+        hook = weight.register_hook(one_element) if where == "gradient" else None
+        before = bits(forward, optimizer)
+        result = original(spoilt, *arguments, **options)
+        if hook:
+            hook.remove()
+        assert (bits(forward, optimizer) == before) != result.accepted
+        assert where != "gradient" or math.isfinite(result.loss)
+        self.steps.append((number, options["lr"], result.objection))
+        return result
+
+
+def bits(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[bytes]:
+    """Of the weights, the moments and the count of updates."""
+    state = [v for p in model.parameters() for v in optimizer.state.get(p, {}).values()]
+    return [t.detach().numpy().tobytes() for t in (*model.parameters(), *state)]
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watched]:
+    """`watch(spoil, end)`: from now on runs suffer this."""
+    batch, step = Batches.batch, rekindle.train.train_step
+
+    def begin(spoil: dict[int, str], end: dict[int, Any] | None = None) -> Watched:
+        watched = Watched(spoil, end or {})
+        monkeypatch.setattr(Batches, "batch", lambda *a: watched.batch(batch, *a))
+        monkeypatch.setattr(
+            rekindle.train, "train_step", lambda *a, **o: watched.step(step, *a, **o)
+        )
+        return watched
+
+    return begin
+
+
+@pytest.fixture
+def run(
+    command: Callable, rekindle: Callable, tmp_path: Path, one_thread: None
+) -> Callable[..., Any]:
+    """`run("name")`: 60 steps, a checkpoint at every 8th."""
+    return lambda name: rekindle(*command(tmp_path / name), *FLAGS)
+
+
+def end_of(run: Path, records: Records) -> tuple[Any, ...]:
+    """What two equal runs have in common."""
+    last = checkpoint.list_checkpoints(run / "checkpoints")[-1]
+    said = checkpoint.load(last).description
+    assert said["step"] == 60
+    return (
+        [(last / name).read_bytes() for name in checkpoint.FILES],
+        {key: said[key] for key in ("updates", "data_position", "guard", "validation_loss")},
+        records(run, "train", "validation", "samples", "return"),
+    )
+
+
+@pytest.fixture(scope="module")
+def ends() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def undisturbed(
+    watch: Callable, run: Callable, tmp_path: Path, records: Records, ends: dict[str, Any]
+) -> Callable[[dict[int, str]], tuple[Any, ...]]:
+    """`undisturbed(spoil)`: the end of a run that suffers this and nothing else, made once."""
+
+    def end(spoil: dict[int, str]) -> tuple[Any, ...]:
+        if (name := str(spoil)) not in ends:
+            watch(spoil)
+            assert run("straight").status == 0
+            ends[name] = end_of(tmp_path / "straight", records)
+        return ends[name]
+
+    return end
+
+
+BAD = ["loss nan", "loss inf", "loss -inf", "gradient nan", "gradient inf", "gradient -inf"]
+
+
+def test_a_refused_step_uses_up_its_batch_and_its_place_in_the_schedule(
+    watch: Callable, run: Callable, tmp_path: Path
+) -> None:
+    """`Watched.step` sees that it touches no bit of the weights and the moments."""
+    plain = watch({})
+    assert run("plain").status == 0
+    spoil = {3 + 5 * n: bad for n, bad in enumerate(BAD)} | {50: "labels"}
+    spoilt = watch(spoil)
+    assert run("run").status == 0
+    assert [step[:2] for step in spoilt.steps] == [step[:2] for step in plain.steps]
+    assert [number for number, _, objection in spoilt.steps if objection] == list(spoil)
+    assert spoilt.steps[50][2].startswith("a spike, where ")
+    last = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-000060")
+    assert last.description["updates"] == 60 - len(spoil)
+    assert all(tensor.isfinite().all() for tensor in last.model.values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, Killed], ids=["told to stop", "killed"])
+@pytest.mark.parametrize("at", [5, 41, 52])
+def test_the_guard_remembers_across_a_stop(
+    watch: Callable, run: Callable, undisturbed: Callable, tmp_path: Path, records: Records,
+    at: int, number: Any,
+) -> None:  # fmt: skip
+    """Before and in the middle of what is refused."""
+    spoil = dict.fromkeys((4, 5, 6, 8), "loss nan")
+    spoil |= dict.fromkeys((20, 40, 41, 51, 53), "labels")  # 20 is too early to be refused
+    expected = undisturbed(spoil)
+    assert [r["step"] for r in expected[2] if not r.get("accepted", True)] == [
+        4, 5, 6, 8, 40, 41, 51, 53,
+    ]  # fmt: skip
+    watch(spoil, {at: number})
+    if number is Killed:
+        with pytest.raises(Killed):
+            run("run")
+    else:
+        assert run("run").status == 128 + number
+    assert run("run").status == 0
+    assert end_of(tmp_path / "run", records) == expected
+
+
+# -- ten in a row ----------------------------------------------------------------------------------
+
+STREAK = dict.fromkeys(range(44, 54), "labels")
+
+
+def test_ten_in_a_row_step_over_the_data(
+    watch: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with the bits of a run on data in which they never were."""
+    watched = watch(STREAK)
+    outcome = run("run")
+    assert outcome.status == 0, outcome.err
+    assert (
+        "the 10 steps before step 54 were refused in a row: back to step 40, with batch 54 and on "
+        "(stepping over 40 to 53)"
+    ) in outcome.out
+    assert [number for number, _, _ in watched.steps] == list(range(74))
+    rates = [lr for _, lr, _ in watched.steps]
+    assert rates[54:68] == rates[40:54]
+    numbers = Batches.numbers
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "numbers", lambda self, n: numbers(self, n + 14 if n >= 40 else n))
+        watch({})
+        assert run("without").status == 0
+    ends = [tmp_path / name / "checkpoints" / "step-000060" for name in ("run", "without")]
+    for name in checkpoint.FILES:
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+    said = [checkpoint.load(end).description for end in ends]
+    assert said[0]["guard"] == said[1]["guard"]
+    assert said[0]["data_position"] == {"windows": 74 * 8}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, Killed], ids=["told to stop", "killed"])
+@pytest.mark.parametrize("at", [46, 53, 54])
+def test_stopped_around_going_back_it_ends_the_same(
+    watch: Callable, run: Callable, undisturbed: Callable, tmp_path: Path, records: Records,
+    at: int, number: Any,
+) -> None:  # fmt: skip
+    """In the streak, in its last step, and right after going back."""
+    expected = undisturbed(STREAK)
+    watch(STREAK, {at: number})
+    if number is Killed:
+        with pytest.raises(Killed):
+            run("run")
+    else:
+        assert run("run").status == 128 + number
+    assert run("run").status == 0
+    assert end_of(tmp_path / "run", records) == expected
+
+
+def test_a_checkpoint_saved_in_the_streak_is_not_gone_back_to(
+    watch: Callable, run: Callable, undisturbed: Callable, tmp_path: Path, records: Records
+) -> None:
+    expected = undisturbed(STREAK)
+    watch(STREAK, {45: signal.SIGTERM, 49: signal.SIGINT})
+    names = []
+    for status in (128 + signal.SIGTERM, 128 + signal.SIGINT, 0):
+        assert run("run").status == status
+        found = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+        names.append([path.name for path in found[-2:]])
+    assert names[0] == ["step-000040", "step-000046"]
+    assert names[1] == ["step-000046", "step-000050"]
+    assert not (tmp_path / "run" / "checkpoints" / "step-000050").exists()
+    assert end_of(tmp_path / "run", records) == expected
+
+
+def test_no_checkpoint_is_saved_within_a_streak_unasked(watch: Callable, run: Callable) -> None:
+    watch(dict.fromkeys(range(44, 50), "labels"))
+    outcome = run("run")
+    assert "step    40 | saved" in outcome.out
+    assert "step    48 | saved" not in outcome.out
+    assert "step    56 | saved" in outcome.out
+
+
+# -- by data alone, and killed for real ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data whose batches 44 to 53, in order, are noise."""
+    folder = tmp_path_factory.mktemp("noisy")
+    chance = np.random.default_rng(0)
+    tokens = (np.cumsum(chance.integers(0, 4, 128 * 75 + 1)) % 96 + 32).astype(np.uint16)
+    tokens[128 * 44 : 128 * 54] = chance.integers(0, 32, 1280)
+    entries = []
+    for split in ("train", "val"):
+        count, sha256 = shards.write_shard(folder / f"{split}.bin", [tokens])
+        entries.append(shards.Shard(f"{split}.bin", split, count, 1, sha256))
+        tokens = tokens[:400]
+    shards.Manifest(ByteTokenizer.name, ByteTokenizer.sha256, 257, {}, tuple(entries)).write(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["rename metrics.jsonl 1 1 kill", "rename metrics.jsonl 1 1 after",
+     "write metrics.jsonl 75 1 kill", "write metrics.jsonl 76 1 half"],
+)  # fmt: skip
+def test_killed_while_going_back_it_ends_the_same(
+    tmp_path: Path, nursery: Callable, command: Callable, noisy: Path, records: Records,
+    ends: dict[str, Any], fault: str,
+) -> None:  # fmt: skip
+    """Before and after the log is cut back, and in the lines that follow."""
+
+    def train(name: str, **job: Any) -> Any:
+        flags = [*FLAGS, "--data", noisy, "--batch.order", "sequential"]
+        return nursery([*command(tmp_path / name), *flags], **job)
+
+    if "killed" not in ends:
+        assert "back to step 40, with batch 54 and on" in train("straight").out
+        ends["killed"] = end_of(tmp_path / "straight", records)
+    end = train("run", fault=fault)
+    assert end.status == -signal.SIGKILL
+    assert "saved" in end.out
+    assert train("run").status == 0
+    assert end_of(tmp_path / "run", records) == ends["killed"]
+    (line,) = records(tmp_path / "run", "return")
+    assert line == {"kind": "return", "step": 40, "refused_at": 53, "next_batch": 54}

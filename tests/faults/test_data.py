@@ -1,0 +1,236 @@
+"""Data that changes under a run is found before anything wrong is learnt from it."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rekindle import train as rekindle_train
+from rekindle.data import shards
+from rekindle.data.batches import Batches, Windows, validation_batches
+from rekindle.data.shards import HEADER_BYTES, Manifest, Unchanged
+from rekindle.errors import UserError
+from rekindle.runtime import checkpoint
+
+Records = Callable[..., list[dict[str, Any]]]
+WriteShards = Callable[..., Manifest]
+PREFETCHED = 3  # batches that are read before a step: one in its thread's hand, two in the queue
+
+
+@pytest.fixture
+def data(tmp_path: Path, shard_set: Path) -> Path:
+    """A copy of the shards that may be changed."""
+    return shutil.copytree(shard_set, tmp_path / "data")
+
+
+def replace(path: Path) -> None:
+    """Put another file of the same length, and as old, in its place."""
+    before, other = path.stat(), path.with_name("other")
+    other.write_bytes(path.read_bytes()[::-1])
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(other, path)
+
+
+def overwrite(path: Path) -> None:
+    with open(path, "rb+") as file:
+        file.seek(HEADER_BYTES)
+        file.write(b"\x21\x00" * 100)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 0)  # not even its first page is left: to read there ends the process
+
+
+def spoil(path: Path, token: int, value: int) -> None:
+    """As a bad disk or memory would: the file looks untouched."""
+    before = path.stat()
+    with open(path, "rb+") as file:
+        file.seek(HEADER_BYTES + 2 * token)
+        file.write(np.uint16(value).tobytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES = [replace, overwrite, cut, Path.unlink]
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
+    """`meanwhile(5, do)`: it is done in step 5, when all batches for the next ones are read."""
+
+    def arrange(at: int, do: Callable[[], Any]) -> None:
+        original = rekindle_train.learning_rate
+
+        def wrapped(step: int, **options: Any) -> float:
+            if step == at:
+                time.sleep(0.1)
+                do()
+            return original(step, **options)
+
+        monkeypatch.setattr(rekindle_train, "learning_rate", wrapped)
+
+    return arrange
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("name", ["train-0000.bin", "train-0001.bin", "val-0001.bin"])
+def test_a_shard_that_changes_ends_the_run(
+    tmp_path: Path, data: Path, train: Callable, command: Callable, rekindle: Callable,
+    records: Records, meanwhile: Callable, monkeypatch: pytest.MonkeyPatch, change: Callable,
+    name: str,
+) -> None:  # fmt: skip
+    """All that was learnt and saved until then is what it would have been."""
+    examine = 3 if name.startswith("val") else 0  # which would find it as well
+    flags = ("--data", data, "--steps", 24, "--checkpoint-every", 2, "--eval-every", examine)
+    train(tmp_path / "straight", *flags)
+    meanwhile(7, lambda: change(data / name))
+    outcome = rekindle(*command(tmp_path / "run"), *flags)
+    assert outcome.status == 2
+    assert f"{data / name} was changed while the run was reading it" in outcome.err
+    done = records(tmp_path / "run", "train")
+    assert 7 <= done[-1]["step"] <= 7 + PREFETCHED
+    assert done == records(tmp_path / "straight", "train")[: len(done)]
+    examined = records(tmp_path / "run", "validation")
+    assert examined == records(tmp_path / "straight", "validation")[: len(examined)]
+    found = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert found[-1].name <= f"step-{done[-1]['step'] + 1:06d}"
+    for path in found:
+        for file in checkpoint.FILES:
+            other = tmp_path / "straight" / "checkpoints" / path.name / file
+            assert (path / file).read_bytes() == other.read_bytes()
+
+
+def test_a_batch_that_changes_while_it_is_read_is_not_learnt(
+    tmp_path: Path, data: Path, command: Callable, rekindle: Callable, records: Records,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    original = Batches.batch
+
+    def batch(batches: Batches, number: int, split: Any) -> Any:
+        if number == 6:
+            overwrite(data / "train-0000.bin")
+        return original(batches, number, split)
+
+    monkeypatch.setattr(Batches, "batch", batch)
+    assert rekindle(*command(tmp_path / "run"), "--data", data, "--eval-every", 0).status == 2
+    assert records(tmp_path / "run", "train")[-1]["step"] == 5
+
+
+def test_the_run_goes_on_once_the_data_is_as_it_was(
+    tmp_path: Path, data: Path, shard_set: Path, train: Callable, command: Callable,
+    rekindle: Callable, meanwhile: Callable, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with monkeypatch.context():
+        meanwhile(5, lambda: overwrite(data / "train-0000.bin"))
+        assert rekindle(*command(tmp_path / "run"), "--data", data).status == 2
+        monkeypatch.undo()
+    outcome = rekindle(*command(tmp_path / "run"), "--data", data)
+    assert outcome.status == 2
+    assert "train-0000.bin is not what was prepared (its SHA-256 differs)" in outcome.err
+    shutil.copy(shard_set / "train-0000.bin", data)
+    assert "goes on at step" in train(tmp_path / "run", "--data", data).out
+
+
+@pytest.mark.parametrize(("name", "token"), [("train-0001.bin", 333), ("val-0001.bin", 77)])
+def test_an_id_out_of_range_is_named(
+    tmp_path: Path, data: Path, command: Callable, rekindle: Callable, meanwhile: Callable,
+    name: str, token: int,
+) -> None:  # fmt: skip
+    """Though the file looks untouched. Two epochs are 19 steps."""
+    meanwhile(2, lambda: spoil(data / name, token, 60_000))
+    flags = ("--steps", 24, "--eval-every", 3, "--checkpoint-every", 4)
+    outcome = rekindle(*command(tmp_path / "run"), "--data", data, *flags)
+    assert outcome.status == 2
+    assert (
+        f"{data / name} holds the id 60000 beyond the vocabulary of 257 at token {token}, and did "
+        "not when it was checked"
+    ) in outcome.err
+    found = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert all(path.name < "step-000020" for path in found)
+
+
+def test_a_run_told_to_stop_after_the_change_saves_what_was_right(
+    tmp_path: Path, data: Path, train: Callable, command: Callable, rekindle: Callable,
+    meanwhile: Callable, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def change() -> None:
+        overwrite(data / "train-0000.bin")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context():
+        meanwhile(5, change)
+        outcome = rekindle(*command(tmp_path / "run"), "--data", data)
+        assert outcome.status == 128 + signal.SIGTERM
+        monkeypatch.undo()
+    train(tmp_path / "run")  # with data that is as it was
+    train(tmp_path / "straight")
+    ends = [tmp_path / name / "checkpoints" / "step-000012" for name in ("run", "straight")]
+    for name in checkpoint.FILES:
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+
+
+# -- the parts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_unchanged_names_the_file(data: Path, change: Callable) -> None:
+    unchanged = Unchanged(data, shards.read_manifest(data))
+    (data / "train-0000.bin").read_bytes()
+    (data / "another file").write_text("is nobody's business")
+    unchanged.check()
+    change(data / "train-0001.bin")
+    with pytest.raises(UserError, match=r"train-0001\.bin was changed while"):
+        unchanged.check()
+
+
+def test_a_link_may_be_moved_but_not_to_other_tokens(tmp_path: Path, data: Path) -> None:
+    """A folder of links, as the hub's cache is one."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in data.iterdir():
+        (links / path.name).symlink_to(path)
+    unchanged = Unchanged(links, shards.read_manifest(links))
+    unchanged.check()
+    (links / "train-0001.bin").unlink()
+    (links / "train-0001.bin").symlink_to(data / "train-0000.bin")
+    with pytest.raises(UserError, match=r"train-0001\.bin was changed while"):
+        unchanged.check()
+
+
+@pytest.mark.parametrize("token", [0, 15, 16, 17, 300, 496])
+def test_windows_find_an_id_out_of_range(data: Path, token: int) -> None:
+    """Anywhere in a window, in any shard, and only in the windows that hold it."""
+    spoil(data / "train-0001.bin", token, 257)
+    manifest = shards.read_manifest(data)
+    windows = Windows(shards.open_split(data, manifest, "train"), 16, manifest.vocab_size)
+    holding = [n for n in range(len(windows)) if _holds(windows, n, 257)]
+    assert len(holding) == (2 if token and token % 16 == 0 and token < 512 else 1)
+    others = np.setdiff1d(np.arange(len(windows)), holding)
+    windows.read(others)
+    for number in holding:
+        with pytest.raises(UserError, match=rf"train-0001\.bin holds the id 257 .* token {token},"):
+            windows.read(np.append(others, number))
+
+
+def _holds(windows: Windows, number: int, token: int) -> bool:
+    return token in Windows(windows.shards, windows.T).read(np.array([number]))
+
+
+def test_the_largest_id_is_in_range(tmp_path: Path, write_shards: WriteShards) -> None:
+    manifest = write_shards(tmp_path, [100], [60])
+    spoil(tmp_path / "train-0000.bin", 5, 256)
+    windows = Windows(shards.open_split(tmp_path, manifest, "train"), 16, 257)
+    assert 256 in windows.read(np.arange(len(windows)))
+    assert len(windows.read(np.arange(0))) == 0
+
+
+def test_validation_finds_an_id_out_of_range(data: Path) -> None:
+    spoil(data / "val-0001.bin", 42, 300)
+    found = shards.open_split(data, shards.read_manifest(data), "val")
+    with pytest.raises(UserError, match=r"val-0001\.bin holds the id 300 .* at token 42,"):
+        list(validation_batches(found, 16, 10**6, 4, vocab_size=257))

@@ -1,0 +1,501 @@
+"""Whatever a file holds, reading it ends well or with one clear line; and it cannot run code.
+
+    REKINDLE_FUZZ=5000 python -m pytest tests/faults/test_fuzz.py
+
+tries so many inputs of each kind; without it, enough for every change. A failure names its seed,
+with which REKINDLE_SEED repeats it.
+"""
+
+import io
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rekindle import load, run, storage
+from rekindle.data import shards
+from rekindle.data.prepare import _saved_state
+from rekindle.errors import UserError
+from rekindle.evaluate.questions import read_questions
+from rekindle.interop.huggingface import GPT2
+from rekindle.observe.report import draw_loss
+from rekindle.runtime import checkpoint
+
+INPUTS = int(os.environ.get("REKINDLE_FUZZ", 60))
+SEED = int(os.environ.get("REKINDLE_SEED", 0)) or time.time_ns() % 10**6
+Mutate = Callable[[bytes, random.Random], bytes]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HOSTILE = [
+    None, True, False, 0, -1, 1, 2, 3, 17, 2**16, 2**31, 2**53, 2**63, 10**18, 10**40, -(10**40),
+    0.5, -0.0, 1e308,
+    float("nan"), float("inf"), "", "x", "..", ".", "../../x", "/etc/passwd", "a/b", "a\\b",
+    "a\0b", "\ud800", "x" * 5000, "gpt2", "bytes", "F64", "C64", "F8_E4M3", "BOOL",
+    [], {}, [[]], [None], [0, 0],
+    [-1, 1], [2**62, 4], {"": {}}, ["../x"] * 3,
+]  # fmt: skip
+
+
+def damage(content: bytes, chance: random.Random) -> bytes:
+    """Flip, delete, repeat, cut, or insert some bytes."""
+    out = bytearray(content)
+    for _ in range(chance.choice([1, 1, 1, 2, 8])):
+        at = chance.randrange(len(out) + 1)
+        size = min(chance.choice([1, 1, 2, 4, 16, 200]), len(out) - at)
+        match chance.randrange(5):
+            case 0 if size:
+                out[at] ^= 1 << chance.randrange(8)
+            case 1:
+                del out[at : at + size]
+            case 2:
+                out[at:at] = out[at : at + size]
+            case 3:
+                del out[at:]
+            case _:
+                out[at : at + size] = chance.randbytes(size)
+    return bytes(out)
+
+
+def places(value: Any, path: tuple = ()) -> list[tuple]:
+    """Where there is anything in a JSON value, by keys and indices."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = [path] if path else []
+    if isinstance(value, dict | list):
+        for key, inner in items:
+            found += (
+                places(inner, (*path, key)) if isinstance(inner, dict | list) else [(*path, key)]
+            )
+    return found
+
+
+def edit(value: Any, chance: random.Random) -> Any:
+    """A copy of a JSON value with one to three places changed."""
+    value = json.loads(json.dumps(value))
+    for _ in range(chance.choice([1, 1, 1, 3])):
+        found = places(value) if isinstance(value, dict | list) else []
+        if not found or chance.random() < 0.02:
+            return chance.choice(HOSTILE)
+        *outer, key = chance.choice(found)
+        holder: Any = value
+        for step in outer:
+            holder = holder[step]
+        kind = chance.randrange(8)
+        if kind == 0:
+            del holder[key]
+        elif kind == 1 and isinstance(holder, list):
+            holder.append(holder[key])
+        elif kind == 1 and isinstance(holder, dict):
+            holder[f"{key}x"] = holder[key]
+        elif kind == 2:
+            holder[key] = [holder[key]]
+        elif kind == 3 and isinstance(holder[key], int):
+            holder[key] = holder[key] * chance.choice([-1, 2, 10**6, 10**15]) + chance.choice(
+                [-1, 0, 1]
+            )
+        else:
+            holder[key] = chance.choice(HOSTILE)
+    return value
+
+
+def edit_json(content: bytes, chance: random.Random) -> bytes:
+    return json.dumps(edit(json.loads(content), chance)).encode()
+
+
+def edit_lines(content: bytes, chance: random.Random) -> bytes:
+    """One line of JSON lines changed, or all of it damaged."""
+    lines = content.splitlines()
+    at = chance.randrange(len(lines))
+    lines[at] = chance.choice([edit_json, damage])(lines[at], chance)
+    return b"\n".join(lines) + b"\n"
+
+
+def edit_header(content: bytes, chance: random.Random) -> bytes:
+    """Of a safetensors file: its header changed, its tensors as they were."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(edit(json.loads(content[8 : 8 + size]), chance)).encode()
+    claimed = (
+        len(header) if chance.random() < 0.9 else chance.choice([0, 1, 2**31, 2**63, 2**64 - 1])
+    )
+    return claimed.to_bytes(8, "little") + header + content[8 + size :]
+
+
+def edit_shard(content: bytes, chance: random.Random) -> bytes:
+    """Another number in the header, and perhaps another length."""
+    out = bytearray(content)
+    number = chance.choice([0, 1, -1, 2**31 - 1, -(2**31), len(out), chance.randrange(2000)])
+    at = 4 * chance.choice([0, 1, 2, 2, 2, 3])
+    out[at : at + 4] = number.to_bytes(4, "little", signed=True)
+    return bytes(out[: chance.choice([len(out), len(out), chance.randrange(len(out))])])
+
+
+def seal(changed: Path) -> None:
+    """Give a checkpoint the hashes of what it holds now, as whoever means harm would."""
+    folder = changed.parent
+    file = folder / checkpoint.DESCRIPTION
+    description = json.loads(file.read_bytes())
+    if not isinstance(description, dict):
+        return
+    files = description.get("files")
+    for name in checkpoint.FILES:
+        entry = files.get(name) if isinstance(files, dict) else None
+        if isinstance(entry, dict) and file != changed:
+            entry["bytes"] = (folder / name).stat().st_size
+            entry["sha256"] = storage.file_sha256(folder / name)
+    description.pop("sha256", None)
+    description["sha256"] = checkpoint._description_sha256(description)
+    file.write_text(json.dumps(description))
+
+
+def peak_memory() -> float:
+    """The most that this process has ever taken, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@pytest.fixture
+def fuzz() -> Callable[..., int]:
+    """`fuzz(file, mutations, read)`: reads `file` in many changed forms; each read ends well or
+    with a `UserError` of one line, within seconds and without much memory."""
+
+    def over(
+        file: Path, mutations: list[Mutate], read: Callable[[], Any], *,
+        sealed: bool = False, inputs: int = INPUTS,
+    ) -> int:  # fmt: skip
+        content, accepted, before_all = file.read_bytes(), 0, peak_memory()
+        description = file.parent / checkpoint.DESCRIPTION
+        before = description.read_bytes() if sealed else b""
+        for n in range(inputs):
+            chance = random.Random(SEED + n)
+            file.write_bytes(chance.choice(mutations)(content, chance))
+            if sealed:
+                seal(file)
+            began, said = time.monotonic(), ""
+            try:
+                read()
+                accepted += 1
+            except UserError as error:
+                said = str(error)
+            except BaseException as error:
+                error.add_note(f"REKINDLE_SEED={SEED + n}: {file.read_bytes()[:3000]!r}")
+                raise
+            one_line = "\n" not in said and len(said) < 1000
+            assert one_line, f"REKINDLE_SEED={SEED + n}: {said}"
+            assert time.monotonic() - began < 10, f"REKINDLE_SEED={SEED + n}: {said}"
+            assert peak_memory() < before_all + 512, f"REKINDLE_SEED={SEED + n}"
+            if sealed:
+                description.write_bytes(before)
+        file.write_bytes(content)
+        read()  # and as it was, it is whole
+        print(f"{file.name}: {inputs} inputs, {accepted} read")
+        return accepted
+
+    return over
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("original") / "run"
+
+
+@pytest.fixture
+def trained(original: Path, train: Callable, tmp_path: Path) -> Path:
+    """A run of four steps, which may be changed."""
+    if not original.exists():
+        train(original, "--steps", 4)
+    return shutil.copytree(original, tmp_path / "run")
+
+
+@pytest.fixture
+def data(tmp_path: Path, shard_set: Path) -> Path:
+    return shutil.copytree(shard_set, tmp_path / "data")
+
+
+@pytest.fixture
+def again(command: Callable, rekindle: Callable, trained: Path) -> Callable[..., None]:
+    """Give the command that trained the run once more: everything is read, and one step taken."""
+
+    def call(*flags: Any) -> None:
+        outcome = rekindle(*command(trained), "--steps", 4, *flags)
+        if outcome.status:
+            assert outcome.status == 2
+            assert outcome.err.startswith("rekindle: error: ")
+            raise UserError(outcome.err.rstrip("\n"))
+
+    return call
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def read_data(folder: Path) -> None:
+    """All that a run does with its data before the first step, and its first batch."""
+    manifest = shards.read_manifest(folder)
+    shards.verify(folder, manifest)
+    for split in ("train", "val"):
+        for tokens in shards.open_split(folder, manifest, split):
+            tokens[:10].sum()
+    manifest.summary()
+
+
+def test_shards(fuzz: Callable, data: Path) -> None:
+    def read() -> None:
+        assert len(shards.open_shard(data / "train-0000.bin")) >= 0
+
+    fuzz(data / "train-0000.bin", [edit_shard, damage], read)
+
+
+def test_manifests(fuzz: Callable, data: Path) -> None:
+    fuzz(data / "manifest.json", [damage, edit_json, edit_json], lambda: read_data(data))
+
+
+def test_a_run_on_hostile_data(
+    fuzz: Callable, data: Path, command: Callable, rekindle: Callable, tmp_path: Path
+) -> None:
+    def read() -> None:
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        outcome = rekindle(*command(tmp_path / "new"), "--steps", 1, "--data", data)
+        if outcome.status:
+            assert outcome.status == 2
+            raise UserError(outcome.err.rstrip("\n"))
+
+    fuzz(data / "manifest.json", [edit_json], read, inputs=INPUTS // 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.bin", "..", ".", "", "/etc/passwd", "a/b.bin", ".hidden", "a\0"]
+)
+def test_names_cannot_leave_the_folder(data: Path, name: str) -> None:
+    manifest = storage.read_json(data / "manifest.json")
+    manifest["shards"][0]["name"] = name
+    storage.write_json(data / "manifest.json", manifest)
+    with pytest.raises(UserError, match="which is no shard of this folder"):
+        shards.read_manifest(data)
+
+
+def test_names_of_an_unfinished_preparation_cannot_leave_the_folder(tmp_path: Path) -> None:
+    """What is named there would be removed."""
+    state = {
+        "source": {},
+        "cursor": [0, 0],
+        "shards": [],
+        "pending": {"val": {"documents": 0, "pieces": ["../../x"]}},
+    }
+    (tmp_path / shards.UNFINISHED).mkdir()
+    storage.write_json(tmp_path / shards.UNFINISHED / shards.STATE, state)
+    with pytest.raises(UserError, match="names files of other folders"):
+        _saved_state(None, tmp_path, {})  # type: ignore[arg-type]
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def last(run: Path) -> Path:
+    return checkpoint.list_checkpoints(run / "checkpoints")[-1]
+
+
+def use(folder: Path) -> None:
+    """Load a checkpoint, as an answering model and as one in training."""
+    load._load(str(folder)).model(torch.zeros(1, 4, dtype=torch.long))
+    loaded = checkpoint.load(folder)
+    model = load._load(str(folder)).model
+    loaded.restore_optimizer(model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize("name", [checkpoint.DESCRIPTION, *checkpoint.FILES])
+def test_damaged_checkpoints(fuzz: Callable, trained: Path, name: str) -> None:
+    """By chance, so that the hashes tell: nothing but the file itself is accepted."""
+    mutations = [damage, edit_json] if name == checkpoint.DESCRIPTION else [damage, edit_header]
+    fuzz(last(trained) / name, mutations, lambda: use(last(trained)), inputs=INPUTS // 2)
+
+
+@pytest.mark.parametrize("name", [checkpoint.DESCRIPTION, *checkpoint.FILES])
+def test_checkpoints_that_mean_harm(fuzz: Callable, trained: Path, name: str) -> None:
+    """With the right hashes."""
+    mutations = (
+        [edit_json] if name == checkpoint.DESCRIPTION else [damage, edit_header, edit_header]
+    )
+    fuzz(last(trained) / name, mutations, lambda: use(last(trained)), sealed=True)
+
+
+def test_a_run_that_goes_on_from_what_means_harm(
+    fuzz: Callable, trained: Path, again: Callable
+) -> None:
+    """What cannot be used is set aside; here that is all there is."""
+    file, checkpoints = last(trained) / checkpoint.DESCRIPTION, trained / "checkpoints"
+    whole = shutil.copytree(checkpoints, trained.parent / "whole")
+
+    def read() -> None:
+        try:
+            again("--steps", 5)
+        finally:
+            shutil.rmtree(checkpoints)
+            shutil.copytree(whole, checkpoints)
+
+    fuzz(file, [edit_json], read, sealed=True, inputs=INPUTS // 2)
+
+
+def test_run_json(fuzz: Callable, trained: Path, again: Callable) -> None:
+    fuzz(trained / "run.json", [damage, edit_json], again, inputs=INPUTS // 3)
+    fuzz(trained / "run.json", [damage, edit_json], lambda: run._identity_of(trained))
+
+
+def test_metrics(fuzz: Callable, trained: Path, again: Callable) -> None:
+    log = trained / "metrics.jsonl"
+    content = log.read_bytes()
+
+    def read() -> None:
+        try:
+            again()
+        finally:
+            log.write_bytes(content)
+
+    fuzz(log, [damage, edit_lines], read, inputs=INPUTS // 3)
+
+
+def test_reports(fuzz: Callable, trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    fuzz(
+        trained / "metrics.jsonl", [damage, edit_lines, edit_lines],
+        lambda: draw_loss(trained, tmp_path / "loss.svg"), inputs=INPUTS // 10,
+    )  # fmt: skip
+    fuzz(
+        trained / "run.json",
+        [damage, edit_json],
+        lambda: draw_loss(trained, tmp_path / "loss.svg"),
+        inputs=INPUTS // 10,
+    )
+
+
+# -- other people's files --------------------------------------------------------------------------
+
+ROWS = [
+    {
+        "ctx": f"A man number {n}",
+        "endings": ["walks.", "talks.", "flies.", "é"],
+        "label": str(n % 4),
+        "ind": n,
+    }
+    for n in range(4)
+]
+
+
+def test_hellaswag_lines(fuzz: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    fuzz(file, [damage, edit_lines, edit_lines], lambda: read_questions(file), inputs=4 * INPUTS)
+
+
+def test_hellaswag_parquet(fuzz: Callable, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "questions.parquet"
+
+    def write_rows(content: bytes, chance: random.Random) -> bytes:
+        buffer = io.BytesIO()
+        try:
+            pq.write_table(pa.Table.from_pylist(edit(ROWS, chance)), buffer)
+        except (pa.ArrowException, TypeError, AttributeError, OverflowError, ValueError):
+            return content  # no table
+        return buffer.getvalue()
+
+    pq.write_table(pa.Table.from_pylist(ROWS), file)
+    fuzz(file, [damage, write_rows], lambda: read_questions(file), inputs=2 * INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "mutations"),
+    [
+        ("config.json", [damage, edit_json, edit_json]),
+        ("model.safetensors", [damage, edit_header, edit_header]),
+    ],
+)
+def test_hugging_face_folders(
+    fuzz: Callable, tmp_path: Path, trained: Path, name: str, mutations: list[Mutate]
+) -> None:
+    from safetensors.torch import save_file
+
+    loaded = checkpoint.load(last(trained))
+    c = loaded.config
+    config = {
+        "model_type": "gpt2", "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
+        "n_positions": c.block_size, "vocab_size": c.padded_vocab_size, "n_inner": None,
+        "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+    }  # fmt: skip
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    storage.write_json(folder / "config.json", config)
+    turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    weights = {n: t.t().contiguous() if n.endswith(turned) else t for n, t in loaded.model.items()}
+    save_file(weights, folder / "model.safetensors")
+    fuzz(
+        folder / name, mutations,
+        lambda: GPT2.from_pretrained(folder)(torch.zeros(1, 4, dtype=torch.long)),
+        inputs=2 * INPUTS,
+    )  # fmt: skip
+
+
+# -- code ------------------------------------------------------------------------------------------
+
+
+class Harmful:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_nothing_that_is_loaded_runs_code(
+    tmp_path: Path, trained: Path, data: Path, again: Callable
+) -> None:
+    """A pickle in the place of any file is refused and not run."""
+    mark = tmp_path / "it ran"
+    pickled = pickle.dumps(Harmful(mark))
+    pickle.loads(pickled)
+    assert mark.exists()
+    mark.unlink()
+    with_torch = io.BytesIO()
+    torch.save({"model": Harmful(mark)}, with_torch)
+    files = [p for folder in (trained, data) for p in folder.rglob("*") if p.is_file()]
+    assert len(files) > 8
+    for file in files:
+        for content in (pickled, with_torch.getvalue()):
+            before = file.read_bytes()
+            file.write_bytes(content)
+            if file.parent == last(trained) and file.name != checkpoint.DESCRIPTION:
+                seal(file)
+            for read in (
+                lambda: use(last(trained)),
+                lambda: read_data(data),
+                lambda: again("--data", data),
+            ):
+                with suppress(UserError):
+                    read()
+            assert not mark.exists(), file
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(before)
+
+
+def test_no_module_unpickles() -> None:
+    """`torch.load`, `numpy.load` of objects, `eval` and their like are nowhere in the package."""
+    forbidden = re.compile(
+        r"\b(import|from) (pickle|marshal|yaml)\b|(torch|np)\.load\b|allow_pickle"
+        r"|(?<![\w.])(eval|exec)\("
+    )
+    for file in Path(storage.__file__).parent.rglob("*.py"):
+        for line in file.read_text().splitlines():
+            assert not forbidden.search(line.split("#")[0]), file

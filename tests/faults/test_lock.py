@@ -1,0 +1,138 @@
+"""A folder is one process's: the next one says whose it is, and disturbs nothing."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rekindle import storage
+from rekindle import train as rekindle_train
+from rekindle.data import prepare as rekindle_prepare
+from rekindle.data.readymade import PublishedShards, ShardFolder
+from rekindle.data.tokenizer import get_tokenizer
+from rekindle.errors import UserError
+from rekindle.runtime import checkpoint
+from rekindle.storage import Lock
+
+Nursery = Callable[..., Any]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_refused(end: Any, folder: Path) -> None:
+    assert end.status == 2
+    assert end.err.startswith(f"rekindle: error: {folder} is in use by process {os.getpid()} on ")
+    assert end.err.endswith(": wait until that is done, or give another --out\n")
+    assert end.err.count("\n") == 1
+
+
+@pytest.fixture
+def meanwhile(
+    monkeypatch: pytest.MonkeyPatch, nursery: Nursery, command: Callable
+) -> Callable[..., list[Any]]:
+    """`meanwhile(out, 5)`: in step 5 another process is given `out` too; how it ended."""
+
+    def arrange(out: Path, at: int) -> list[Any]:
+        original, ends = rekindle_train.learning_rate, []
+
+        def wrapped(step: int, **options: Any) -> float:
+            if step == at:
+                before = contents(out)
+                ends.append(nursery(command(out)))
+                assert contents(out) == before
+            return original(step, **options)
+
+        monkeypatch.setattr(rekindle_train, "learning_rate", wrapped)
+        return ends
+
+    return arrange
+
+
+def test_a_second_run_in_a_folder_is_refused(
+    tmp_path: Path, train: Callable, meanwhile: Callable, records: Callable
+) -> None:
+    """In a new folder and in one that is gone on with; and the first one does not notice."""
+    out = tmp_path / "run"
+    train(tmp_path / "straight", "--checkpoint-every", 0)
+    for steps, at in ((12, 3), (18, 14)):
+        (end,) = (meanwhile(out, at), train(out, "--checkpoint-every", 0, "--steps", steps))[0]
+        assert_refused(end, out)
+        if steps == 12:
+            ends = [run / "checkpoints" / "step-000012" for run in (out, tmp_path / "straight")]
+            for name in checkpoint.FILES:
+                assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+            assert records(out) == records(tmp_path / "straight")
+
+
+def test_after_a_kill_the_next_one_gets_in(
+    tmp_path: Path, nursery: Nursery, command: Callable, train: Callable
+) -> None:
+    out = tmp_path / "run"
+    end = nursery(command(out), fault="rename checkpoints/step-000008 1 1 kill")
+    assert end.status == -signal.SIGKILL
+    before = (out / ".lock").read_text()
+    assert before.startswith("process ")
+    assert "goes on at step 4 of 12" in train(out).out
+    assert (out / ".lock").read_text() != before
+    assert (out / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_second_preparation_into_a_folder_is_refused(
+    tmp_path: Path, nursery: Nursery, rekindle: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, out = tmp_path / "texts.jsonl", tmp_path / "data"
+    text.write_text("".join(json.dumps({"text": f"Number {n}."}) + "\n" for n in range(300)))
+    command = ["prepare", "--jsonl", text, "--tokenizer", "bytes", "--val-tokens", 200, "--out"]
+    write, ends = rekindle_prepare._Preparation._finish, []
+
+    def wrapped(preparation: Any) -> Any:
+        before = contents(out)
+        ends.append(nursery([*command, out]))
+        assert contents(out) == before
+        return write(preparation)
+
+    monkeypatch.setattr(rekindle_prepare._Preparation, "_finish", wrapped)
+    assert rekindle(*command, out).status == 0
+    assert_refused(ends[0], out)
+    assert "prepared already" in nursery([*command, out]).out
+    assert nursery([*command, tmp_path / "other"]).status == 0
+    mine, other = (contents(folder) for folder in (out, tmp_path / "other"))
+    assert {p.name: c for p, c in mine.items() if p.name != ".lock"} == {
+        p.name: c for p, c in other.items() if p.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize("make", [lambda folder: PublishedShards(), ShardFolder])
+def test_ready_made_shards_are_taken_by_one_process(
+    tmp_path: Path, shard_set: Path, make: Callable
+) -> None:
+    """The second is refused before it asks the hub for anything."""
+    (tmp_path / "train.bin").write_bytes((shard_set / "train-0000.bin").read_bytes())
+    with Lock(tmp_path) as first, Lock(tmp_path) as second:
+        first.take()
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on "):
+            make(tmp_path).take(tmp_path, get_tokenizer("gpt2"), print, second)
+    assert {path.name for path in tmp_path.iterdir()} == {"train.bin", ".lock"}
+
+
+def test_a_lock_is_given_back(tmp_path: Path) -> None:
+    with Lock(tmp_path) as lock:
+        lock.take()
+        lock.take()
+        with Lock(tmp_path) as other, pytest.raises(UserError, match="in use"):
+            other.take(create=False)
+    with Lock(tmp_path) as lock:
+        lock.take()
+
+
+def test_a_lock_that_is_not_there_is_not_made_without_leave(tmp_path: Path) -> None:
+    with Lock(tmp_path) as lock:
+        lock.take(create=False)
+        assert storage.is_empty(tmp_path)
+        assert not list(tmp_path.iterdir())
