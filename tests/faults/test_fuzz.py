@@ -328,6 +328,17 @@ def test_checkpoints_that_mean_harm(fuzz: Callable, trained: Path, name: str) ->
     fuzz(last(trained) / name, mutations, lambda: use(last(trained)), sealed=True)
 
 
+@pytest.mark.parametrize("name", checkpoint.FILES)
+def test_tensors_of_another_type_are_refused(trained: Path, name: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = last(trained) / name
+    save_file({key: tensor.double() for key, tensor in load_file(file).items()}, file)
+    seal(file)
+    with pytest.raises(UserError, match="not all tensors are float32"):
+        use(last(trained))
+
+
 def test_a_run_that_goes_on_from_what_means_harm(
     fuzz: Callable, trained: Path, again: Callable
 ) -> None:
