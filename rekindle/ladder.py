@@ -94,7 +94,6 @@ CPU_RUNGS = (
     Rung("compile", {"compile": True}, "one loop for what was many: fewer trips to memory"),
     Rung("padded vocabulary", {"padded": True}, "50,257 becomes 50,304: rows that fill vectors"),
     Rung("memory kept", {"keep_memory": True}, "the same pages every step, not new ones of zeros"),
-    Rung("bf16 residual", {"precision": "bf16"}, "the residual stream too, but not the weights"),
 )  # fmt: skip
 
 
