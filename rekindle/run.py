@@ -249,6 +249,11 @@ def open_run(
     if loaded:
         _check_same_model(recipe, manifest, loaded)
         split = loaded.description["split"]
+
+    def as_begun(name: str, default: Any) -> Any:
+        given = getattr(options, name)
+        return split.get(name, default) if given is None else given
+
     return Run(
         folder=out,
         recipe=recipe,
@@ -258,16 +263,12 @@ def open_run(
         checkpoint=loaded,
         damaged=damaged,
         forked_from=forked_from,
-        precision=options.precision or split.get("precision", "auto"),
-        compile=split.get("compile", True) if options.compile is None else options.compile,
-        kernels=split.get("kernels", False) if options.kernels is None else options.kernels,
-        recompute=split.get("recompute") if options.recompute is None else options.recompute,
-        deterministic=(
-            split.get("deterministic", False)
-            if options.deterministic is None
-            else options.deterministic
-        ),
-        shard=split.get("shard", False) if options.shard is None else options.shard,
+        precision=as_begun("precision", "auto"),
+        compile=as_begun("compile", True),
+        kernels=as_begun("kernels", False),
+        recompute=as_begun("recompute", None),
+        deterministic=as_begun("deterministic", False),
+        shard=as_begun("shard", False),
         threads=split.get("threads"),
         micro=recipe.batch.micro or _fitting_micro(recipe, split, ranks),
     )

@@ -4,6 +4,7 @@ A reader sees a file or folder whole or not at all: everything is written under 
 flushed to disk, hashed, renamed into place, and the folder that holds it is flushed as well.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -154,9 +155,7 @@ class Lock:
             raise UserError(
                 f"{self._path.parent} may not be written to ({error.strerror}): give another --out"
             ) from None
-        try:
-            _lock_file(descriptor)
-        except OSError:
+        if not _lock_file(descriptor):
             holder = (
                 os.pread(descriptor, 200, 0).decode(errors="replace") if os.name != "nt" else ""
             )
@@ -164,7 +163,7 @@ class Lock:
             raise UserError(
                 f"{self._path.parent} is in use by {holder or 'another process'}: wait until that "
                 "is done, or give another --out"
-            ) from None
+            )
         return descriptor
 
     def __enter__(self) -> "Lock":
@@ -177,16 +176,21 @@ class Lock:
             self._descriptor = None
 
 
-def _lock_file(descriptor: int) -> None:
-    """Lock an open file, or raise `OSError` at once."""
-    if os.name == "nt":
-        import msvcrt
+def _lock_file(descriptor: int) -> bool:
+    """Lock an open file; False if another process has. Some file systems of clusters have no locks:
+    there everybody gets one."""
+    try:
+        if os.name == "nt":
+            import msvcrt
 
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        import fcntl
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+    return True
 
 
 def set_aside(folder: Path) -> Path:

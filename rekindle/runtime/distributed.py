@@ -59,7 +59,7 @@ class World:
     def sum_(self, *tensors: Tensor) -> None:
         """Add each tensor over all ranks, in place. Gloo has no mean: whoever wants one divides."""
         if self.size > 1:
-            with self._together():
+            with self._together(done=dist.get_backend() == "gloo"):
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
@@ -98,8 +98,9 @@ class World:
                 dist.barrier()
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Something that needs every rank."""
+    def _together(self, *, done: bool = True) -> Iterator[None]:
+        """Something that needs every rank. `done`: it is over when the body is; NCCL's sums are
+        only begun there."""
         self.place.waits()
         try:
             yield
@@ -108,12 +109,8 @@ class World:
                 f"lost touch with another rank ({reason(error)}): what ended it says so itself; "
                 "the same command goes on from the newest checkpoint"
             ) from error
-        if self._on_cpu():
+        if done:
             self.place.goes_on()
-
-    def _on_cpu(self) -> bool:
-        """Whether an exchange is over when its function returns."""
-        return dist.get_backend() == "gloo"
 
     def close(self) -> None:
         if self.size > 1:

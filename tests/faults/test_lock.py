@@ -1,5 +1,6 @@
 """A folder is one process's: the next one says whose it is, and disturbs nothing."""
 
+import errno
 import json
 import os
 import signal
@@ -136,3 +137,24 @@ def test_a_lock_that_is_not_there_is_not_made_without_leave(tmp_path: Path) -> N
         lock.take(create=False)
         assert storage.is_empty(tmp_path)
         assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some of clusters are; but one that says the lock is taken means it."""
+    import fcntl
+
+    def refuse(number: int) -> Callable[[int, int], None]:
+        def flock(descriptor: int, operation: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOSYS))
+    with storage.Lock(tmp_path) as first, storage.Lock(tmp_path) as second:
+        first.take()
+        second.take()
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.EAGAIN))
+    with storage.Lock(tmp_path) as lock, pytest.raises(UserError, match="is in use by"):
+        lock.take()
