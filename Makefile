@@ -4,6 +4,8 @@
 
 # Without --system-certs a machine behind a proxy with its own certificates cannot download.
 export UV_SYSTEM_CERTS := 1
+# Python's bytecode once, now, and not at every start where nothing may write to .venv.
+export UV_COMPILE_BYTECODE := 1
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 LOCK := requirements.lock
 

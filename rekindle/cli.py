@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
         where = f" (rank {rank})" if ranks > 1 else ""
-        print(f"rekindle: error{where}: {error}", file=sys.stderr, flush=True)
+        # In one piece, or the lines of several ranks run together.
+        print(f"rekindle: error{where}: {error}\n", end="", file=sys.stderr, flush=True)
         return 2
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":

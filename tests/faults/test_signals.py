@@ -44,8 +44,7 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return arrange
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("at", [0, 5, 7, 11])
+@pytest.mark.parametrize(("at", "number"), zip((5, 7, 0, 11), [*SIGNALS, SIGNALS[0]], strict=True))
 def test_a_run_that_is_told_to_stop_goes_on_to_the_same_end(
     tmp_path: Path, train: Callable, rekindle: Callable, command: Callable, records: Records,
     tell: Callable, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, at: int,
