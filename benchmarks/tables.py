@@ -234,7 +234,7 @@ TABLES = (
     Table("Starting", "startup.json", "python -m benchmarks.startup",
           "Whole commands (targets: 0.5 s for import and help, 15 s for a resumed run's first "
           "step).", _startup),
-    Table("The ladder on a CPU", "ladder-cpu.json", "rekindle ladder",
+    Table("The ladder on a CPU", "ladder-cpu.json", "rekindle ladder --device cpu --steps 6",
           "The same model, weights and tokens on every rung.", _ladder),
     Table("Training step on a GPU", "gpu-step.json", f"{GPU} step --data DIR",
           "GPT-2 124M, 524,288 tokens a step, beside the lecture's final configuration (targets on "

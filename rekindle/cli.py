@@ -100,6 +100,8 @@ def train(o: argparse.Namespace) -> None:
     changes = {name: getattr(o, name) for name in FLAGS if hasattr(o, name)}
     recipe = recipes.override(recipe, changes)
     recipes.check(recipe)
+    if not o.timeout >= 0:  # nor is nan
+        raise UserError(f"--timeout must be at least 0 seconds, but is {o.timeout}")
 
     from rekindle.run import RunOptions
     from rekindle.train import train

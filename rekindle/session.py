@@ -89,10 +89,6 @@ class Session:
         self.unchanged.check()
         return x, y
 
-    def restore(self) -> None:
-        """Weights, moments and the guard's memory as the run's checkpoint has them."""
-        restore(self.run, self.model, self.optimizer, self.guard)
-
     def examine(self, step: int) -> None:
         self.unchanged.check()
         self.validation = self.examiner(step)
@@ -119,7 +115,7 @@ class Session:
     def go_back(self, step: int, batch: int) -> int:
         """After too many refused steps: return to the checkpoint before them, with the data after
         them. Returns the step to go on with; the next batch is `batch`."""
-        self.saver.finish()
+        self.saver.close()  # a disk that failed is no reason to end: there are older ones
         self.world.barrier()
         refused = f"the {self.guard.refused} steps before step {step} were refused in a row"
         advice = "lower --optim.lr and start anew, or fork an earlier checkpoint"
@@ -129,7 +125,7 @@ class Session:
         self.returns[back] += 1
         if self.returns[back] > GIVE_UP_AFTER:
             raise UserError(f"{refused}, though the run went back to step {back} before: {advice}")
-        self.restore()
+        restore(self.run, self.model, self.optimizer, self.guard)
         self.metrics.rewind(self.run.is_past)
         self.metrics.record("return", back, refused_at=step - 1, next_batch=batch)
         self.metrics.console.say(

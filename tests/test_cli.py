@@ -193,6 +193,11 @@ def test_fewer_tokens_than_one_step(begin: list[str], refuses: Refuses) -> None:
 # -- recipes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seconds", [-1, "nan"])
+def test_a_timeout_that_is_none(begin: list[str], refuses: Refuses, seconds: object) -> None:
+    refuses([*begin, "--timeout", seconds], "--timeout must be at least 0 seconds")
+
+
 def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
     refuses([begin[0], "gpt2-124", *begin[2:]], "no recipe 'gpt2-124'", "gpt2-124m")
 

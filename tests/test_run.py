@@ -15,6 +15,7 @@ import rekindle.train
 from rekindle import storage
 from rekindle.data.shards import Manifest, Shard, write_shard
 from rekindle.data.tokenizer import ByteTokenizer
+from rekindle.runtime import checkpoint, saving
 from rekindle.runtime.device import Device
 from rekindle.session import make_deterministic
 from rekindle.train import due
@@ -158,6 +159,26 @@ def test_it_gives_up_after_going_back_three_times(
     assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(25))
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-000005", "step-000015"]
+
+
+def test_it_goes_back_past_a_checkpoint_that_could_not_be_saved(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk ends nothing here either."""
+    write, failed = checkpoint.write, []
+
+    def full(folder: Path, description: dict[str, Any], snapshot: Any) -> Path:
+        if description["step"] == 15 and not failed:
+            failed.append(15)
+            raise OSError(28, "No space left on device")
+        return write(folder, description, snapshot)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(saving, "PAUSES", ())
+    spoil_loss(monkeypatch, lambda step: 5 <= step < 14 or 15 <= step < 25)
+    outcome = train(tmp_path / "run", "--steps", 30, "--checkpoint-every", 5)
+    assert failed
+    assert ": back to step 5, with batch 25 and on" in outcome.out
 
 
 def test_without_a_checkpoint_it_gives_up_at_once(

@@ -161,6 +161,15 @@ def test_a_refused_step_uses_up_its_batch_and_its_place_in_the_schedule(
     assert all(tensor.isfinite().all() for tensor in last.model.values())
 
 
+def interrupt(run: Callable, number: Any) -> None:
+    """Run until the signal or the kill that `watch` was told of."""
+    if number is Killed:
+        with pytest.raises(Killed):
+            run("run")
+    else:
+        assert run("run").status == 128 + number
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, Killed], ids=["told to stop", "killed"])
 @pytest.mark.parametrize("at", [5, 41, 52])
 def test_the_guard_remembers_across_a_stop(
@@ -175,11 +184,7 @@ def test_the_guard_remembers_across_a_stop(
         4, 5, 6, 8, 40, 41, 51, 53,
     ]  # fmt: skip
     watch(spoil, {at: number})
-    if number is Killed:
-        with pytest.raises(Killed):
-            run("run")
-    else:
-        assert run("run").status == 128 + number
+    interrupt(run, number)
     assert run("run").status == 0
     assert end_of(tmp_path / "run", records) == expected
 
@@ -225,11 +230,7 @@ def test_stopped_around_going_back_it_ends_the_same(
     """In the streak, in its last step, and right after going back."""
     expected = undisturbed(STREAK)
     watch(STREAK, {at: number})
-    if number is Killed:
-        with pytest.raises(Killed):
-            run("run")
-    else:
-        assert run("run").status == 128 + number
+    interrupt(run, number)
     assert run("run").status == 0
     assert end_of(tmp_path / "run", records) == expected
 
