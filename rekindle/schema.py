@@ -11,22 +11,27 @@ def mismatch(value: Any, form: Any, where: str = "") -> str:
 
     A form is `str`, `bool`, `dict`, `int` (whole, not negative), `float` (any finite number), a
     `range` of whole numbers, `None`, `object` (anything), a tuple (one of these forms), a list (of
-    the form of every item), or a dict (of the forms of the keys that must be there).
+    the form of every item), or a dict (of the forms of the keys that must be there; one that ends
+    in "?" may be missing).
     """
     if isinstance(form, tuple):
         found = [mismatch(value, one, where) for one in form]
         return "" if "" in found else found[-1]
     if isinstance(form, dict) and isinstance(value, dict):
-        items = ((f"{where}.{key}".lstrip("."), key) for key in form)
-        found = (
-            mismatch(value[key], form[key], path) if key in value else f"{path} is missing"
-            for path, key in items
-        )
+        found = (_mismatch_of_key(value, key, form[key], where) for key in form)
     elif isinstance(form, list) and isinstance(value, list):
         found = (mismatch(item, form[0], f"{where}[{i}]") for i, item in enumerate(value))
     else:
         return "" if _is(value, form) else f"{where or 'it'} is {_short(value)}"
     return next(filter(None, found), "")
+
+
+def _mismatch_of_key(value: dict[str, Any], key: str, form: Any, where: str) -> str:
+    name = key.removesuffix("?")
+    path = f"{where}.{name}".lstrip(".")
+    if name in value:
+        return mismatch(value[name], form, path)
+    return "" if name != key else f"{path} is missing"
 
 
 def _is(value: Any, form: Any) -> bool:

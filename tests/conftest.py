@@ -16,7 +16,7 @@ import pytest
 
 from rekindle import storage
 from rekindle.cli import main
-from rekindle.data.shards import Manifest, Shard, write_shard
+from rekindle.data.shards import Manifest, write_shard
 from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.recipes import Batch, Optim, Recipe, Schedule, flatten
 
@@ -81,9 +81,8 @@ def write_shards(
         for i, size in enumerate(sizes):
             tokens = make_tokens(size, seed + len(entries))
             name = f"{split}-{i:04d}.bin"
-            count, sha256 = write_shard(folder / name, [tokens])
             documents = int((tokens == ByteTokenizer.end_of_text).sum())
-            entries.append(Shard(name, split, count, documents, sha256))
+            entries.append(write_shard(folder / name, [tokens], split, documents))
     described: dict[str, Any] = {
         "tokenizer": ByteTokenizer.name,
         "tokenizer_sha256": ByteTokenizer.sha256,

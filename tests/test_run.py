@@ -13,7 +13,7 @@ import torch
 
 import rekindle.train
 from rekindle import storage
-from rekindle.data.shards import Manifest, Shard, write_shard
+from rekindle.data.shards import Manifest, write_shard
 from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.runtime import checkpoint, saving
 from rekindle.runtime.device import Device
@@ -236,8 +236,7 @@ def test_a_model_takes_its_vocabulary_from_the_shards(tmp_path: Path, train: Tra
     (tmp_path / "data").mkdir()
     entries = []
     for split in ("train", "val"):
-        count, sha256 = write_shard(tmp_path / "data" / f"{split}.bin", [tokens])
-        entries.append(Shard(f"{split}.bin", split, count, 1, sha256))
+        entries.append(write_shard(tmp_path / "data" / f"{split}.bin", [tokens], split, 1))
     manifest = Manifest("gpt2", "0" * 64, 50_257, {}, tuple(entries))
     manifest.write(tmp_path / "data")
     outcome = train(tmp_path / "run", "--steps", 1, "--eval-tokens", 16, data=tmp_path / "data")

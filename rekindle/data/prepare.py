@@ -289,9 +289,9 @@ class _Preparation:
         number = sum(shard.split == split for shard in self.shards)
         name = f"{split}_{number:06d}.bin"
         pending.samples.check(name)
-        tokens, digest = shards.write_shard(self.out / name, pending.pieces)
-        self.shards.append(Shard(name, split, tokens, pending.documents, digest))
-        return self.shards[-1]
+        shard = shards.write_shard(self.out / name, pending.pieces, split, pending.documents)
+        self.shards.append(shard)
+        return shard
 
     def _finish(self) -> Manifest:
         """Write what is left over, then the manifest: only with it is the set complete."""

@@ -7,6 +7,7 @@ that what was prepared is what is trained on.
 
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -20,9 +21,12 @@ from rekindle.errors import UserError
 from rekindle.schema import mismatch
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+BLOCK = 2**20  # bytes under one CRC-32: the SHA-256 says whether a file differs, these say where
 MANIFEST = "manifest.json"
 UNFINISHED, STATE = ".progress", "state.json"  # folder of a preparation under way, and its file
-SHARD = {"name": str, "split": str, "tokens": int, "documents": int, "sha256": str}
+SHARD = {
+    "name": str, "split": str, "tokens": int, "documents": int, "sha256": str, "crc32?": str,
+}  # fmt: skip
 FORM = {
     "tokenizer": str, "tokenizer_sha256": str, "vocab_size": range(1, 2**16 + 1), "source": dict,
     "shards": [SHARD],
@@ -38,6 +42,7 @@ class Shard:
     tokens: int
     documents: int
     sha256: str
+    crc32: str = ""  # of each `BLOCK` of the file, 8 hexadecimal digits each; empty: not known
 
 
 @dataclass(frozen=True)
@@ -105,13 +110,32 @@ def is_name(name: str) -> bool:
     return Path(name).name == name and name[:1] not in ("", ".") and "\0" not in name
 
 
-def write_shard(path: Path, pieces: Iterable[np.ndarray]) -> tuple[int, str]:
-    """Write tokens (uint16 pieces, in order) as one shard; return their count and the SHA-256."""
+def write_shard(
+    path: Path, pieces: Iterable[np.ndarray], split: str = "train", documents: int = 0
+) -> Shard:
+    """Write tokens (uint16 pieces, in order) as one shard; return its entry in a manifest."""
     pieces = [np.ascontiguousarray(piece, dtype="<u2") for piece in pieces]
     count = sum(map(len, pieces))
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:3] = MAGIC, VERSION, count
-    return count, storage.write_file(path, [header, *pieces])
+    chunks = [header, *pieces]
+    sha256 = storage.write_file(path, chunks)
+    return Shard(path.name, split, count, documents, sha256, block_sums(chunks))
+
+
+def block_sums(chunks: Iterable[Any]) -> str:
+    """The CRC-32 of each `BLOCK` of all bytes in `chunks`, in hexadecimal, one after the other."""
+    sums, room = [0], BLOCK
+    for chunk in chunks:
+        rest = memoryview(chunk).cast("B")
+        while rest:
+            if not room:
+                sums.append(0)
+                room = BLOCK
+            sums[-1] = zlib.crc32(rest[:room], sums[-1])
+            taken = min(room, len(rest))
+            rest, room = rest[taken:], room - taken
+    return "".join(f"{crc:08x}" for crc in sums)
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -159,10 +183,23 @@ def verify(folder: Path, manifest: Manifest) -> None:
             raise UserError(f"{path} holds {len(tokens)} tokens, its manifest says {shard.tokens}")
         _check_ids(path, tokens, manifest.vocab_size)
         if storage.file_sha256(path) != shard.sha256:
-            raise UserError(f"{path} is not what was prepared (its SHA-256 differs): make it again")
+            where = _first_difference(path, shard)
+            raise UserError(
+                f"{path} is not what was prepared (its SHA-256 differs{where}): make it again"
+            )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(check, manifest.shards))
+
+
+def _first_difference(path: Path, shard: Shard) -> str:
+    """Where a file differs from what its CRC-32s tell of it, in words; empty if they do not."""
+    now = block_sums([path.read_bytes()])
+    for start in range(0, len(now), 8):
+        if shard.crc32[start : start + 8] not in ("", now[start : start + 8]):
+            first = start // 8 * BLOCK
+            return f", first between the bytes {first:,} and {first + BLOCK:,}"
+    return ""
 
 
 class Unchanged:
@@ -197,7 +234,10 @@ def describe_shard(path: Path, split: str, end_of_text: int, vocab_size: int) ->
     tokens = open_shard(path)
     _check_ids(path, tokens, vocab_size)
     documents = int(np.count_nonzero(tokens == end_of_text))
-    return Shard(path.name, split, len(tokens), documents, storage.file_sha256(path))
+    content = np.memmap(path, np.uint8, "r")
+    return Shard(
+        path.name, split, len(tokens), documents, storage.file_sha256(path), block_sums([content])
+    )
 
 
 def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:

@@ -1,13 +1,14 @@
 """What is read is what was written, and damage is named."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rekindle.data import shards
-from rekindle.data.shards import Manifest, Shard
+from rekindle.data.shards import BLOCK, Manifest
 from rekindle.errors import UserError
 
 TOKENS = np.array([256, 1, 2, 3, 256, 4], np.uint16)
@@ -18,8 +19,7 @@ def folder(tmp_path: Path) -> Path:
     """A prepared folder with one train and one validation shard."""
     entries = []
     for split, tokens in (("train", TOKENS), ("val", TOKENS[:4])):
-        count, digest = shards.write_shard(tmp_path / f"{split}_000000.bin", [tokens])
-        entries.append(Shard(f"{split}_000000.bin", split, count, 1, digest))
+        entries.append(shards.write_shard(tmp_path / f"{split}_000000.bin", [tokens], split, 1))
     Manifest("bytes", "abc", 257, {"name": "test"}, tuple(entries)).write(tmp_path)
     return tmp_path
 
@@ -63,7 +63,7 @@ def damage(path: Path, position: int, value: bytes) -> None:
         (0, b"\0", "header"),  # not the magic number
         (4, b"\x02", "header"),  # another version
         (8, b"\x09", "promises"),  # a count that the length does not bear out
-        (1026, b"\x09", "SHA-256"),  # one token changed
+        (1026, b"\x09", "SHA-256 differs, first between the bytes 0 and 1,048,576"),  # one token
         (1026, b"\xff\xff", "vocabulary of 257"),  # one id that does not exist
     ],
 )
@@ -74,6 +74,39 @@ def test_a_changed_byte_is_noticed(folder: Path, position: int, value: bytes, me
         shards.verify(folder, manifest)
     assert "train_000000.bin" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("position", [1024, BLOCK - 1, BLOCK, 2 * BLOCK + 1, 3 * BLOCK - 1])
+def test_a_flipped_byte_is_found_to_the_block(tmp_path: Path, position: int) -> None:
+    """In a file of exactly three blocks, written in pieces that end anywhere."""
+    tokens = np.zeros((3 * BLOCK - shards.HEADER_BYTES) // 2, np.uint16)
+    path = tmp_path / "train.bin"
+    entry = shards.write_shard(path, np.split(tokens, [1, 400_000, 10**6]))
+    assert entry.crc32 == "".join(
+        f"{zlib.crc32(path.read_bytes()[start : start + BLOCK]):08x}"
+        for start in range(0, 3 * BLOCK, BLOCK)
+    )
+    described = shards.describe_shard(path, "train", 256, 257)
+    assert (described.sha256, described.crc32) == (entry.sha256, entry.crc32)
+    manifest = Manifest("bytes", "abc", 257, {"name": "test"}, (entry,))
+    shards.verify(tmp_path, manifest)
+    damage(path, position, b"\x01")  # an id of 1 or 256
+    first = position // BLOCK * BLOCK
+    with pytest.raises(UserError, match=f"between the bytes {first:,} and {first + BLOCK:,}"):
+        shards.verify(tmp_path, manifest)
+
+
+def test_a_manifest_without_crc32s_will_do(folder: Path) -> None:
+    """As those made before there were any; the hash is checked all the same."""
+    raw = json.loads((folder / "manifest.json").read_text())
+    for entry in raw["shards"]:
+        del entry["crc32"]
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    manifest = shards.read_manifest(folder)
+    shards.verify(folder, manifest)
+    damage(folder / "train_000000.bin", 1026, b"\x09")
+    with pytest.raises(UserError, match=r"its SHA-256 differs\)"):
+        shards.verify(folder, manifest)
 
 
 @pytest.mark.parametrize("length", [0, 10, 1023, 1024, 1035])

@@ -46,6 +46,7 @@ def test_questions_are_read_from_json_lines_and_from_parquet(tmp_path: Path) -> 
         row(label="4"),
         row(label="-1"),
         row(label=""),  # as in the test split, which has no answers
+        row(label=float("inf")),
         row(ctx=None),
         {"text": "no question at all"},
         ["a", "list"],

@@ -271,8 +271,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokens[128 * 44 : 128 * 54] = chance.integers(0, 32, 1280)
     entries = []
     for split in ("train", "val"):
-        count, sha256 = shards.write_shard(folder / f"{split}.bin", [tokens])
-        entries.append(shards.Shard(f"{split}.bin", split, count, 1, sha256))
+        entries.append(shards.write_shard(folder / f"{split}.bin", [tokens], split, 1))
         tokens = tokens[:400]
     shards.Manifest(ByteTokenizer.name, ByteTokenizer.sha256, 257, {}, tuple(entries)).write(folder)
     return folder

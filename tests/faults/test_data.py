@@ -131,7 +131,7 @@ def test_the_run_goes_on_once_the_data_is_as_it_was(
         monkeypatch.undo()
     outcome = rekindle(*command(tmp_path / "run"), "--data", data)
     assert outcome.status == 2
-    assert "train-0000.bin is not what was prepared (its SHA-256 differs)" in outcome.err
+    assert "train-0000.bin is not what was prepared (its SHA-256 differs, first" in outcome.err
     shutil.copy(shard_set / "train-0000.bin", data)
     assert "goes on at step" in train(tmp_path / "run", "--data", data).out
 

@@ -71,6 +71,20 @@ def test_a_second_run_in_a_folder_is_refused(
             assert records(out) == records(tmp_path / "straight")
 
 
+def test_a_second_run_does_not_judge_what_the_first_one_is_writing(
+    tmp_path: Path, train: Callable, command: Callable, rekindle: Callable
+) -> None:
+    """A checkpoint that is just being removed would look damaged to it."""
+    out = tmp_path / "run"
+    train(out)
+    for path in checkpoint.list_checkpoints(out / "checkpoints"):
+        (path / "model.safetensors").unlink()
+    with Lock(out) as lock:
+        lock.take()
+        assert_refused(rekindle(*command(out)), out)
+    assert "no checkpoint" in rekindle(*command(out)).err
+
+
 def test_after_a_kill_the_next_one_gets_in(
     tmp_path: Path, nursery: Nursery, command: Callable, train: Callable
 ) -> None:
