@@ -50,9 +50,7 @@ class Training:
             storage.JsonLines(self.log), Console(quiet=True), steps=1, tokens_per_step=ROWS * T,
             flops_per_token=1, peak_flops=None,
         )  # fmt: skip
-        self.saver = Saver(
-            self.checkpoints, Keep(), self.model, self.optimizer, metrics, is_main=True
-        )
+        self.saver = Saver(self.checkpoints, Keep(), self.model, self.optimizer, metrics, World())
 
     def step(self) -> float:
         began = time.perf_counter()

@@ -23,7 +23,7 @@ from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint
 from rekindle.runtime.checkpoint import Checkpoint, Keep
 from rekindle.runtime.device import Device
-from rekindle.runtime.distributed import World
+from rekindle.runtime.distributed import PATIENCE, World
 from rekindle.runtime.guard import Guard
 from rekindle.runtime.saving import Saver
 
@@ -45,7 +45,7 @@ class RunOptions:
     deterministic: bool | None = None  # the same bits again; always so on a CPU
     shard: bool | None = None  # weights, gradients and moments over the ranks
     hellaswag: str = "auto"  # a file, "hub", "none", or "auto": from the hub on a GPU
-    timeout: float = 600.0  # seconds that a rank may wait for the others; 0: for ever
+    timeout: float = PATIENCE  # seconds that a rank may wait for the others; 0: for ever
     fork: Path | None = None  # run or checkpoint whose weights and optimizer state to start from
 
 
@@ -184,7 +184,7 @@ class Run:
         return Saver(
             self.folder / "checkpoints",
             Keep(self.recipe.keep_checkpoints, self.recipe.keep_best, self.recipe.keep_every),
-            model, optimizer, metrics, is_main=world.is_main,
+            model, optimizer, metrics, world,
         )  # fmt: skip
 
     def describe(

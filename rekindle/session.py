@@ -163,7 +163,7 @@ def start(
     if run.threads:
         torch.set_num_threads(run.threads)
     device = get_device(options.device, run.precision, world.local_rank)
-    life = distributed.connect(world, device.torch)
+    life = distributed.connect(world, device.torch, options.timeout)
     watch = Watchdog(world, options.timeout, life)
     world.agree(run.step, "the newest whole checkpoint is that of step", device.torch)
     make_deterministic(device, on_gpu=run.deterministic)

@@ -18,7 +18,7 @@ from rekindle.optim.schedule import learning_rate
 from rekindle.recipes import Recipe
 from rekindle.run import Run, RunOptions
 from rekindle.runtime.device import Device
-from rekindle.runtime.distributed import World
+from rekindle.runtime.distributed import World, telling_of_lost_ranks
 from rekindle.runtime.guard import Guard
 from rekindle.runtime.signals import Listener
 from rekindle.session import start
@@ -90,7 +90,12 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
     once all is saved if a signal asked to stop.
     """
     started = time.perf_counter()
-    with Lock(out) as lock, start(recipe, data, out, options, lock) as s, Listener() as signals:
+    with (
+        telling_of_lost_ranks(),
+        Lock(out) as lock,
+        start(recipe, data, out, options, lock) as s,
+        Listener() as signals,
+    ):
         run, recipe, schedule = s.run, s.run.recipe, s.run.recipe.schedule
         step, batch = run.step, run.batch  # they differ once batches have been stepped over
         if not run.examined and (step == 0 or due(step, recipe.eval_every, recipe.steps)):

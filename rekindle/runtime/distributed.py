@@ -15,6 +15,8 @@ from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[att
 
 from rekindle.errors import UserError
 
+PATIENCE = 600.0  # seconds that a rank waits for the others, unless told else
+
 
 class Place:
     """Where a rank stands in the program, for the watchdog to tell."""
@@ -59,7 +61,7 @@ class World:
     def sum_(self, *tensors: Tensor) -> None:
         """Add each tensor over all ranks, in place. Gloo has no mean: whoever wants one divides."""
         if self.size > 1:
-            with self._together(done=dist.get_backend() == "gloo"):
+            with self.together(done=dist.get_backend() == "gloo"):
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
@@ -72,7 +74,7 @@ class World:
         if self.size == 1:
             return value
         tensor = torch.tensor(value, device=device)
-        with self._together():
+        with self.together():
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
             return int(tensor)
 
@@ -88,27 +90,24 @@ class World:
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor`, in order; all have one shape."""
         found = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self._together():
+        with self.together():
             dist.all_gather(found, tensor)
             return [each.cpu() for each in found]
 
     def barrier(self) -> None:
         if self.size > 1:
-            with self._together():
+            with self.together():
                 dist.barrier()
 
     @contextmanager
-    def _together(self, *, done: bool = True) -> Iterator[None]:
+    def together(self, *, done: bool = True) -> Iterator[None]:
         """Something that needs every rank. `done`: it is over when the body is; NCCL's sums are
         only begun there."""
         self.place.waits()
         try:
             yield
         except RuntimeError as error:
-            raise UserError(
-                f"lost touch with another rank ({reason(error)}): what ended it says so itself; "
-                "the same command goes on from the newest checkpoint"
-            ) from error
+            raise _lost_touch(error) from error
         if done:
             self.place.goes_on()
 
@@ -126,18 +125,35 @@ def place() -> World:
     )
 
 
-def connect(world: World, device: torch.device) -> str:
-    """Join the other processes: NCCL between GPUs, gloo between CPUs. Returns the name of this life
-    of theirs, see `meet`.
+@contextmanager
+def telling_of_lost_ranks() -> Iterator[None]:
+    """In here torch itself talks to other ranks, as FSDP does. Raises `UserError` when one of them
+    is gone, and lets all else through."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # the last has no class
+            raise _lost_touch(error) from error
+        raise
 
-    The time-out is long enough for one rank to compile while the others wait for it.
+
+def _lost_touch(error: RuntimeError) -> UserError:
+    return UserError(
+        f"lost touch with another rank ({reason(error)}): what ended it says so itself; the same "
+        "command goes on from the newest checkpoint"
+    )
+
+
+def connect(world: World, device: torch.device, limit: float = PATIENCE) -> str:
+    """Join the other processes: NCCL between GPUs, gloo between CPUs. Returns the name of this life
+    of theirs. `limit` is for `meet`; afterwards one rank may compile while the others wait.
     """
     if world.size == 1 or dist.is_initialized():
         return ""
     on_gpu, timeout = device.type == "cuda", timedelta(minutes=30)
     try:
         store, *_ = next(rendezvous("env://", timeout=timeout))
-        life = meet(store, world.rank, world.size)
+        life = meet(store, world.rank, world.size, limit)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=PrefixStore(life, store), timeout=timeout,
             rank=world.rank, world_size=world.size, device_id=device if on_gpu else None,
@@ -150,19 +166,30 @@ def connect(world: World, device: torch.device) -> str:
     return life
 
 
-def meet(store: Store, rank: int, size: int) -> str:
-    """Wait for all ranks. Returns a name that they share and that no ranks before them had.
+def meet(store: Store, rank: int, size: int, limit: float) -> str:
+    """Wait for all ranks. Returns a name that they share and that no ranks before them had. Raises
+    `UserError` that names those which have not come after `limit` seconds (0: waits for ever).
 
     torchrun keeps its store when it begins anew, and with it the addresses of those that died, to
     which gloo would connect. Its count of restarts is no such name: each host has its own.
     """
-    store.set(f"rekindle/{rank}", os.urandom(8).hex())
+    keys = [f"rekindle/{r}" for r in range(size)]
+    store.set(keys[rank], os.urandom(8).hex())
+    began = time.monotonic()
     while True:
-        everyone = [store.get(f"rekindle/{r}").decode() for r in range(size)]
-        life = "rekindle/" + "-".join(everyone)  # some of it may be of a rank that died
-        store.set(f"{life}/{rank}", "met")
-        if store.check([f"{life}/{r}" for r in range(size)]):  # they read the same, so it is new
-            return life
+        met = keys
+        if store.check(keys):
+            life = "rekindle/" + "-".join(store.get(key).decode() for key in keys)
+            met = [f"{life}/{r}" for r in range(size)]  # in a life that may have a rank that died
+            store.set(met[rank], "met")
+            if store.check(met):  # they read the same, so it is new
+                return life
+        if limit and time.monotonic() - began > limit:
+            missing = [str(r) for r, key in enumerate(met) if not store.check([key])]
+            raise UserError(
+                f"waited {limit:.0f} s for all {size} ranks to meet: {', '.join(missing)} did not "
+                "come; see what keeps them, and give the same command again"
+            )
         time.sleep(0.05)
 
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rekindle.errors import UserError
 from rekindle.observe.metrics import Metrics
 from rekindle.runtime import checkpoint
 from rekindle.runtime.checkpoint import Keep, Snapshot
+from rekindle.runtime.distributed import World
 from rekindle.runtime.sharding import is_sharded
 
 PAUSES = (1.0, 4.0)  # seconds before a disk that failed is tried again; then at the next save
@@ -28,11 +30,11 @@ class Saver:
 
     def __init__(
         self, folder: Path, keep: Keep, model: nn.Module, optimizer: torch.optim.Optimizer,
-        metrics: Metrics, *, is_main: bool,
+        metrics: Metrics, world: World,
     ) -> None:  # fmt: skip
         self._folder, self._keep, self._metrics = folder, keep, metrics
-        self._model, self._optimizer = model, optimizer
-        self._snapshot = Snapshot(model) if is_main else None
+        self._model, self._optimizer, self._world = model, optimizer, world
+        self._snapshot = Snapshot(model) if world.is_main else None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -44,7 +46,8 @@ class Saver:
         """
         if self._snapshot is None:
             if is_sharded(self._model):  # the main rank needs the parts of all
-                deque(checkpoint.whole_tensors(self._model, self._optimizer), maxlen=0)
+                with self._gathering():
+                    deque(checkpoint.whole_tensors(self._model, self._optimizer), maxlen=0)
             return
         began = time.perf_counter()
         if self._thread:
@@ -52,11 +55,16 @@ class Saver:
         if self._failure and not isinstance(self._failure, UserError):
             raise self._failure  # a bug of ours
         self._failure = None
-        self._snapshot.take(self._model, self._optimizer)
+        with self._gathering():
+            self._snapshot.take(self._model, self._optimizer)
         stall = time.perf_counter() - began
         # No daemon: the process does not end before it, even if `close` is interrupted.
         self._thread = threading.Thread(target=self._write, args=(description, stall))
         self._thread.start()
+
+    def _gathering(self) -> AbstractContextManager[None]:
+        """For the watchdog: the ranks need each other if each holds a part."""
+        return self._world.together() if is_sharded(self._model) else nullcontext()
 
     def finish(self) -> None:
         """Wait for the checkpoint under way. Raises `UserError` if it could not be saved."""

@@ -82,13 +82,13 @@ def ranks(
 
 
 @pytest.fixture
-def undisturbed(ranks: Callable[..., End], tmp_path_factory: Any) -> Callable[[int], Path]:
-    """`undisturbed(2)`: the run of so many ranks that nothing happened to."""
+def undisturbed(ranks: Callable[..., End], tmp_path_factory: Any) -> Callable[..., Path]:
+    """`undisturbed(2, "--shard")`: the run of so many ranks that nothing happened to."""
 
-    def run(count: int) -> Path:
-        out = tmp_path_factory.getbasetemp() / f"undisturbed-{count}"
+    def run(count: int, *flags: str) -> Path:
+        out = tmp_path_factory.getbasetemp() / "-".join(["undisturbed", str(count), *flags])
         if not out.exists():
-            end = ranks(count, out)
+            end = ranks(count, out, flags=flags)
             assert end.status == 0, end.err
         return out
 

@@ -37,6 +37,7 @@ class Popen:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not torchrun's handlers
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ.update(env)
+            torch.set_num_threads(1)  # makes torch's pool anew before several threads try to
             return work(*args[3:])
 
         self.pid = fork(begin)

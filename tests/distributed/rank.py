@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class Rank:
 
     def started(self, *arguments: Any) -> Session:
         self.session = self.start(*arguments)
+        save = self.session.saver.save
+        self.session.saver.save = lambda description: self.sleep_before(save, description)
         return self.session
 
     def listening(self) -> Listener:
@@ -88,19 +91,24 @@ class Rank:
         return result
 
     def state(self) -> str:
-        """A hash of all weights and moments."""
+        """A hash of all weights and moments, or of this rank's part of them."""
         model, optimizer = self.session.model, self.session.optimizer
         sha256 = hashlib.sha256()
         for p in model.parameters():
             state = optimizer.state.get(p, {})
             for tensor in (p.detach(), *(state[key] for key in sorted(state))):
-                sha256.update(tensor.numpy().tobytes())
+                sha256.update(getattr(tensor, "_local_tensor", tensor).numpy().tobytes())
         return sha256.hexdigest()
 
     def read(self, batches: Batches, number: int, split: Any) -> tuple[np.ndarray, np.ndarray]:
         for fault in self.take("sleep_in_batch", number):
             time.sleep(fault["seconds"])
         return self.batch(batches, number, split)
+
+    def sleep_before(self, save: Callable, description: dict[str, Any]) -> None:
+        for fault in self.take("sleep_in_save", description["step"]):
+            time.sleep(fault["seconds"])
+        save(description)
 
     # What goes wrong:
 

@@ -11,7 +11,7 @@ MICRO = ("--batch.micro", 1)
 
 
 def test_the_global_order_of_tokens_is_that_of_one_process(
-    tmp_path: Path, ranks: Callable[..., End], undisturbed: Callable[[int], Path],
+    tmp_path: Path, ranks: Callable[..., End], undisturbed: Callable[..., Path],
     records: Callable[..., list[dict[str, Any]]],
 ) -> None:  # fmt: skip
     """One rank, then two, four and one, each time stopped by a SIGTERM to torchrun; with 8, 4 and 2

@@ -8,51 +8,69 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from rekindle.errors import UserError
+from rekindle.runtime.distributed import meet
 from tests.distributed.conftest import FLAGS, End, notes_by_rank, notes_of, same_bits, saved
 
 Ranks = Callable[..., End]
 HASTE = ("--timeout", 5)
 
 
+@pytest.mark.parametrize("flags", [(), ("--shard",)], ids=["parallel", "sharded"])
 def test_torchrun_begins_anew_when_a_rank_dies(
-    tmp_path: Path, ranks: Ranks, undisturbed: Callable[[int], Path],
-    records: Callable[..., list[dict[str, Any]]],
+    tmp_path: Path, ranks: Ranks, undisturbed: Callable[..., Path],
+    records: Callable[..., list[dict[str, Any]]], flags: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Rank 1 after the first checkpoint, then rank 0, which writes them."""
     out = tmp_path / "run"
     end = ranks(
         2, out, {"rank": 1, "step": 6, "do": "die", "after": "step-000004"},
         {"rank": 0, "step": 9, "do": "die", "after": "step-000008", "life": 1},
-        torchrun=["--max-restarts", "2"],
+        torchrun=["--max-restarts", "2"], flags=flags,
     )  # fmt: skip
     assert end.status == 0, end.err
+    assert "Traceback" not in end.err
     steps = [(note["life"], note["step"]) for note in notes_by_rank(out)[0]]
     expected = [range(6), range(4, 9), range(8, 12)]
     assert steps == [(life, step) for life, steps in enumerate(expected) for step in steps]
     for line in end.errors:
         assert "lost touch with another rank" in line
         assert line.endswith("the same command goes on from the newest checkpoint")
-    assert same_bits(out, undisturbed(2))
+    assert same_bits(out, undisturbed(2, *flags))
     kinds = ("train", "validation", "samples")
-    assert records(out, *kinds) == records(undisturbed(2), *kinds)
+    assert records(out, *kinds) == records(undisturbed(2, *flags), *kinds)
+
+
+ASLEEP = {"rank": 1, "seconds": 600}
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "flags", "said"),
     [
-        ({"do": "freeze"}, "rank 1 is gone (last at the data of step 6)"),
-        ({"do": "sleep_in_batch", "seconds": 600}, "rank 1 stands still at the data of step 6"),
+        (
+            {"rank": 1, "step": 6, "do": "freeze"}, (),
+            "rank 1 is gone (last at the data of step 6)",
+        ),
+        (
+            {"step": 6, "do": "sleep_in_batch", **ASLEEP}, (),
+            "rank 1 stands still at the data of step 6",
+        ),
+        (
+            {"step": 8, "do": "sleep_in_save", **ASLEEP}, ("--shard",),
+            "rank 1 stands still at the checkpoint of step 8",
+        ),
     ],
-    ids=["frozen", "asleep"],
-)
+    ids=["frozen", "asleep", "asleep while a checkpoint is gathered"],
+)  # fmt: skip
 def test_a_rank_that_hangs_is_named(
-    tmp_path: Path, ranks: Ranks, undisturbed: Callable[[int], Path], fault: dict[str, Any],
-    said: str,
+    tmp_path: Path, ranks: Ranks, undisturbed: Callable[..., Path], fault: dict[str, Any],
+    flags: tuple[str, ...], said: str,
 ) -> None:  # fmt: skip
     out = tmp_path / "run"
     # Only SIGKILL ends what hangs, and torchrun would ask for 30 s before.
-    end = ranks(2, out, {"rank": 1, "step": 6, **fault}, flags=HASTE, patience=1)
+    end = ranks(2, out, fault, flags=(*HASTE, *flags), patience=1)
     [line] = end.errors
     assert line.startswith("rekindle: error (rank 0): waited 1")
     assert line.endswith(
@@ -62,7 +80,17 @@ def test_a_rank_that_hangs_is_named(
     assert end.seconds < 60
     assert saved(out) == ["step-000004"]
     assert ranks(2, out).status == 0
-    assert same_bits(out, undisturbed(2))
+    assert same_bits(out, undisturbed(2, *flags))
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    """In the first life of the ranks, and in one that finds what the one before left."""
+    store = HashStore()
+    for others in ({0: "a"}, {0: "a", 1: "b"}):
+        for rank, token in others.items():
+            store.set(f"rekindle/{rank}", token)
+        with pytest.raises(UserError, match=r"waited 0 s for all 3 ranks to meet: (0, )?1 did not"):
+            meet(store, 2, 3, 0.2)
 
 
 def test_ranks_that_see_different_folders_are_told(tmp_path: Path, ranks: Ranks) -> None:
@@ -81,7 +109,7 @@ def test_ranks_that_see_different_folders_are_told(tmp_path: Path, ranks: Ranks)
 
 def test_a_host_that_is_cut_off_is_named(
     tmp_path: Path, nursery: Callable[..., list[End]], command: Callable[[Path], list[str]],
-    two_networks: tuple[str, str], undisturbed: Callable[[int], Path],
+    two_networks: tuple[str, str], undisturbed: Callable[..., Path],
 ) -> None:  # fmt: skip
     """Two hosts with a cable between them; both end in time, and given back they go on."""
     out = tmp_path / "run"

@@ -14,7 +14,7 @@ KINDS = ("train", "validation", "samples")
 
 
 def test_one_rank_or_all_of_them_may_be_told(
-    tmp_path: Path, ranks: Ranks, undisturbed: Callable[[int], Path], records: Records
+    tmp_path: Path, ranks: Ranks, undisturbed: Callable[..., Path], records: Records
 ) -> None:
     """First one rank of two alone; then Ctrl-C, of which each hears twice."""
     out = tmp_path / "run"

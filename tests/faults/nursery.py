@@ -24,6 +24,7 @@ def work(job: dict[str, Any]) -> int:
     pid = os.fork()
     if pid == 0:
         os.environ["FAULT"] = job.get("fault", "")
+        torch.set_num_threads(1)  # makes torch's pool anew before several threads try to
         status = 1
         try:
             status = main(job["arguments"])

@@ -23,6 +23,7 @@ from rekindle.optim.adamw import make_adamw
 from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint, saving
 from rekindle.runtime.checkpoint import Keep
+from rekindle.runtime.distributed import World
 from rekindle.runtime.saving import Saver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,8 +46,9 @@ class Training:
             tokens_per_step=1, flops_per_token=1, peak_flops=None,
         )  # fmt: skip
         self.saver = Saver(
-            folder / "checkpoints", Keep(keep), self.model, self.optimizer, metrics, is_main=is_main
-        )
+            folder / "checkpoints", Keep(keep), self.model, self.optimizer, metrics,
+            World(rank=0 if is_main else 1),
+        )  # fmt: skip
 
     def step(self) -> None:
         idx = torch.arange(32).view(2, 16)
@@ -169,6 +171,7 @@ from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console, Metrics
 from rekindle.optim.adamw import make_adamw
 from rekindle.runtime.checkpoint import Keep
+from rekindle.runtime.distributed import World
 from rekindle.runtime.saving import Saver
 
 write = storage.write_file
@@ -183,7 +186,7 @@ model = GPT2(
 )
 optimizer = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
 metrics = Metrics(None, Console(), steps=1, tokens_per_step=1, flops_per_token=1, peak_flops=None)
-Saver(Path(sys.argv[1]), Keep(), model, optimizer, metrics, is_main=True).save(
+Saver(Path(sys.argv[1]), Keep(), model, optimizer, metrics, World()).save(
     json.loads(sys.argv[2])
 )
 raise SystemExit(3)
