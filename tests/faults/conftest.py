@@ -45,6 +45,7 @@ def nursery(fault_library: Path) -> Iterator[Callable[..., End]]:
     asked, answered = process.stdin, process.stdout
     assert asked
     assert answered
+    assert answered.readline() == "ready\n"
 
     def run(arguments: list[str], **job: Any) -> End:
         print(json.dumps({"arguments": [str(a) for a in arguments], **job}), file=asked, flush=True)

@@ -1,6 +1,6 @@
 """Runs commands of rekindle in forked processes, which begin at once because torch is loaded here.
 
-Reads jobs from stdin and answers each on stdout, one JSON object a line:
+Says when it is ready, reads jobs from stdin and answers each on stdout, one JSON object a line:
 {"arguments": [...], "fault": "...", "signal": 9, "after": 0.3}
 {"status": 0, "out": "...", "err": ""}
 `fault` is for fault.c; `signal` is sent `after` so many seconds, and once more `again` so many
@@ -48,6 +48,7 @@ def nurse() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # which loads the compiler
     answers = os.fdopen(os.dup(1), "w")
+    print("ready", file=answers, flush=True)  # whoever measures a job's time does not measure this
     for line in sys.stdin:
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             os.dup2(out.fileno(), 1)
