@@ -239,9 +239,9 @@ def test_a_checkpoint_saved_in_the_streak_is_not_gone_back_to(
     watch: Callable, run: Callable, undisturbed: Callable, tmp_path: Path, records: Records
 ) -> None:
     expected = undisturbed(STREAK)
-    watch(STREAK, {45: signal.SIGTERM, 49: signal.SIGINT})
+    watch(STREAK, {45: signal.SIGTERM, 49: signal.SIGUSR1})
     names = []
-    for status in (128 + signal.SIGTERM, 128 + signal.SIGINT, 0):
+    for status in (128 + signal.SIGTERM, 128 + signal.SIGUSR1, 0):
         assert run("run").status == status
         found = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
         names.append([path.name for path in found[-2:]])

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,8 @@ def test_a_run_folder_that_vanishes_is_made_again(
 
     def remove(step: int, **options: Any) -> float:
         if step == 6:
+            while not steps(out):  # written in the background, it would come after
+                time.sleep(0.01)
             shutil.rmtree(out)
         return original(step, **options)
 
