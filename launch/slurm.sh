@@ -20,6 +20,8 @@ told=
 trap 'told=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# How long ranks may save before torchrun kills them; that of torch 2.11 always does after 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 # One torchrun on each host starts a process for each GPU; if one dies, all begin anew from the
 # newest checkpoint.
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node gpu --max-restarts 3 \

@@ -6,6 +6,7 @@ RUN/checkpoints/      see `runtime.checkpoint`
 """
 
 import dataclasses
+import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import RECORD, Console, Metrics
 from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint
-from rekindle.runtime.checkpoint import Checkpoint, Keep
+from rekindle.runtime.checkpoint import Checkpoint, DamagedError, Keep
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import PATIENCE, World
 from rekindle.runtime.guard import Guard
@@ -29,6 +30,7 @@ from rekindle.runtime.saving import Saver
 
 # What everybody may rely on in run.json.
 FORM = {key: checkpoint.FORM[key] for key in ("recipe", "data", "tokenizer", "forked_from")}
+SHARE = "give a folder that all hosts share"
 EXAMINATIONS = ("validation", "hellaswag", "samples")
 
 
@@ -88,6 +90,17 @@ class Run:
         """Whether what comes after this step (validation and so on) has been done."""
         return bool(self.checkpoint and self.checkpoint.description["examined"])
 
+    def agree(self, world: World, device: torch.device) -> None:
+        """Raise `UserError` if another rank was started with anything else than this one."""
+        world.agree(self.step, "the newest whole checkpoint is that of step", SHARE, device)
+        same = (
+            recipes.flatten(self.recipe), self.manifest.fingerprint, self.batch, self.precision,
+            self.compile, self.kernels, self.recompute, self.deterministic, self.shard, self.micro,
+        )  # fmt: skip
+        number = int(hashlib.sha256(repr(same).encode()).hexdigest()[:8], 16)
+        advice = "give every rank the same command, and data that was prepared once"
+        world.agree(number, "recipe, data and flags have the checksum", advice, device)
+
     def begin(
         self, device: Device, compute: Compute, split: Split, *, compiled: bool, console: Console,
         lock: storage.Lock,
@@ -100,13 +113,13 @@ class Run:
             "shard": self.shard, "deterministic": self.deterministic,
         }  # fmt: skip
         if split.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self.folder)
             lock.take()
             storage.remove_unfinished(self.folder)
             if not (self.folder / "run.json").exists():
                 storage.write_json(self.folder / "run.json", self._identity())
             checkpoints = self.folder / "checkpoints"
-            checkpoints.mkdir(exist_ok=True)
+            storage.make_folder(checkpoints)
             storage.remove_unfinished(checkpoints)
             for path, what in self.damaged.items():
                 console.say(f"{what}: it is now {storage.set_aside(path)}")
@@ -203,19 +216,24 @@ class Run:
             "versions": {"rekindle": __version__, "torch": torch.__version__},
         }
 
-    def go_back(self, world: World) -> bool:
+    def go_back(self, world: World, device: torch.device) -> bool:
         """Go on from the newest checkpoint that was saved before the steps that are now refused;
         False if there is none. On every rank; the last checkpoint must be whole."""
-        later = []
+        later, found = [], None
         for path in reversed(checkpoint.list_checkpoints(self.folder / "checkpoints")):
-            found = checkpoint.load(path)
+            try:
+                found = checkpoint.load(path)
+            except DamagedError:  # to be set aside by the next start
+                continue
             if not found.description["guard"]["refused"]:
                 break
             later.append(path)
-        else:
+            found = None
+        step = found.step if found else -1
+        world.agree(step, "the checkpoint to go back to is that of step", SHARE, device)
+        if not found:
             return False
         self.checkpoint = found
-        world.barrier()  # every rank has looked
         for path in later if world.is_main else []:
             storage.remove_folder(path)
         return True

@@ -22,7 +22,7 @@ from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import Stopped, UserError
 from rekindle.evaluate import hellaswag
 from rekindle.evaluate.loss import Forward
-from rekindle.evaluate.questions import for_training
+from rekindle.evaluate.questions import Question, for_training
 from rekindle.examine import Examiner
 from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import Console, Metrics
@@ -62,7 +62,8 @@ class Session:
     examiner: Examiner
     watch: Watchdog
     validation: float | None = None  # loss of the last examination
-    returns: Counter[int] = field(default_factory=Counter)  # to the checkpoint of each step
+    # To the checkpoint of each step. Whoever goes on from there goes through the same again.
+    returns: Counter[int] = field(default_factory=Counter)
     prefetcher: Prefetcher = field(init=False)
 
     def __enter__(self) -> "Session":
@@ -90,6 +91,7 @@ class Session:
         return x, y
 
     def examine(self, step: int) -> None:
+        self.watch.at(f"the evaluation after step {step}")
         self.unchanged.check()
         self.validation = self.examiner(step)
         self.unchanged.check()
@@ -119,7 +121,7 @@ class Session:
         self.world.barrier()
         refused = f"the {self.guard.refused} steps before step {step} were refused in a row"
         advice = "lower --optim.lr and start anew, or fork an earlier checkpoint"
-        if not self.run.go_back(self.world):
+        if not self.run.go_back(self.world, self.device.torch):
             raise UserError(f"{refused} and there is no checkpoint to go back to: {advice}")
         back = self.run.step
         self.returns[back] += 1
@@ -147,6 +149,7 @@ def restore(run: Run, model: GPT2, optimizer: torch.optim.Optimizer, guard: Guar
         run.checkpoint.restore_model(model)
         run.checkpoint.restore_optimizer(model, optimizer)
         guard.restore(run.checkpoint.description["guard"])
+        run.checkpoint.model.clear()  # or its file stays open, though the checkpoint be removed
 
 
 def start(
@@ -165,13 +168,13 @@ def start(
     device = get_device(options.device, run.precision, world.local_rank)
     life = distributed.connect(world, device.torch, options.timeout)
     watch = Watchdog(world, options.timeout, life)
-    world.agree(run.step, "the newest whole checkpoint is that of step", device.torch)
+    run.agree(world, device.torch)
     make_deterministic(device, on_gpu=run.deterministic)
     keep_freed_memory(device)
     unchanged = shards.Unchanged(data, manifest)  # from before the hashes are checked
     verify_data(data, manifest, world, console)
     batches, validation = open_data(run, data, manifest)
-    questions = for_training(options.hellaswag, device, console.say)
+    questions = find_questions(options.hellaswag, device, world, console)
 
     compute = choose_compute(device, run.recipe.batch.length, kernels=run.kernels)
     model = make_model(run, compute, device, world)
@@ -236,6 +239,18 @@ def verify_data(data: Path, manifest: shards.Manifest, world: World, console: Co
         f"data: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation "
         f"tokens, every hash checked in {time.perf_counter() - began:.1f} s"
     )
+
+
+def find_questions(wanted: str, device: Device, world: World, console: Console) -> list[Question]:
+    """HellaSwag's questions, the same on every rank; none if a rank could not reach the hub."""
+    questions = for_training(wanted, device, console.say)
+    if not world.min(len(questions), device.torch):
+        if questions:
+            console.say("HellaSwag is left out: another rank has no questions")
+        return []
+    advice = "give every host the same --hellaswag"
+    world.agree(len(questions), "the number of HellaSwag's questions is", advice, device.torch)
+    return questions
 
 
 def make_deterministic(device: Device, *, on_gpu: bool = False) -> None:

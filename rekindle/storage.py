@@ -67,6 +67,14 @@ def move_file(source: Path, path: Path) -> None:
     _flush_folder(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if they are not there, so that they stay."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _flush_folder(made.parent)
+
+
 class Folder:
     """A folder being written; `new_folder` renames it into place when all of it is on disk."""
 
@@ -236,10 +244,16 @@ class JsonLines:
         self._write()
 
     def rewind(self, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
-        """Drop every record that `keep` refuses."""
+        """Drop every record that `keep` refuses. Raises `UserError` if the disk takes no file."""
         self.close()
         kept = [r for r in read_json_lines(self._path, self._form) if keep is None or keep(r)]
-        write_file(self._path, [(json.dumps(record) + "\n").encode() for record in kept])
+        try:
+            write_file(self._path, [(json.dumps(record) + "\n").encode() for record in kept])
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written anew ({error.strerror}): make room or see that it "
+                "may be written to, then give the same command again"
+            ) from None
 
     def append(self, record: Mapping[str, Any]) -> OSError | None:
         """Add a line, from any thread; return what kept it from being written now, if anything."""

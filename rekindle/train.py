@@ -130,7 +130,6 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
             if told := s.world.max(signals.told, s.device.torch):
                 s.stop(told, step, batch)
             if examined := due(step, recipe.eval_every, recipe.steps):
-                s.watch.at(f"the evaluation after step {step}")
                 s.examine(step)
             trusted = not s.guard.refused or step == recipe.steps
             if due(step, recipe.checkpoint_every, recipe.steps) and trusted:

@@ -19,6 +19,15 @@ from rekindle.errors import UserError
 from rekindle.storage import JsonLines, new_folder, write_file
 
 
+def test_a_new_folder_stays(tmp_path: Path, calls: list[str]) -> None:
+    """What says that it is there is the folder above it."""
+    storage.make_folder(tmp_path / "runs" / "run")
+    assert (tmp_path / "runs" / "run").is_dir()
+    assert sorted(calls) == sorted([f"flush {tmp_path.name}", "flush runs"])
+    storage.make_folder(tmp_path / "runs" / "run")
+    assert len(calls) == 2
+
+
 class Killed(BaseException):
     """The process ended here: nobody tidies up."""
 

@@ -210,6 +210,8 @@ class Prefetcher:
 
     def _work(self, first: int, last: int) -> None:
         try:
+            if self._device.type == "cuda":  # a thread begins with the first GPU
+                torch.cuda.set_device(self._device)
             for step in range(first, last):
                 x, y = (torch.from_numpy(np.ascontiguousarray(a)) for a in self._make(step))
                 if self._device.type == "cuda":  # only from pinned memory is a copy asynchronous

@@ -229,5 +229,5 @@ def evaluate(
     counts = torch.tensor(
         [int((losses.argmin(1) == packed.labels).sum()) for losses in both], device=device.torch
     )
-    packed.world.sum_(counts)
-    return Score(packed.total, *counts.tolist())
+    correct, correct_norm = map(int, packed.world.totals(counts))
+    return Score(packed.total, correct, correct_norm)

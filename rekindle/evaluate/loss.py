@@ -60,8 +60,7 @@ def validation_loss(
         nats = mean.item() * len(real)
         totals += torch.tensor([nats, len(real), token_bytes[real].sum()], dtype=torch.float64)
     totals = totals.to(device.torch) if device.torch.type == "cuda" else totals
-    world.sum_(totals)
-    nats, count, size = totals.tolist()
+    nats, count, size = world.totals(totals)
     if not count:
         raise UserError("the validation split is empty: prepare the data with --val-tokens")
     bits = nats / math.log(2) / size if size else math.nan

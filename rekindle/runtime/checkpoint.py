@@ -111,7 +111,7 @@ class Snapshot:
         targets = {**self.model, **self.optimizer}
         for name, tensor in whole_tensors(model, optimizer):
             self._copy(tensor, targets[name])
-        for state in optimizer.state.values():
+        for state in [*optimizer.state.values()][:1]:  # none before the first update
             self._copy(state["step"], self._updates)
         if self._pinned:
             self._copied = torch.cuda.Event(blocking=True)

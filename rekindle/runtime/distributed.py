@@ -78,14 +78,21 @@ class World:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
             return int(tensor)
 
-    def agree(self, value: int, meaning: str, device: torch.device) -> None:
+    def agree(self, value: int, meaning: str, advice: str, device: torch.device) -> None:
         """Raise `UserError` on every rank unless all have the same `value`."""
         least, most = self.min(value, device), self.max(value, device)
         if least != most:
             raise UserError(
-                f"the ranks see different files: to this one {meaning} {value}, to others it is "
-                f"{least if value == most else most}; give a folder that all hosts share"
+                f"the ranks do not agree: to this one {meaning} {value}, to others it is "
+                f"{least if value == most else most}; {advice}"
             )
+
+    def totals(self, values: Tensor) -> list[float]:
+        """`values` added up over all ranks, when all of them have come."""
+        self.sum_(values)
+        totals = values.tolist()
+        self.place.goes_on()
+        return totals
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor`, in order; all have one shape."""
@@ -104,10 +111,8 @@ class World:
         """Something that needs every rank. `done`: it is over when the body is; NCCL's sums are
         only begun there."""
         self.place.waits()
-        try:
+        with telling_of_lost_ranks():
             yield
-        except RuntimeError as error:
-            raise _lost_touch(error) from error
         if done:
             self.place.goes_on()
 
@@ -127,30 +132,28 @@ def place() -> World:
 
 @contextmanager
 def telling_of_lost_ranks() -> Iterator[None]:
-    """In here torch itself talks to other ranks, as FSDP does. Raises `UserError` when one of them
-    is gone, and lets all else through."""
+    """In here ranks talk to each other. Raises `UserError` when one is gone, and lets all else
+    through."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # the last has no class
-            raise _lost_touch(error) from error
-        raise
-
-
-def _lost_touch(error: RuntimeError) -> UserError:
-    return UserError(
-        f"lost touch with another rank ({reason(error)}): what ended it says so itself; the same "
-        "command goes on from the newest checkpoint"
-    )
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # that has no class
+            raise
+        raise UserError(
+            f"lost touch with another rank ({reason(error)}): what ended it says so itself; the "
+            "same command goes on from the newest checkpoint"
+        ) from error
 
 
 def connect(world: World, device: torch.device, limit: float = PATIENCE) -> str:
     """Join the other processes: NCCL between GPUs, gloo between CPUs. Returns the name of this life
-    of theirs. `limit` is for `meet`; afterwards one rank may compile while the others wait.
+    of theirs. `limit` is for `meet`, and the watchdog's: torch itself gives up later, and never
+    while one rank compiles and the others wait.
     """
     if world.size == 1 or dist.is_initialized():
         return ""
-    on_gpu, timeout = device.type == "cuda", timedelta(minutes=30)
+    on_gpu = device.type == "cuda"
+    timeout = timedelta(seconds=max(1800, 2 * limit)) if limit else timedelta(days=365)
     try:
         store, *_ = next(rendezvous("env://", timeout=timeout))
         life = meet(store, world.rank, world.size, limit)
@@ -196,4 +199,4 @@ def meet(store: Store, rank: int, size: int, limit: float) -> str:
 def reason(error: RuntimeError) -> str:
     """What torch says, without the line of its source and its advice."""
     line = str(error).splitlines()[0]
-    return re.sub(r"\[/\S*\] ", "", line).partition(". ")[0]
+    return re.sub(r"\[\S*/\S*\] ", "", line).partition(". ")[0]

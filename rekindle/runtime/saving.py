@@ -84,7 +84,7 @@ class Saver:
         step, began = description["step"], time.perf_counter()
         try:
             path = self._try_to_write(description)
-            checkpoint.prune(self._folder, self._keep)
+            self._prune(step)
             seconds = time.perf_counter() - began
             self._metrics.record("checkpoint", step, seconds=seconds, stall_s=stall)
             self._metrics.console.say(
@@ -101,6 +101,15 @@ class Saver:
                     "it goes on from the newest checkpoint there"
                 )
             self._metrics.console.say(f"step {step:>5} | saving failed: {reason}")
+
+    def _prune(self, step: int) -> None:
+        """Remove the checkpoints that need not be kept; one that cannot be removed harms nobody."""
+        try:
+            checkpoint.prune(self._folder, self._keep)
+        except OSError as error:
+            self._metrics.console.say(
+                f"step {step:>5} | an old checkpoint cannot be removed: {error.strerror or error}"
+            )
 
     def _try_to_write(self, description: dict[str, Any]) -> Path:
         """Write a checkpoint, in a few attempts if the disk fails."""

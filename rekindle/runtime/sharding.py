@@ -68,10 +68,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, which every rank has whole, on the device of `like`: this rank's part of it if
-    `like` is sharded. No rank talks to another."""
+    """A copy of `tensor`, which every rank has whole, on the device of `like`: this rank's part of
+    it if `like` is sharded. No rank talks to another."""
     if not _is_part(like):
-        return tensor.to(like.device)
+        return tensor.to(like.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
     part = cast("DTensor", like)

@@ -3,9 +3,9 @@ process at once."""
 
 import os
 import signal
+import socket
 import threading
 import time
-from types import FrameType
 
 # What Ctrl-C sends, what `kill` or a scheduler sends, and what Slurm can send as a warning.
 SIGNALS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, s)]
@@ -13,7 +13,11 @@ ECHO = 1.0  # seconds: after Ctrl-C torchrun passes on what its processes have h
 
 
 class Listener:
-    """Listens for signals while it is entered, in the main thread of the process."""
+    """Listens for signals while it is entered, in the main thread of the process.
+
+    A thread of its own hears them: Python runs a handler in the main thread only, and that may be
+    waiting in C++ for a GPU or for a rank that never comes.
+    """
 
     def __init__(self) -> None:
         self.told = 0  # the first signal's number
@@ -21,17 +25,35 @@ class Listener:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Listener":
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script
-                    self._before[number] = signal.signal(number, self._hear)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)  # as Python asks for
+        self._woken = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script
+                self._before[number] = signal.signal(number, lambda *_: None)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._woken)
+        self._mouth.close()
+        self._thread.join()
+        self._ear.close()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _listen(self) -> None:
+        """Each signal is a byte, its number; the end is an empty read."""
+        while heard := self._ear.recv(1):
+            if heard[0] in self._before:
+                self._hear(heard[0])
+
+    def _hear(self, number: int) -> None:
         if not self.told:
             self.told, self._since = number, time.monotonic()
         elif time.monotonic() - self._since > ECHO:

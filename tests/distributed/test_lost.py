@@ -100,11 +100,21 @@ def test_ranks_that_see_different_folders_are_told(tmp_path: Path, ranks: Ranks)
     end = ranks(2, tmp_path / "run-{rank}")
     advice = "; give a folder that all hosts share"
     assert sorted(end.errors) == [
-        f"rekindle: error (rank {rank}): the ranks see different files: to this one the newest "
+        f"rekindle: error (rank {rank}): the ranks do not agree: to this one the newest "
         f"whole checkpoint is that of step {mine}, to others it is {other}{advice}"
         for rank, mine, other in ((0, 12, 0), (1, 0, 12))
     ], end.err
     assert not list((tmp_path / "run-1").iterdir())
+
+
+def test_ranks_with_other_recipes_are_told(tmp_path: Path, ranks: Ranks) -> None:
+    """Or other data or flags: each would train well, and their sum would be nonsense."""
+    end = ranks(2, tmp_path / "run", flags=("--seed", "{rank}"))
+    assert len(end.errors) == 2, end.err
+    for line in end.errors:
+        assert "the ranks do not agree: to this one recipe, data and flags have the ch" in line
+        assert line.endswith("; give every rank the same command, and data that was prepared once")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_host_that_is_cut_off_is_named(

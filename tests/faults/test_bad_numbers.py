@@ -251,6 +251,28 @@ def test_a_checkpoint_saved_in_the_streak_is_not_gone_back_to(
     assert end_of(tmp_path / "run", records) == expected
 
 
+def test_a_damaged_checkpoint_is_not_gone_back_to(
+    watch: Callable, run: Callable, tmp_path: Path
+) -> None:
+    """But the one before it; the next start sets it aside."""
+    watch(STREAK, {46: signal.SIGTERM})
+    assert run("run").status == 128 + signal.SIGTERM
+    watched = watch(STREAK)
+    start, checkpoints = rekindle.train.start, tmp_path / "run" / "checkpoints"
+
+    def damage(*arguments: Any) -> Any:
+        session = start(*arguments)
+        (checkpoints / "step-000040" / "model.safetensors").write_bytes(b"")
+        return session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rekindle.train, "start", damage)
+        outcome = run("run")
+    assert outcome.status == 0, outcome.err
+    assert "back to step 32, with batch 54 and on" in outcome.out
+    assert watched.steps[-1][0] == 54 + 60 - 32 - 1
+
+
 def test_no_checkpoint_is_saved_within_a_streak_unasked(watch: Callable, run: Callable) -> None:
     watch(dict.fromkeys(range(44, 50), "labels"))
     outcome = run("run")

@@ -115,6 +115,24 @@ def test_lines_of_the_log_wait_for_a_disk_that_takes_them(
     assert_same_records(out, expected, records)
 
 
+def test_a_disk_without_room_for_the_log_is_told(
+    tmp_path: Path, train: Callable, expected: Path, records: Records
+) -> None:
+    """Which a run that goes on writes anew."""
+    out = tmp_path / "run"
+    assert train(out, "--steps", 8).status == 0
+    before = (out / "metrics.jsonl").read_bytes()
+    end = train(out, fault=f"write .tmp-metrics.jsonl 1 1 {FULL}")
+    assert end.status == 2
+    assert end.err == (
+        f"rekindle: error: {out}/metrics.jsonl cannot be written anew (No space left on device): "
+        "make room or see that it may be written to, then give the same command again\n"
+    )
+    assert (out / "metrics.jsonl").read_bytes() == before
+    assert train(out).status == 0
+    assert_same_records(out, expected, records)
+
+
 def test_a_log_that_is_never_written_stops_nothing(
     tmp_path: Path, train: Callable, expected: Path
 ) -> None:

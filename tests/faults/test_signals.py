@@ -95,6 +95,37 @@ def test_a_second_signal_ends_it_at_once(
     assert not checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
+def test_a_second_signal_is_heard_where_python_is_not(
+    python: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The main thread waits in C++, as for a rank that never comes."""
+    script = """
+import os, signal, sys, threading, time
+from datetime import timedelta
+from torch.distributed import HashStore
+from rekindle.runtime.signals import ECHO, Listener
+
+def tell(twice):
+    for _ in range(1 + twice):
+        time.sleep(ECHO + 0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+twice = sys.argv[1] == "twice"
+with Listener() as listener:
+    threading.Thread(target=tell, args=[twice]).start()
+    try:
+        HashStore().wait(["what nobody sets"], timedelta(seconds=60 if twice else 2 * ECHO + 1))
+    except RuntimeError:
+        assert listener.told == signal.SIGTERM
+        print("waited to the end")
+"""
+    began = time.monotonic()
+    once, twice = (python("-c", script, often) for often in ("once", "twice"))
+    assert (once.returncode, once.stdout) == (0, "waited to the end\n"), once.stderr
+    assert (twice.returncode, twice.stdout) == (128 + signal.SIGTERM, ""), twice.stderr
+    assert time.monotonic() - began < 50
+
+
 def test_an_echo_of_the_first_signal_is_not_a_second_one() -> None:
     """torchrun passes Ctrl-C on to processes that the terminal has told already."""
     with Listener() as listener:

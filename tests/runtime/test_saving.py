@@ -270,6 +270,25 @@ def test_older_ones_go_when_the_new_one_is_whole(
     assert training.names() == ["step-000002", "step-000003"]
 
 
+def test_an_old_one_that_cannot_be_removed_harms_nobody(
+    tiny: Recipe, tmp_path: Path, describe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a file stays as long as somebody has it open."""
+
+    def remove(path: Path) -> None:
+        raise OSError(39, "Directory not empty")
+
+    training = Training(tiny, tmp_path, describe, keep=1)
+    monkeypatch.setattr(storage, "remove_folder", remove)
+    for _ in range(2):
+        training.save()
+    training.saver.finish()
+    printed = training.printed.getvalue()
+    assert "step     2 | an old checkpoint cannot be removed: Directory not empty\n" in printed
+    assert f"step     2 | saved {tmp_path}" in printed
+    assert [r["step"] for r in training.records()] == [1, 2]
+
+
 def test_other_ranks_neither_write_nor_wait(
     tiny: Recipe, tmp_path: Path, describe: Callable
 ) -> None:

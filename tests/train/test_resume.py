@@ -424,3 +424,20 @@ def test_compiled_with_two_threads_it_is_the_same_bits_too(
         (tmp_path / "run" / "checkpoints" / "step-000012" / "checkpoint.json").read_text()
     )["split"]
     assert (split["compile"], split["threads"]) == (True, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_that_goes_on_holds_no_file_of_its_checkpoint(
+    straight: Path, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS and on Windows it could not be removed."""
+    train(tmp_path / "run", "--steps", 8)
+    original, seen = rekindle.train.learning_rate, []
+
+    def look(step: int, **options: Any) -> float:
+        seen.append("step-000008" in Path("/proc/self/maps").read_text())
+        return original(step, **options)
+
+    monkeypatch.setattr(rekindle.train, "learning_rate", look)
+    assert "goes on at step 8 of 12" in train(tmp_path / "run").out
+    assert seen == [False] * 4
