@@ -12,6 +12,7 @@ from rekindle.errors import UserError
 from rekindle.interop import huggingface
 from rekindle.model.gpt2 import GPT2
 from rekindle.runtime import checkpoint
+from rekindle.runtime.checkpoint import Checkpoint, DamagedError
 from rekindle.runtime.device import Device
 from rekindle.runtime.fit import choose_compute
 
@@ -35,6 +36,18 @@ def load(name: str, device: Device) -> Loaded:
     return loaded
 
 
+def _newest(path: Path) -> Checkpoint:
+    """The checkpoint that `path` stands for, while training may remove it for a newer one."""
+    for _ in range(9):
+        found = checkpoint.find(path)
+        try:
+            return checkpoint.load(found)
+        except DamagedError:
+            if found.exists():
+                raise
+    raise UserError(f"the checkpoints of {path} are removed faster than they can be read")
+
+
 def _load(name: str) -> Loaded:
     path = Path(name)
     if name in huggingface.HUB or (path / "config.json").is_file():
@@ -48,7 +61,7 @@ def _load(name: str) -> Loaded:
         raise UserError(
             f"{name} is no folder and none of the models {', '.join(huggingface.HUB)}{hint}"
         )
-    saved = checkpoint.load(checkpoint.find(path))
+    saved = _newest(path)
     tokenizer = get_tokenizer(saved.description["tokenizer"]["name"])
     if saved.config.vocab_size != tokenizer.vocab_size:
         raise UserError(

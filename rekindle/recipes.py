@@ -190,6 +190,8 @@ def check(recipe: Recipe) -> None:
         least = 1 if name.startswith("model.") else 0
         if isinstance(value, int | float) and not value >= least:  # nor is nan
             raise UserError(f"{flag} must be at least {least}, but is {value}")
+        if name == "seed" and value >= 2**63:
+            raise UserError(f"{flag} must be below 2^63, but is {value}")
         if name in ("optim.beta1", "optim.beta2") and value >= 1:
             raise UserError(f"{flag} must be below 1, but is {value}")
     model, batch = recipe.model, recipe.batch

@@ -114,7 +114,13 @@ class Run:
         }  # fmt: skip
         if split.rank == 0:
             storage.make_folder(self.folder)
+            new = not lock.held
             lock.take()
+            if new and is_begun(self.folder):
+                raise UserError(
+                    f"another process has begun {self.folder} meanwhile: give the same command "
+                    "again, or another --out"
+                )
             storage.remove_unfinished(self.folder)
             if not (self.folder / "run.json").exists():
                 storage.write_json(self.folder / "run.json", self._identity())
@@ -152,7 +158,10 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         return {
             "recipe": recipes.flatten(self.recipe),
-            "data": {"path": os.path.abspath(self.data), "fingerprint": self.manifest.fingerprint},
+            "data": {
+                "path": storage.spelled(os.path.abspath(self.data)),
+                "fingerprint": self.manifest.fingerprint,
+            },
             "tokenizer": {
                 "name": self.manifest.tokenizer, "sha256": self.manifest.tokenizer_sha256,
             },
@@ -174,10 +183,13 @@ class Run:
             metrics.record("checkpoint", self.step)
         return metrics
 
+    def _has_own_checkpoint(self) -> bool:
+        """Whether it goes on from a checkpoint of its own, and not from another run's."""
+        return bool(self.checkpoint and self.checkpoint.path.parent == self.folder / "checkpoints")
+
     def _checkpoint_is_untold(self) -> bool:
         """Whether the process was killed after it wrote the checkpoint and before it said so."""
-        own = self.checkpoint and self.checkpoint.path.parent == self.folder / "checkpoints"
-        if not own:
+        if not self._has_own_checkpoint():
             return False
         log = self.folder / "metrics.jsonl"
         records = storage.read_json_lines(log, RECORD) if log.exists() else []
@@ -216,6 +228,12 @@ class Run:
             "versions": {"rekindle": __version__, "torch": torch.__version__},
         }
 
+    def amend(self, **changes: Any) -> None:
+        """Change the description of the checkpoint gone on from, if it is this run's."""
+        if self._has_own_checkpoint():
+            assert self.checkpoint
+            checkpoint.amend(self.checkpoint, changes)
+
     def go_back(self, world: World, device: torch.device) -> bool:
         """Go on from the newest checkpoint that was saved before the steps that are now refused;
         False if there is none. On every rank; the last checkpoint must be whole."""
@@ -239,6 +257,11 @@ class Run:
         return True
 
 
+def is_begun(out: Path) -> bool:
+    """Whether there is a run in `out`, whole or not."""
+    return (out / "run.json").exists() or bool(checkpoint.list_checkpoints(out / "checkpoints"))
+
+
 def open_run(
     recipe: Recipe, manifest: Manifest, data: Path, out: Path, options: RunOptions, ranks: int
 ) -> Run:
@@ -256,11 +279,18 @@ def open_run(
         forked_from = _check_same_run(recipe, manifest, out, before)
         if options.fork and not forked_from:
             raise UserError(f"{out} was not begun as a fork: give --fork a new --out")
+        if options.fork and forked_from:
+            _check_same_parent(out, Path(forked_from), options.fork)
     elif out.exists() and not (out.is_dir() and storage.is_empty(out)):
         raise UserError(f"{out} exists and is no run: give --out a new folder")
     elif options.fork:  # only now: a run that has begun no longer needs its parent
-        forked_from = os.path.abspath(checkpoint.find(options.fork))
+        forked_from = storage.spelled(os.path.abspath(checkpoint.find(options.fork)))
     loaded, damaged = checkpoint.newest_whole(out / "checkpoints")
+    if not loaded and _has_saved(out / "metrics.jsonl"):
+        raise UserError(
+            f"{out} has saved checkpoints and there is none: see that the disk with them is there, "
+            "or give another --out"
+        )
     if not loaded and forked_from:
         loaded = checkpoint.load(Path(forked_from))
     split: dict[str, Any] = {}
@@ -292,6 +322,12 @@ def open_run(
     )
 
 
+def _has_saved(log: Path) -> bool:
+    """Whether a run's log tells of a checkpoint, of which the newest is never removed."""
+    records = storage.read_json_lines(log, RECORD) if log.exists() else []
+    return any(record["kind"] == "checkpoint" for record in records)
+
+
 def _check_can_be_written(out: Path) -> None:
     """Refuse a folder that is beneath a file, or where this user may not write."""
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -305,8 +341,8 @@ def _identity_of(out: Path) -> dict[str, Any] | None:
     """What the run in `out` was begun with; a checkpoint tells if its folder was lost meanwhile."""
     if (out / "run.json").is_file():
         return storage.read_json(out / "run.json", FORM)
-    found = checkpoint.list_checkpoints(out / "checkpoints")
-    return checkpoint.load(found[-1]).description if found else None
+    found, _ = checkpoint.newest_whole(out / "checkpoints")
+    return found.description if found else None
 
 
 def _check_same_run(
@@ -325,6 +361,12 @@ def _check_same_run(
             "give the same --data, or a new --out (with --fork to start from this run's weights)"
         )
     return before["forked_from"]
+
+
+def _check_same_parent(out: Path, forked_from: Path, fork: Path) -> None:
+    """Refuse another run or checkpoint than the one that `out` was forked from."""
+    if not forked_from.is_relative_to(os.path.abspath(fork)):
+        raise UserError(f"{out} was forked from {forked_from}: give --fork {fork} a new --out")
 
 
 def _check_same_model(recipe: Recipe, manifest: Manifest, start: Checkpoint) -> None:

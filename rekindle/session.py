@@ -28,7 +28,7 @@ from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import Console, Metrics
 from rekindle.optim.adamw import GradientBuffer, make_adamw
 from rekindle.recipes import Recipe
-from rekindle.run import Run, RunOptions, open_run
+from rekindle.run import Run, RunOptions, is_begun, open_run
 from rekindle.runtime import distributed, replicas
 from rekindle.runtime.device import Device, get_device, keep_freed_memory, why_not_compile
 from rekindle.runtime.distributed import World
@@ -96,6 +96,12 @@ class Session:
         self.validation = self.examiner(step)
         self.unchanged.check()
 
+    def examine_saved(self) -> None:
+        """What the checkpoint gone on from had no time for, if it was saved to stop."""
+        self.examine(self.run.step)
+        if self.world.is_main:
+            self.run.amend(examined=True, validation_loss=self.validation)
+
     def save(self, step: int, batch: int, *, examined: bool) -> None:
         """Begin the checkpoint of `step`; it is written while training goes on."""
         self.watch.at(f"the checkpoint of step {step}")
@@ -161,7 +167,7 @@ def start(
     console = Console(quiet=not world.is_main)
     manifest = shards.read_manifest(data)
     if world.is_main:
-        lock.take(create=False)  # before anything is read that another process may change
+        lock.take(create=is_begun(out))  # before anything is read that another may change
     run = open_run(recipe, manifest, data, out, options, world.size)
     if run.threads:
         torch.set_num_threads(run.threads)

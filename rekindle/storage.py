@@ -126,7 +126,11 @@ def new_folder(path: Path) -> Iterator[Folder]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that it is never seen half-removed: rename first, then delete."""
+    """Remove a folder so that it is never seen half-removed: rename first, then delete. Of a link,
+    only the link."""
+    if path.is_symlink():
+        path.unlink()
+        return
     doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
@@ -141,6 +145,11 @@ class Lock:
         self._path = folder / LOCK
         self._descriptor: int | None = None
         self._named = False
+
+    @property
+    def held(self) -> bool:
+        """Whether it is ours."""
+        return self._descriptor is not None
 
     def take(self, *, create: bool = True) -> None:
         """Take the lock, if it is not ours already; without `create`, only if its file is there,
@@ -210,9 +219,19 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
+def spelled(path: Path | str) -> str:
+    """A path as JSON can hold it: bytes that are no UTF-8 are written out."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what a process left that was killed at its beginning."""
     return all(p.name == LOCK or p.name.startswith(TEMPORARY) for p in folder.iterdir())
+
+
+def has_unfinished(folder: Path) -> bool:
+    """Whether there is anything that `remove_unfinished` would remove."""
+    return any(folder.glob(f"{TEMPORARY}*"))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -340,5 +359,8 @@ def _flush_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network disks know no flushing of folders
+            raise
     finally:
         os.close(descriptor)

@@ -99,7 +99,7 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
         run, recipe, schedule = s.run, s.run.recipe, s.run.recipe.schedule
         step, batch = run.step, run.batch  # they differ once batches have been stepped over
         if not run.examined and (step == 0 or due(step, recipe.eval_every, recipe.steps)):
-            s.examine(step)
+            s.examine_saved()
         while step < recipe.steps:
             began, waited = time.perf_counter(), s.prefetcher.waited
             s.watch.at(f"the data of step {step}")

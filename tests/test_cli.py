@@ -5,6 +5,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +92,88 @@ def test_train_names_its_recipes_and_flags(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for name in [*recipes.RECIPES, "--batch.micro", "--device", "--precision", "--no-compile"]:
         assert name in text
+
+
+def test_a_run_is_found_by_its_checkpoints_though_the_newest_is_damaged(
+    begin: list[str], tmp_path: Path, rekindle: Callable
+) -> None:
+    """And though what it was begun with was lost."""
+    run = tmp_path / "run"
+    assert rekindle(*begin, "--steps", 4, "--checkpoint-every", 1).status == 0
+    (run / "run.json").unlink()
+    newest = max((run / "checkpoints").iterdir())
+    (newest / "model.safetensors").write_bytes(b"")
+    outcome = rekindle(*begin, "--steps", 4, "--checkpoint-every", 1)
+    assert outcome.status == 0, outcome.err
+    assert f"it is now {newest.with_name(f'damaged-{newest.name}')}" in outcome.out
+    assert (run / "run.json").is_file()
+
+
+def test_a_name_that_is_no_utf8_harms_nobody(
+    tmp_path: Path, data: Path, begin: list[str], rekindle: Callable
+) -> None:
+    strange = tmp_path / os.fsdecode(b"W\xe9") / "data"
+    shutil.copytree(data, strange)
+    for steps in (2, 4):
+        outcome = rekindle(*begin, "--data", strange, "--steps", steps)
+        assert outcome.status == 0, outcome.err
+    assert storage.read_json(tmp_path / "run" / "run.json")["data"]["path"].endswith("/W\\xe9/data")
+
+
+def test_a_prompt_that_is_no_text_is_told(run: Path, rekindle: Callable) -> None:
+    outcome = rekindle("sample", run, "--prompt", os.fsdecode(b"a\xff"), "--device", "cpu")
+    assert outcome.status == 2
+    assert outcome.err.startswith("rekindle: error: a text or a name is no UTF-8 (")
+
+
+@pytest.mark.parametrize("reader", ["closed", "full", "latin-1"])
+def test_training_goes_on_though_nobody_can_read_what_it_says(
+    tmp_path: Path, begin: list[str], reader: str
+) -> None:
+    """The pipe is closed, the disk of the log is full, or its letters are few."""
+    if reader == "full" and not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    out = (
+        subprocess.PIPE
+        if reader == "closed"
+        else open(  # noqa: SIM115
+            "/dev/full" if reader == "full" else tmp_path / "log", "w"
+        )
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rekindle", *map(str, begin)], stdout=out, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    if process.stdout:
+        process.stdout.close()
+    assert process.stderr
+    err = process.stderr.read().decode()
+    assert (process.wait(), err) == (0, "")
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "", "/nowhere"])
+def test_without_a_home_compiled_graphs_go_to_the_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str
+) -> None:
+    from rekindle import cli
+
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path).startswith(str(tmp_path)))
+    for name in ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    cli._keep_compiled()
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == tmp_path
+
+
+def test_an_error_of_the_disk_is_a_line(tmp_path: Path, run: Path, rekindle: Callable) -> None:
+    outcome = rekindle("report", run, "--picture", tmp_path / "no folder" / "x.png")
+    assert outcome.status == 2
+    assert outcome.err == (
+        f"rekindle: error: {tmp_path}/no folder/x.png: No such file or directory: mend that and "
+        "give the same command again\n"
+    )
 
 
 def test_importing_does_nothing(python: Callable, tmp_path: Path) -> None:
@@ -215,6 +300,7 @@ def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
         (["--precision", "tf32"], "--precision tf32 needs an NVIDIA GPU"),
         (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
         (["--fork", "nowhere"], "there is no nowhere"),
+        (["--seed", 2**63], "--seed must be below 2^63"),
     ],
 )
 def test_numbers_that_do_not_go_together(

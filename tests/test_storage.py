@@ -1,11 +1,14 @@
 """What is written is there whole or not at all, whenever it is interrupted."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,33 @@ def test_a_new_folder_stays(tmp_path: Path, calls: list[str]) -> None:
     assert sorted(calls) == sorted([f"flush {tmp_path.name}", "flush runs"])
     storage.make_folder(tmp_path / "runs" / "run")
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("number", "harm"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_disk_that_cannot_flush_folders_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, harm: bool
+) -> None:
+    """As over some networks."""
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="error") if harm else nullcontext():
+        storage.write_file(tmp_path / "file", [b"text"])
+    assert (tmp_path / "file").read_bytes() == b"text"
+
+
+def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("text")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    storage.remove_folder(tmp_path / "link")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "file").exists()
 
 
 class Killed(BaseException):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rekindle import storage
 from rekindle.data.sources import Block, Source, SourceFile
 from rekindle.data.tokenizer import END_OF_TEXT
 from rekindle.errors import UserError
@@ -30,7 +31,8 @@ class LocalSource(Source):
 
     def __init__(self, paths: Iterable[Path | str]) -> None:
         self.paths = self._find([Path(path) for path in paths])
-        self.name = f"{self.suffixes[0].lstrip('.') or 'text'}: {self.paths[0].parent.name}"
+        folder = storage.spelled(self.paths[0].parent.name)
+        self.name = f"{self.suffixes[0].lstrip('.') or 'text'}: {folder}"
         self.files = [
             SourceFile(path.name, path.stat().st_size, self.split_of(path)) for path in self.paths
         ]
@@ -69,7 +71,7 @@ class LocalSource(Source):
         reading all of it."""
         digest = hashlib.sha256()
         for path, file in zip(self.paths, self.files, strict=True):
-            digest.update(f"{file.name} {file.size}\n".encode())
+            digest.update(f"{file.name} {file.size}\n".encode(errors="surrogateescape"))
             with open(path, "rb") as handle:
                 digest.update(handle.read(SAMPLE_BYTES))
                 handle.seek(max(0, file.size - SAMPLE_BYTES))

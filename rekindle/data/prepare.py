@@ -111,6 +111,9 @@ def _finished(
     if (out / shards.UNFINISHED).exists():  # killed between the manifest and this
         lock.take()
         storage.remove_folder(out / shards.UNFINISHED)
+    if storage.has_unfinished(out):  # or while that was removed
+        lock.take()
+        storage.remove_unfinished(out)
     return manifest
 
 

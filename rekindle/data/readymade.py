@@ -55,7 +55,7 @@ class ShardFolder(ReadyMade):
         with ThreadPoolExecutor(usable_cores()) as pool:
             entries = list(pool.map(lambda path: _describe(path, tokenizer), self.paths))
         source = {
-            "name": f"shards: {self.folder.resolve().name}",
+            "name": f"shards: {storage.spelled(self.folder.resolve().name)}",
             "revision": "local",
             "licence": "unknown",
         }

@@ -1,6 +1,7 @@
 """The progress line for people and `metrics.jsonl` for machines."""
 
 import math
+import os
 import shutil
 import sys
 import threading
@@ -45,7 +46,7 @@ class Console:
             return
         with self._lock:
             self._end_line()
-            print(text, file=self._stream, flush=True)
+            self._print(text + "\n")
 
     def progress(self, text: str, *, important: bool = False) -> None:
         """Show where things stand; `important` lines are shown in any case, and stay."""
@@ -55,18 +56,27 @@ class Console:
         self._next = now + (0.2 if self._live else 10.0)
         with self._lock:
             if not self._live:
-                print(text, file=self._stream, flush=True)
+                self._print(text + "\n")
                 return
             text = text[: shutil.get_terminal_size().columns - 1]  # wrapped, it would stay
-            print(f"\r\033[K{text}", end="", file=self._stream, flush=True)
+            self._print(f"\r\033[K{text}")
             self._pending = True
             if important:
                 self._end_line()
 
     def _end_line(self) -> None:
         if self._pending:
-            print(file=self._stream, flush=True)
+            self._print("\n")
             self._pending = False
+
+    def _print(self, text: str) -> None:
+        """Nobody who reads, or no room where it goes: that is no reason for a training to end."""
+        try:
+            print(text, end="", file=self._stream, flush=True)
+        except OSError:
+            self._quiet = True
+            # What is left in its buffer would fail once more when the process ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 class Metrics:

@@ -150,6 +150,13 @@ def write(folder: Path, description: dict[str, Any], snapshot: Snapshot) -> Path
     return path
 
 
+def amend(saved: Checkpoint, changes: dict[str, Any]) -> None:
+    """Change what a checkpoint says of itself, on disk and here; it stays whole meanwhile."""
+    saved.description.update(changes)
+    whole = saved.description
+    storage.write_json(saved.path / DESCRIPTION, {**whole, "sha256": _description_sha256(whole)})
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints under `folder`, oldest first. Unfinished ones have other names."""
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]

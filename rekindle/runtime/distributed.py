@@ -161,7 +161,7 @@ def connect(world: World, device: torch.device, limit: float = PATIENCE) -> str:
             "nccl" if on_gpu else "gloo", store=PrefixStore(life, store), timeout=timeout,
             rank=world.rank, world_size=world.size, device_id=device if on_gpu else None,
         )  # fmt: skip
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the last if torchrun's variables are missing
         raise UserError(
             f"the ranks did not meet ({reason(error)}): what kept another one away it says itself; "
             "give the same command again"
@@ -196,7 +196,7 @@ def meet(store: Store, rank: int, size: int, limit: float) -> str:
         time.sleep(0.05)
 
 
-def reason(error: RuntimeError) -> str:
+def reason(error: Exception) -> str:
     """What torch says, without the line of its source and its advice."""
     line = str(error).splitlines()[0]
     return re.sub(r"\[\S*/\S*\] ", "", line).partition(". ")[0]

@@ -35,6 +35,8 @@ class Saver:
         self._folder, self._keep, self._metrics = folder, keep, metrics
         self._model, self._optimizer, self._world = model, optimizer, world
         self._snapshot = Snapshot(model) if world.is_main else None
+        if world.is_main:
+            self._prune()  # a kill may have come before it was done
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -84,7 +86,7 @@ class Saver:
         step, began = description["step"], time.perf_counter()
         try:
             path = self._try_to_write(description)
-            self._prune(step)
+            self._prune()
             seconds = time.perf_counter() - began
             self._metrics.record("checkpoint", step, seconds=seconds, stall_s=stall)
             self._metrics.console.say(
@@ -102,13 +104,13 @@ class Saver:
                 )
             self._metrics.console.say(f"step {step:>5} | saving failed: {reason}")
 
-    def _prune(self, step: int) -> None:
+    def _prune(self) -> None:
         """Remove the checkpoints that need not be kept; one that cannot be removed harms nobody."""
         try:
             checkpoint.prune(self._folder, self._keep)
         except OSError as error:
             self._metrics.console.say(
-                f"step {step:>5} | an old checkpoint cannot be removed: {error.strerror or error}"
+                f"an old checkpoint cannot be removed: {error.strerror or error}"
             )
 
     def _try_to_write(self, description: dict[str, Any]) -> Path:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -120,7 +121,7 @@ def test_a_disk_without_room_for_the_log_is_told(
 ) -> None:
     """Which a run that goes on writes anew."""
     out = tmp_path / "run"
-    assert train(out, "--steps", 8).status == 0
+    assert train(out, fault="rename checkpoints/step-000012 1 1 kill").status == -signal.SIGKILL
     before = (out / "metrics.jsonl").read_bytes()
     end = train(out, fault=f"write .tmp-metrics.jsonl 1 1 {FULL}")
     assert end.status == 2
@@ -140,6 +141,35 @@ def test_a_log_that_is_never_written_stops_nothing(
     assert end.status == 0, end.err
     assert "the last lines of metrics.jsonl are lost (No space left on device)" in end.out
     assert weights(tmp_path / "run") == weights(expected)
+
+
+STARTS = [f"write metrics.jsonl 1 99 {FULL}", f"write .lock 1 1 {FULL}", f"fsync run 1 9 {BROKEN}"]
+
+
+@pytest.mark.parametrize("fault", STARTS)
+def test_a_disk_that_fails_at_the_start_is_told_in_a_line(
+    tmp_path: Path, train: Callable, fault: str
+) -> None:
+    """Or does no harm."""
+    end = train(tmp_path / "run", fault=fault)
+    assert "Traceback" not in end.err
+    assert end.err.count("\n") == (1 if end.status else 0)
+    assert end.status in (0, 2)
+    assert train(tmp_path / "run").status == 0
+
+
+def test_checkpoints_that_are_gone_are_missed(tmp_path: Path, train: Callable) -> None:
+    """As when the disk behind a link is not mounted: beginning anew would replace the log."""
+    out = tmp_path / "run"
+    assert train(out).status == 0
+    log = (out / "metrics.jsonl").read_bytes()
+    shutil.move(out / "checkpoints", tmp_path / "elsewhere")
+    end = train(out)
+    assert end.status == 2
+    assert f"{out} has saved checkpoints and there is none: see that the disk" in end.err
+    assert (out / "metrics.jsonl").read_bytes() == log
+    shutil.move(tmp_path / "elsewhere", out / "checkpoints")
+    assert train(out, "--steps", 14).status == 0
 
 
 def test_a_slow_disk_changes_nothing(

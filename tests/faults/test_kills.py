@@ -101,6 +101,8 @@ MOMENTS = {
     "after the checkpoint has its name": "rename checkpoints/step-000006 1 1 after",
     "before an old one is removed": "rename removed-step-000003 1 1 kill",
     "while an old one is removed": "rename removed-step-000003 1 1 after",
+    "after the last checkpoint has its name": "rename checkpoints/step-000040 1 1 after",
+    "before the last old one is removed": "rename removed-step-000036 1 1 kill",
     "in the middle of a line of the log": "write metrics.jsonl 9 1 half",
     "before a line of the log": "write metrics.jsonl 9 1 kill",
 }
@@ -152,6 +154,17 @@ def prepare(nursery: Nursery, texts: Path, out: Path, **job: Any) -> Any:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != storage.LOCK}
+
+
+@pytest.mark.parametrize("end", ["kill", "after"])
+def test_preparing_killed_while_it_tidies_up(
+    tmp_path: Path, nursery: Nursery, texts: Path, end: str
+) -> None:
+    assert prepare(nursery, texts, tmp_path / "straight").status == 0
+    out, fault = tmp_path / "data", f"rename removed-.progress 1 1 {end}"
+    assert prepare(nursery, texts, out, fault=fault).status == -signal.SIGKILL
+    assert "prepared already" in prepare(nursery, texts, out).out
+    assert contents(out) == contents(tmp_path / "straight")
 
 
 def test_preparing_killed_at_random_moments(tmp_path: Path, nursery: Nursery, texts: Path) -> None:

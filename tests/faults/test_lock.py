@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rekindle import storage
+from rekindle import session, storage
 from rekindle import train as rekindle_train
 from rekindle.data import prepare as rekindle_prepare
 from rekindle.data.readymade import PublishedShards, ShardFolder
@@ -83,6 +83,41 @@ def test_a_second_run_does_not_judge_what_the_first_one_is_writing(
         lock.take()
         assert_refused(rekindle(*command(out)), out)
     assert "no checkpoint" in rekindle(*command(out)).err
+
+
+def test_of_two_that_begin_at_once_one_begins(
+    tmp_path: Path, command: Callable, rekindle: Callable, nursery: Nursery, train: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """While this one checks the hashes of its data, another one trains to the end."""
+    out, verify = tmp_path / "run", session.verify_data
+
+    def meanwhile(*arguments: Any) -> None:
+        assert nursery(command(out)).status == 0
+        verify(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "verify_data", meanwhile)
+        end = rekindle(*command(out), "--seed", 7)
+    assert end.status == 2
+    assert end.err == (
+        f"rekindle: error: another process has begun {out} meanwhile: give the same command again, "
+        "or another --out\n"
+    )
+    train(tmp_path / "straight")
+    assert contents_of_checkpoints(out) == contents_of_checkpoints(tmp_path / "straight")
+
+
+def contents_of_checkpoints(run: Path) -> list[bytes]:
+    found = checkpoint.list_checkpoints(run / "checkpoints")
+    return [(path / name).read_bytes() for path in found for name in checkpoint.FILES]
+
+
+def test_a_run_whose_lock_was_lost_is_locked_all_the_same(tmp_path: Path, train: Callable) -> None:
+    """As in a copy without hidden files."""
+    train(tmp_path / "run", "--steps", 4)
+    (tmp_path / "run" / ".lock").unlink()
+    assert "goes on at step 4" in train(tmp_path / "run").out
 
 
 def test_after_a_kill_the_next_one_gets_in(

@@ -133,6 +133,14 @@ def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, save: Callabl
     assert all(torch.equal(p, new) for p, new in zip(model.parameters(), after, strict=True))
 
 
+def test_a_description_can_be_amended(saved: Path) -> None:
+    loaded = checkpoint.load(saved)
+    checkpoint.amend(loaded, {"examined": True, "validation_loss": 1.25})
+    again = checkpoint.load(saved)
+    assert again.description == loaded.description
+    assert (again.description["examined"], again.description["validation_loss"]) == (True, 1.25)
+
+
 def test_names_are_gpt2s_own(saved: Path, trained: tuple[GPT2, torch.optim.Optimizer]) -> None:
     names = sorted(dict(trained[0].named_parameters()))
     assert "transformer.h.0.attn.c_attn.weight" in names

@@ -1,6 +1,7 @@
 """A run that was stopped equals one that was not, bit for bit."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import torch
 
 import rekindle.train
 from rekindle import storage
+from rekindle import train as rekindle_train
+from rekindle.examine import Examiner
 from rekindle.runtime import checkpoint
 
 # Runs a training in which one call of a function ends the process as `kill -9` does.
@@ -424,6 +427,40 @@ def test_compiled_with_two_threads_it_is_the_same_bits_too(
         (tmp_path / "run" / "checkpoints" / "step-000012" / "checkpoint.json").read_text()
     )["split"]
     assert (split["compile"], split["threads"]) == (True, 2)
+
+
+def test_the_best_is_kept_though_the_run_was_stopped_before_it_was_examined(
+    tmp_path: Path, train: Train, records: Records, rekindle: Callable, command: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It is examined when the run goes on, and its checkpoint says so from then on."""
+    flags = ["--eval-every", 2, "--checkpoint-every", 2, "--keep-best", 1, "--keep-checkpoints", 1]
+    best, call = 6, Examiner.__call__
+
+    def judge(examiner: Examiner, step: int) -> float:
+        call(examiner, step)
+        return 1.0 + abs(step - best)
+
+    monkeypatch.setattr(Examiner, "__call__", judge)
+    train(tmp_path / "straight", *flags)
+    original = rekindle_train.learning_rate
+
+    def tell(step: int, **options: Any) -> float:
+        if step == best - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        return original(step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rekindle_train, "learning_rate", tell)
+        assert rekindle(*command(tmp_path / "run"), *flags).status == 128 + signal.SIGTERM
+    train(tmp_path / "run", *flags)
+    names = [
+        [path.name for path in checkpoint.list_checkpoints(tmp_path / run / "checkpoints")]
+        for run in ("straight", "run")
+    ]
+    assert names == [["step-000006", "step-000012"]] * 2
+    assert records(tmp_path / "run", *OTHER_KINDS) == records(tmp_path / "straight", *OTHER_KINDS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
