@@ -141,7 +141,8 @@ def test_training_goes_on_though_nobody_can_read_what_it_says(
         )
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "rekindle", *map(str, begin), "--prompt", "é"], stdout=out, stderr=subprocess.PIPE,
+        [sys.executable, "-m", "rekindle", *map(str, begin), "--prompt", "é"],
+        stdout=out, stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     if process.stdout:
