@@ -8,6 +8,7 @@ All of it but the start of a rank (`Popen`, below) is torchrun's own code.
 
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -48,8 +49,8 @@ class Popen:
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
-        end = time.monotonic() + min(timeout, self.patience)
+    def wait(self, timeout: float = math.inf) -> int:
+        end = time.monotonic() + (min(timeout, self.patience) if timeout < math.inf else timeout)
         while (status := self.poll()) is None:
             if time.monotonic() > end:
                 raise subprocess.TimeoutExpired("a rank", timeout)
