@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,18 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
     return found
 
 
+def hostile(chance: random.Random) -> Any:
+    """A copy: what is put in is changed in its turn."""
+    return deepcopy(chance.choice(HOSTILE))
+
+
 def edit(value: Any, chance: random.Random) -> Any:
     """A copy of a JSON value with one to three places changed."""
     value = json.loads(json.dumps(value))
     for _ in range(chance.choice([1, 1, 1, 3])):
         found = places(value) if isinstance(value, dict | list) else []
         if not found or chance.random() < 0.02:
-            return chance.choice(HOSTILE)
+            return hostile(chance)
         *outer, key = chance.choice(found)
         holder: Any = value
         for step in outer:
@@ -95,9 +101,9 @@ def edit(value: Any, chance: random.Random) -> Any:
         if kind == 0:
             del holder[key]
         elif kind == 1 and isinstance(holder, list):
-            holder.append(holder[key])
+            holder.append(deepcopy(holder[key]))
         elif kind == 1 and isinstance(holder, dict):
-            holder[f"{key}x"] = holder[key]
+            holder[f"{key}x"] = deepcopy(holder[key])
         elif kind == 2:
             holder[key] = [holder[key]]
         elif kind == 3 and isinstance(holder[key], int):
@@ -105,7 +111,7 @@ def edit(value: Any, chance: random.Random) -> Any:
                 [-1, 0, 1]
             )
         else:
-            holder[key] = chance.choice(HOSTILE)
+            holder[key] = hostile(chance)
     return value
 
 
@@ -417,7 +423,7 @@ def test_hellaswag_parquet(fuzz: Callable, tmp_path: Path) -> None:
         buffer = io.BytesIO()
         try:
             pq.write_table(pa.Table.from_pylist(edit(ROWS, chance)), buffer)
-        except (pa.ArrowException, TypeError, AttributeError, OverflowError, ValueError):
+        except (pa.ArrowException, TypeError, AttributeError, OverflowError, ValueError, KeyError):
             return content  # no table
         return buffer.getvalue()
 
