@@ -96,7 +96,7 @@ def test_a_second_signal_ends_it_at_once(
 
 
 def test_a_second_signal_is_heard_where_python_is_not(
-    python: Callable[..., Any], tmp_path: Path
+    python: Callable[..., Any],
 ) -> None:
     """The main thread waits in C++, as for a rank that never comes."""
     script = """
@@ -119,11 +119,9 @@ with Listener() as listener:
         assert listener.told == signal.SIGTERM
         print("waited to the end")
 """
-    began = time.monotonic()
     once, twice = (python("-c", script, often) for often in ("once", "twice"))
     assert (once.returncode, once.stdout) == (0, "waited to the end\n"), once.stderr
     assert (twice.returncode, twice.stdout) == (128 + signal.SIGTERM, ""), twice.stderr
-    assert time.monotonic() - began < 50
 
 
 def test_an_echo_of_the_first_signal_is_not_a_second_one() -> None:
