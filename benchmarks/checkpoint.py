@@ -23,7 +23,7 @@ from benchmarks.common import environment, quantiles, write_result
 from rekindle import storage
 from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console, Metrics
-from rekindle.optim.adamw import GradientBuffer, make_adamw
+from rekindle.optim.adamw import make_adamw
 from rekindle.recipes import get_recipe
 from rekindle.runtime.checkpoint import Keep, Snapshot
 from rekindle.runtime.device import get_device
@@ -43,7 +43,6 @@ class Training:
         self.device = get_device("cpu")
         self.model = GPT2(get_recipe("gpt2-124m").model.for_training())
         self.optimizer = make_adamw(self.model, 6e-4, (0.9, 0.95), 1e-8, 0.1)
-        self.gradients = GradientBuffer(self.model.parameters())
         self.tokens = torch.randint(0, self.model.config.vocab_size, (1, ROWS, T))
         self.checkpoints, self.log = folder / "checkpoints", folder / "metrics.jsonl"
         metrics = Metrics(
@@ -55,7 +54,7 @@ class Training:
     def step(self) -> float:
         began = time.perf_counter()
         train_step(
-            self.model, self.gradients, self.optimizer, self.tokens, self.tokens, lr=1e-5, clip=1.0,
+            self.model, self.optimizer, self.tokens, self.tokens, lr=1e-5, clip=1.0,
             guard=Guard(), device=self.device, world=World(),
         )  # fmt: skip
         return time.perf_counter() - began

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from rekindle.model import gpt2
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2, Compute
-from rekindle.optim.adamw import GradientBuffer, make_adamw
+from rekindle.optim.adamw import make_adamw
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 from rekindle.runtime.guard import Guard
@@ -113,12 +113,11 @@ def fast_updates(
         if bug in OPTIMIZER_BUGS:
             optimizer = OPTIMIZER_BUGS[bug](model, optimizer)
         settings |= STEP_BUGS.get(bug or "", {})
-        gradients = GradientBuffer(model.parameters())
         forward = compiled(model) if compiled else model
         for step, batch in enumerate(trial.tokens):
             rows = batch[settings["cut"]]
             train_step(
-                forward, gradients, optimizer, rows[..., :-1], rows[..., 1:],
+                forward, optimizer, rows[..., :-1], rows[..., 1:],
                 lr=settings["lr"](step), clip=settings["clip"], guard=Guard(),
                 device=device, world=World(),
             )  # fmt: skip

@@ -26,7 +26,7 @@ from rekindle.data.batches import Batches, Prefetcher, Split, Windows
 from rekindle.data.prepare import prepare
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
-from rekindle.optim.adamw import GradientBuffer, make_adamw
+from rekindle.optim.adamw import make_adamw
 from rekindle.runtime.device import get_device, keep_freed_memory
 from rekindle.runtime.distributed import World
 from rekindle.runtime.fit import choose_compute
@@ -97,13 +97,12 @@ def ours(model: GPT2, T: int, device: Any, *, compiled: bool) -> Any:
     keep_freed_memory(device)
     model.use(choose_compute(device, T))
     optimizer = make_adamw(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
-    gradients, guard = GradientBuffer(model.parameters()), Guard()
+    guard = Guard()
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
 
     def step(x: torch.Tensor, y: torch.Tensor) -> float:
         return train_step(
             forward,
-            gradients,
             optimizer,
             x,
             y,

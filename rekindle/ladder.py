@@ -25,7 +25,7 @@ from rekindle.data.batches import Batches, Prefetcher, Split, Windows
 from rekindle.errors import UserError
 from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import duration
-from rekindle.optim.adamw import GradientBuffer, make_adamw
+from rekindle.optim.adamw import make_adamw
 from rekindle.recipes import Recipe
 from rekindle.runtime.device import (
     PEAKS,
@@ -196,7 +196,7 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
     model = _model(recipe, levers, device)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if levers.compile else model
     optimizer = make_adamw(model, LR, (0.9, 0.95), 1e-8, 0.1, fused=levers.fused_adamw)
-    gradients, guard = GradientBuffer(model.parameters()), Guard()
+    guard = Guard()
     prefetcher = _prefetcher(recipe, work, levers, device)
     ends, losses = [time.perf_counter()], []
     x = y = torch.empty(0)
@@ -204,7 +204,6 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
         x, y = prefetcher.next()
         result = train_step(
             forward,
-            gradients,
             optimizer,
             x,
             y,

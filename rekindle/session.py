@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rekindle import storage
 from rekindle.data import shards
@@ -25,17 +25,18 @@ from rekindle.evaluate.loss import Forward
 from rekindle.evaluate.questions import Question, for_training
 from rekindle.examine import Examiner
 from rekindle.model.gpt2 import GPT2, Compute
-from rekindle.observe.metrics import Console, Metrics
-from rekindle.optim.adamw import GradientBuffer, make_adamw
+from rekindle.observe.metrics import Console, Metrics, duration
+from rekindle.optim.adamw import make_adamw
 from rekindle.recipes import Recipe
 from rekindle.run import Run, RunOptions, is_begun, open_run
 from rekindle.runtime import distributed, replicas
 from rekindle.runtime.device import Device, get_device, keep_freed_memory, why_not_compile
-from rekindle.runtime.distributed import World
+from rekindle.runtime.distributed import World, data_parallel
 from rekindle.runtime.fit import choose_compute, choose_micro, must_recompute
 from rekindle.runtime.guard import Guard
 from rekindle.runtime.saving import Saver
-from rekindle.runtime.sharding import is_sharded, make_gradients, shard
+from rekindle.runtime.sharding import is_sharded, shard
+from rekindle.runtime.warm_up import warm_up
 from rekindle.runtime.watchdog import Watchdog
 
 GIVE_UP_AFTER = 3  # returns to the same checkpoint
@@ -50,8 +51,7 @@ class Session:
     world: World
     device: Device
     model: GPT2  # with the clean names that are saved
-    forward: Forward  # the model as it is called: compiled, where that can be
-    gradients: GradientBuffer
+    forward: Forward  # the model as training calls it: compiled where possible, in DDP if needed
     optimizer: torch.optim.Optimizer
     guard: Guard
     batches: Batches
@@ -84,6 +84,22 @@ class Session:
         last = batch + self.run.recipe.steps - self.run.step
         self.prefetcher = Prefetcher(self.make_batch, batch, last, self.device.torch)
 
+    def warm_up(self) -> None:
+        """Compile, and let DDP settle, on the first micro-batch of the next step."""
+        if self.run.step >= self.run.recipe.steps:
+            return
+        self.watch.at("the warm-up")
+        x, y = (
+            torch.from_numpy(tokens[0].copy()).to(self.device.torch)
+            for tokens in self.make_batch(self.run.batch)
+        )
+        found = warm_up(self.forward, self.optimizer, x, y, self.device, self.world)
+        memory = f", {found.peak_bytes / 2**30:.1f} GiB" if found.peak_bytes else ""
+        self.metrics.console.say(
+            f"warm-up: {duration(found.compile_s)} to compile and settle, then "
+            f"{found.pass_s * 1e3:.0f} ms a micro-batch{memory}"
+        )
+
     def make_batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         self.unchanged.check()  # to read past the end of a file cut short would end the process
         x, y = self.batches.batch(number, self.split)
@@ -106,6 +122,7 @@ class Session:
         """Begin the checkpoint of `step`; it is written while training goes on."""
         self.watch.at(f"the checkpoint of step {step}")
         self.compare_ranks(step)
+        replicas.check_finite(self.model, self.optimizer, self.world, step)
         validation = self.validation if examined else None
         self.saver.save(
             self.run.describe(step, batch, self.guard, examined=examined, validation=validation)
@@ -188,31 +205,31 @@ def start(
     optimizer = make_adamw(model, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
     guard = Guard(o.spike)
     restore(run, model, optimizer, guard)
-    gradients = make_gradients(model)
     recompute = run.recompute
     if recompute is None:
         recompute = must_recompute(model, batches.windows.T, device, world)
     model.use(compute := dataclasses.replace(compute, recompute=recompute))
     micro = run.micro or choose_micro(model, batches.rows, batches.windows.T, device, world)
     split = Split.of(batches.rows, micro, world.rank, world.size)
-    forward, transformer = compile_model(model, run, device, console)
+    compiled, transformer = compile_model(model, run, device, console)
+    forward = compiled if is_sharded(model) else data_parallel(compiled, world, device.torch)
 
-    run.begin(device, compute, split, compiled=forward is not model, console=console, lock=lock)
+    run.begin(device, compute, split, compiled=compiled is not model, console=console, lock=lock)
     metrics = run.open_metrics(device, console, world)
     saver = run.open_saver(model, optimizer, metrics, world)
     tokenizer = get_tokenizer(manifest.tokenizer)
     packed = hellaswag.pack(
         questions, tokenizer, model.config.block_size, device, world,
-        compiled=forward is not model,
+        compiled=compiled is not model,
     )  # fmt: skip
     if is_sharded(model):
         packed = hellaswag.keep_step(packed, device)
     examiner = Examiner(
-        run, model, forward, transformer, validation, packed, tokenizer, split.micro, device,
+        run, model, compiled, transformer, validation, packed, tokenizer, split.micro, device,
         world, metrics,
     )  # fmt: skip
     return Session(
-        run, world, device, model, forward, gradients, optimizer, guard, batches, unchanged, split,
+        run, world, device, model, forward, optimizer, guard, batches, unchanged, split,
         metrics, saver, examiner, watch,
     )  # fmt: skip
 
@@ -271,7 +288,7 @@ def make_deterministic(device: Device, *, on_gpu: bool = False) -> None:
 
 def compile_model(
     model: GPT2, run: Run, device: Device, console: Console
-) -> tuple[Forward, Callable[..., Tensor]]:
+) -> tuple[nn.Module, Callable[..., Tensor]]:
     """The model and its body as they are called in training: compiled, if it can be done here.
 
     The compiled forms share their parameters with `model`, whose names stay clean.

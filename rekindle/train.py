@@ -13,12 +13,12 @@ from torch import Tensor
 
 from rekindle.evaluate.loss import Forward
 from rekindle.observe.metrics import duration
-from rekindle.optim.adamw import GradientBuffer
+from rekindle.optim.gradients import clip_gradients, grad_norm
 from rekindle.optim.schedule import learning_rate
 from rekindle.recipes import Recipe
 from rekindle.run import Run, RunOptions
 from rekindle.runtime.device import Device
-from rekindle.runtime.distributed import World, telling_of_lost_ranks
+from rekindle.runtime.distributed import World, gradient_sync, telling_of_lost_ranks
 from rekindle.runtime.guard import Guard
 from rekindle.runtime.signals import Listener
 from rekindle.session import start
@@ -43,7 +43,6 @@ class StepResult:
 
 def train_step(
     forward: Forward,
-    gradients: GradientBuffer,
     optimizer: torch.optim.Optimizer,
     x: Tensor,  # (accumulation, micro, T) token ids of this rank
     y: Tensor,  # the same, one token on
@@ -55,23 +54,24 @@ def train_step(
     world: World,
 ) -> StepResult:
     """One update of the weights from one global batch; refused as a whole if the guard objects."""
-    gradients.reset()
+    optimizer.zero_grad(set_to_none=False)  # they stay views of DDP's buckets: no second copy
     loss = torch.zeros((), device=x.device)
-    share = 1 / (len(x) * world.size)  # a mean over micro-steps and ranks is a sum of shares
-    for micro_x, micro_y in zip(x, y, strict=True):
-        with device.autocast():
-            _, micro_loss = forward(micro_x, micro_y)
-        assert micro_loss is not None
-        (micro_loss * share).backward()  # adds to the gradients of the micro-steps before
-        loss += micro_loss.detach() * share
-    world.sum_(*gradients.shares(), loss)  # the ranks' only talk, unless they share the weights
+    for i, (micro_x, micro_y) in enumerate(zip(x, y, strict=True)):
+        with gradient_sync(forward, world, now=i == len(x) - 1):  # once a step, in the last pass
+            with device.autocast():
+                _, micro_loss = forward(micro_x, micro_y)
+            assert micro_loss is not None
+            (micro_loss / len(x)).backward()  # adds to the gradients of the micro-batches before
+        loss += micro_loss.detach() / len(x)
+    world.mean_(loss)
 
-    norm = gradients.norm()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = grad_norm(parameters)
     loss_seen, norm_seen = torch.stack([loss, norm]).tolist()
     if objection := guard.objection(loss_seen, norm_seen):
         return StepResult(loss_seen, norm_seen, objection)
-    if clip and norm_seen > clip:
-        gradients.clip(norm, clip)
+    if clip:
+        clip_gradients(parameters, clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -98,6 +98,7 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
     ):
         run, recipe, schedule = s.run, s.run.recipe, s.run.recipe.schedule
         step, batch = run.step, run.batch  # they differ once batches have been stepped over
+        s.warm_up()
         if not run.examined and (step == 0 or due(step, recipe.eval_every, recipe.steps)):
             s.examine_saved()
         while step < recipe.steps:
@@ -110,7 +111,7 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
             )  # fmt: skip
             s.watch.at(f"step {step}")
             result = train_step(
-                s.forward, s.gradients, s.optimizer, x, y, lr=lr, clip=recipe.optim.clip,
+                s.forward, s.optimizer, x, y, lr=lr, clip=recipe.optim.clip,
                 guard=s.guard, device=s.device, world=s.world,
             )  # fmt: skip
             s.metrics.step(

@@ -1,1 +1,5 @@
 """Gradients → weights."""
+
+from rekindle.optim.gradients import grad_norm
+
+__all__ = ["grad_norm"]

@@ -55,6 +55,11 @@ class Device:
             return nullcontext()
         return torch.autocast(self.torch.type, dtype=torch.bfloat16)
 
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given; a CPU always has."""
+        if self.torch.type != "cpu":
+            getattr(torch, self.torch.type).synchronize()
+
     @property
     def dtype(self) -> "torch.dtype":
         """Of the model's residual stream."""

@@ -10,8 +10,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
 
 from rekindle.errors import UserError
 
@@ -59,11 +60,16 @@ class World:
         return self.rank == 0
 
     def sum_(self, *tensors: Tensor) -> None:
-        """Add each tensor over all ranks, in place. Gloo has no mean: whoever wants one divides."""
+        """Add each tensor over all ranks, in place."""
         if self.size > 1:
             with self.together(done=dist.get_backend() == "gloo"):
                 for tensor in tensors:
                     dist.all_reduce(tensor)
+
+    def mean_(self, tensor: Tensor) -> None:
+        """Make `tensor` its mean over all ranks, in place."""
+        self.sum_(tensor)
+        tensor /= self.size
 
     def min(self, value: int, device: torch.device) -> int:
         """The smallest `value` any rank has."""
@@ -119,6 +125,32 @@ class World:
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def data_parallel(module: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """`module` (compiled or not) as several ranks call it in training: PyTorch's
+    `DistributedDataParallel`, which averages gradients over the ranks. Alone, `module` itself."""
+    if world.size == 1:
+        return module
+    with world.together():
+        return DistributedDataParallel(
+            module,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+
+
+@contextmanager
+def gradient_sync(forward: object, world: World, *, now: bool) -> Iterator[None]:
+    """A forward and backward pass, in which DDP averages the gradients only if it is `now`."""
+    if not isinstance(forward, DistributedDataParallel):
+        yield
+    elif now:
+        with world.together(done=dist.get_backend() == "gloo"):
+            yield
+    else:
+        with forward.no_sync():
+            yield
 
 
 def place() -> World:

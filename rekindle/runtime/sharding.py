@@ -5,7 +5,7 @@ gathered before they act and let go of after, so that whatever calls a sharded m
 all ranks together. FSDP is imported where it is used: that takes a second or two.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from rekindle.model.gpt2 import GPT2
-from rekindle.optim.adamw import GradientBuffer
 from rekindle.runtime.distributed import World
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ def shard(model: GPT2, device: torch.device, world: World) -> None:
     for module in parts:
         # Without being told, the root would stay gathered after a forward pass without a backward.
         part = fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        part.set_gradient_divide_factor(1.0)  # the mean is already in the shares of the loss
         part.set_force_sum_reduction_for_comms(True)  # gloo knows nothing else
     with torch.no_grad():  # what is called first is the root from then on
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
@@ -81,38 +79,3 @@ def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
 def _is_part(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
     return hasattr(tensor, "full_tensor")
-
-
-def make_gradients(model: nn.Module) -> GradientBuffer:
-    """The buffer for the gradients of `model` as it is: whole or sharded."""
-    kind = ShardedGradients if is_sharded(model) else GradientBuffer
-    return kind(model.parameters())
-
-
-class ShardedGradients(GradientBuffer):
-    """This rank's part of all gradients in one tensor. FSDP adds them up over the ranks.
-
-    It does so after every micro-step: with the last one alone, each rank would have to hold whole
-    gradients until then.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        from torch.distributed.tensor import DTensor
-
-        parts = [(p, cast(DTensor, p)) for p in parameters]
-        super().__init__(part.to_local() for _, part in parts)
-        self._views = [
-            (p, DTensor.from_local(
-                view, part.device_mesh, part.placements, run_check=False, shape=p.shape,
-                stride=p.stride(),
-            ))
-            for (p, part), (_, view) in zip(parts, self._views, strict=True)
-        ]  # fmt: skip
-        self._square = torch.zeros((), device=self.flat.device)
-
-    def shares(self) -> tuple[Tensor, ...]:
-        self._square = torch.linalg.vector_norm(self.flat).square()
-        return (self._square,)
-
-    def norm(self) -> Tensor:
-        return self._square.sqrt()

@@ -4,6 +4,7 @@ A fault is {"rank": 1, "step": 5, "do": NAME of a method below, ...}. Each happe
 step, in life 0 of the ranks: torchrun may have begun anew since (`"life": 1`).
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,15 @@ class Rank:
         ]
 
     def noted_step(
-        self, forward: Forward, gradients: Any, optimizer: Any, x: Tensor, y: Tensor, **options: Any
+        self, forward: Forward, optimizer: Any, x: Tensor, y: Tensor, **options: Any
     ) -> train.StepResult:
-        if self.take("nan"):
-            forward = _changed(forward, lambda loss: loss * math.nan)
-        if self.take("infinite_gradient"):
-            forward = _changed(forward, _with_infinite_gradient)
         before = self.state()
-        result = self.train_step(forward, gradients, optimizer, x, y, **options)
+        with contextlib.ExitStack() as faults:
+            if self.take("nan"):
+                faults.enter_context(self.changed_loss(lambda loss: loss * math.nan))
+            if self.take("infinite_gradient"):
+                faults.enter_context(self.changed_loss(_with_infinite_gradient))
+            result = self.train_step(forward, optimizer, x, y, **options)
         note = {
             "step": self.step, "life": self.life, "rows": torch.cat([x, y[..., -1:]], -1).tolist(),
             "before": before, "after": self.state(), "accepted": result.accepted,
@@ -89,6 +91,15 @@ class Rank:
         with open(self.notes / f"rank-{self.number}.jsonl", "a") as file:
             file.write(json.dumps(note) + "\n")
         return result
+
+    @contextlib.contextmanager
+    def changed_loss(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """The model's loss is another in here."""
+        hook = self.session.model.register_forward_hook(lambda _, x, out: (out[0], change(out[1])))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def state(self) -> str:
         """A hash of all weights and moments, or of this rank's part of them."""
@@ -149,15 +160,6 @@ class Rank:
 
     def shell(self, command: str) -> None:
         subprocess.run(command, shell=True, check=True)
-
-
-def _changed(forward: Forward, change: Any) -> Forward:
-    def changed(x: Tensor, y: Tensor) -> Any:
-        logits, loss = forward(x, y)
-        assert loss is not None
-        return logits, change(loss)
-
-    return changed
 
 
 def _with_infinite_gradient(loss: Tensor) -> Tensor:

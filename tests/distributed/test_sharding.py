@@ -31,22 +31,27 @@ import json, sys, torch
 from rekindle import session, train
 from rekindle.cli import main
 from rekindle.evaluate import hellaswag
-from rekindle.runtime import sharding
 
 train.World.close = lambda self: None  # gloo cannot meet twice under one torchrun
 hellaswag.CPU_TOKENS = 1  # a batch for each question: one rank has two, the other one
 facts = []
-make, clip, step = session.make_gradients, sharding.ShardedGradients.clip, train.train_step
+begin, clip, step = train.start, train.clip_gradients, train.train_step
 
-def measured(model):
-    parts = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
-    facts.append({"held": parts, "all": sum(p.numel() for p in model.parameters()), "norms": []})
-    return make(model)
+def measured(*arguments):
+    session = begin(*arguments)
+    parameters = list(session.model.parameters())
+    parts = sum(getattr(p, "_local_tensor", p).numel() for p in parameters)
+    facts.append({"held": parts, "all": sum(p.numel() for p in parameters), "norms": []})
+    return session
 
-def clipped(self, norm, limit):  # what all ranks hold, put together
-    wholes = [p.grad.full_tensor().flatten() for p, _ in self._views]
-    facts[-1]["norms"].append((norm.item(), torch.linalg.vector_norm(torch.cat(wholes)).item()))
-    clip(self, norm, limit)
+def whole_norm(parameters):  # of what all ranks hold, put together
+    wholes = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in parameters]
+    return torch.linalg.vector_norm(torch.cat([w.flatten() for w in wholes])).item()
+
+def clipped(parameters, limit, norm):
+    before = whole_norm(parameters)
+    clip(parameters, limit, norm)
+    facts[-1]["norms"].append((norm.item(), before, whole_norm(parameters)))
 
 def placed(forward, *rest, world, **named):
     def call(x, y):
@@ -57,7 +62,7 @@ def placed(forward, *rest, world, **named):
     return step(call, *rest, world=world, **named)
 
 train.train_step = placed
-session.make_gradients, sharding.ShardedGradients.clip = measured, clipped
+train.start, train.clip_gradients = measured, clipped
 for command in json.loads(sys.argv[1]):
     assert main(command) == 0, command
 open(f"{sys.argv[2]}-{session.distributed.place().rank}.json", "w").write(json.dumps(facts))
@@ -172,8 +177,9 @@ def test_each_rank_holds_a_part_and_they_agree_about_the_norm(runs: Runs) -> Non
     for _, sharded, begun_by_one in runs.facts:
         assert sharded["held"] < 0.52 * sharded["all"]
         assert (len(sharded["norms"]), len(begun_by_one["norms"])) == (12, 8)
-        for norm, norm_of_whole in sharded["norms"]:
+        for norm, norm_of_whole, clipped in sharded["norms"]:
             assert norm == pytest.approx(norm_of_whole, rel=1e-6)
+            assert clipped == pytest.approx(0.05, rel=1e-4)
     parallel, sharded, _ = zip(*runs.facts, strict=True)
     assert [facts["held"] for facts in parallel] == [parallel[0]["all"]] * 2
     assert sum(facts["held"] for facts in sharded) == sharded[0]["all"]

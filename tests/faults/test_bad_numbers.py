@@ -48,7 +48,7 @@ class Watched:
         return x, y
 
     def step(self, original: Callable, forward: Any, *arguments: Any, **options: Any) -> StepResult:
-        _, optimizer, x, _ = arguments
+        optimizer, x, _ = arguments
         number = self.numbers[x.numpy().tobytes()]
         if (end := self.end.pop(number, None)) is Killed:
             raise Killed

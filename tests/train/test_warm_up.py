@@ -1,0 +1,45 @@
+"""The warm-up before the first step leaves no trace in anything that training reads."""
+
+import pytest
+import torch
+
+from rekindle.model.gpt2 import GPT2
+from rekindle.optim.adamw import make_adamw
+from rekindle.recipes import Recipe
+from rekindle.runtime.device import Device
+from rekindle.runtime.distributed import World
+from rekindle.runtime.warm_up import warm_up
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_it_leaves_no_trace(tiny: Recipe) -> None:
+    torch.manual_seed(0)
+    model = GPT2(tiny.model)
+    optimizer = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    weights = [p.detach().clone() for p in model.parameters()]
+    x, y = torch.randint(257, (2, 4, 16))
+    losses = []
+
+    def forward(x: torch.Tensor, y: torch.Tensor) -> tuple[None, torch.Tensor]:
+        _, loss = model(x, y)
+        assert loss is not None
+        losses.append(loss.item())
+        torch.rand(1)  # as dropout would
+        return None, loss
+
+    random = torch.get_rng_state()
+    device = Device(torch.device("cpu"), "CPU", "fp32")
+    found = warm_up(forward, optimizer, x, y, device, World())
+
+    assert len(losses) == 2
+    assert losses[0] == losses[1]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not optimizer.state
+    for p, before in zip(model.parameters(), weights, strict=True):
+        assert torch.equal(p, before)
+        assert p.grad is not None
+        assert not p.grad.any()
+    assert found.pass_s > 0
+    assert found.compile_s >= 0
+    assert found.peak_bytes is None
