@@ -6,6 +6,7 @@ Imports no torch. Sources: [lecture] "Let's reproduce GPT-2 (124M)", karpathy/bu
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -190,6 +191,8 @@ def check(recipe: Recipe) -> None:
         least = 1 if name.startswith("model.") else 0
         if isinstance(value, int | float) and not value >= least:  # nor is nan
             raise UserError(f"{flag} must be at least {least}, but is {value}")
+        if value == math.inf:
+            raise UserError(f"{flag} must be a finite number, but is {value}")
         if name == "seed" and value >= 2**63:
             raise UserError(f"{flag} must be below 2^63, but is {value}")
         if name in ("optim.beta1", "optim.beta2") and value >= 1:

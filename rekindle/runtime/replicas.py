@@ -1,5 +1,7 @@
-"""Every rank holds the same weights and moments, to the bit. A faulty memory breaks that and says
-nothing, and so it is looked for."""
+"""What must hold of weights and optimizer state: finite numbers, and the same bits on every rank.
+
+Faulty memory breaks the second and a step too large the first, both silently, so they are checked.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +38,23 @@ def compare(model: nn.Module, optimizer: torch.optim.Optimizer, world: World, st
     raise UserError(
         f"{who} after step {step - 1}: memory or a GPU there is faulty; take it out, and the same "
         "command goes on from the newest checkpoint"
+    )
+
+
+def check_finite(
+    model: nn.Module, optimizer: torch.optim.Optimizer, world: World, step: int
+) -> None:
+    """Raise `UserError` on every rank if a weight or an optimizer state on any rank is not finite;
+    it names the tensor. `step`: how many steps have been taken."""
+    named = {name: getattr(t, "_local_tensor", t) for name, t in _tensors(model, optimizer)}
+    finite = torch.stack([tensor.isfinite().all() for tensor in named.values()])
+    wrong = [name for name, good in zip(named, finite.tolist(), strict=True) if not good]
+    if world.min(0 if wrong else 1, finite.device):
+        return
+    raise UserError(
+        f"{wrong[0] if wrong else 'a tensor on another rank'} is not finite after step {step - 1}, "
+        "so no checkpoint was saved: lower --optim.lr, and start anew or from an older checkpoint "
+        "with --fork"
     )
 
 
