@@ -34,7 +34,9 @@ FLAGS = {
     "prompt": "what the samples begin with",
     "batch.tokens": "tokens of one optimizer step, over all ranks",
     "batch.length": "tokens in a window (T)",
-    "batch.order": "shuffled, or sequential as the files are",
+    "batch.order": "shuffled, sequential as the files are, or lecture as its loader reads",
+    "batch.lecture_micro_tokens": "with the order lecture: tokens of one micro-batch of the "
+    "lecture's run over all its ranks; a shard gives whole ones",
     "batch.micro": "rows of one forward pass, 0: found for the device",
     "optim.lr": "peak learning rate",
     "optim.beta1": "AdamW's first decay",
