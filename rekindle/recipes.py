@@ -21,8 +21,8 @@ class Batch:
     tokens: int = 524_288  # per optimizer step, over all ranks; 2**19 as in [lecture]
     length: int = 1024  # T, tokens in a window
     order: str = "shuffled"  # or "sequential", the order of the files, or "lecture"
-    # The published run's micro-batch, over its one rank: B=64, T=1024 [lecture]. Its loader drops
-    # the end of a shard that fills no more of them. What the machine's micro-batch is, is `micro`.
+    # Micro-batch of the published run, on its one rank: B=64, T=1024 [lecture]. Its loader drops
+    # the rest of a shard that fills no whole one. The machine's own micro-batch is `micro`.
     lecture_micro_tokens: int = 65_536
     micro: int = 0  # rows per forward pass on one rank; 0: found for the device
 
@@ -238,7 +238,7 @@ def as_begun(recipe: Recipe, before: dict[str, Any]) -> Recipe:
     """
     older = "batch.lecture_micro_tokens" not in before
     if older and recipe.name == _LECTURE.name and recipe.batch.order == "lecture":
-        return override(recipe, {"batch.order": before.get("batch.order", "sequential")})
+        return override(recipe, {"batch.order": "sequential"})
     return recipe
 
 

@@ -142,6 +142,7 @@ def test_a_run_begun_before_the_lectures_order_keeps_its_own(tiny: Recipe) -> No
     assert recipes.as_begun(lecture, before) == lecture  # it was asked for
     del before["batch.lecture_micro_tokens"]
     assert recipes.as_begun(lecture, before) == old
+    assert recipes.as_begun(lecture, {**before, "batch.order": "shuffled"}) == old  # and is refused
     shuffled = recipes.override(lecture, {"batch.order": "shuffled"})
     assert recipes.as_begun(shuffled, before) == shuffled  # and is refused
     other = recipes.override(tiny, {"batch.order": "lecture"})
