@@ -34,7 +34,9 @@ FLAGS = {
     "prompt": "what the samples begin with",
     "batch.tokens": "tokens of one optimizer step, over all ranks",
     "batch.length": "tokens in a window (T)",
-    "batch.order": "shuffled, or sequential as the files are",
+    "batch.order": "shuffled, sequential as the files are, or lecture as its loader reads",
+    "batch.lecture_micro_tokens": "with the order lecture: tokens of one micro-batch of the "
+    "lecture's run over all its ranks; a shard gives whole ones",
     "batch.micro": "rows of one forward pass, 0: found for the device",
     "optim.lr": "peak learning rate",
     "optim.beta1": "AdamW's first decay",
@@ -114,8 +116,9 @@ def prepare(o: argparse.Namespace) -> None:
     if out is None:
         raise UserError("say where the shards go: --out DIR")
     prepare(
-        source, out, tokenizer=o.tokenizer, val_tokens=o.val_tokens, shard_tokens=o.shard_tokens
-    )
+        source, out, tokenizer=o.tokenizer, val_tokens=o.val_tokens, shard_tokens=o.shard_tokens,
+        layout=o.layout,
+    )  # fmt: skip
 
 
 def train(o: argparse.Namespace) -> None:
@@ -267,7 +270,7 @@ def _add_prepare(commands: Any) -> None:
     p = _add(
         commands, "prepare", prepare, "turn text into shards of tokens",
         "examples:\n"
-        "  rekindle prepare fineweb-edu-10bt --out data/fineweb-edu\n"
+        "  rekindle prepare fineweb-edu-10bt --layout lecture --out data/fineweb-edu\n"
         "  rekindle prepare fineweb-10bt-tokenized --out data/fineweb\n"
         "  rekindle prepare --parquet DIR --out data/mine\n"
         "Killed or stopped, the same command goes on; when all is there, it does nothing.",
@@ -291,12 +294,20 @@ def _add_prepare(commands: Any) -> None:
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards and manifest")
     p.add_argument("--tokenizer", default="gpt2", choices=("gpt2", "bytes"))
     p.add_argument(
-        "--val-tokens", type=int, default=10_485_760, metavar="N",
-        help="about how many tokens to hold out, if the source does not say (default: %(default)s)",
+        "--layout", default="documents", choices=("documents", "lecture"),
+        help="documents: whole documents, some held out for validation by their hash; lecture: as "
+        "the lecture's script cuts them, in the source's order and through documents, the first "
+        "shard for validation (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--val-tokens", type=int, metavar="N",
+        help="about how many tokens to hold out, if neither the source nor the layout says "
+        "(default: 10485760)",
     )  # fmt: skip
     p.add_argument(
         "--shard-tokens", type=int, default=100_000_000, metavar="N",
-        help="about how many tokens a shard holds (default: %(default)s)",
+        help="how many tokens a shard holds, and the rest of its last document unless the layout "
+        "is lecture (default: %(default)s)",
     )  # fmt: skip
 
 

@@ -52,6 +52,6 @@ def _summary(recipe: str, data: Path, out: Path, seconds: float) -> str:
 4. What next (each command has --help)
    more text:         rekindle sample {out} --prompt "The " --tokens 80
    train it further:  rekindle train {recipe} --data {data} --out {out} --steps 2000
-   the real thing:    rekindle prepare fineweb-edu-10bt --out data/fineweb-edu
+   the real thing:    rekindle prepare fineweb-edu-10bt --layout lecture --out data/fineweb-edu
                       rekindle train gpt2-124m --data data/fineweb-edu --out runs/gpt2
    The commands are in .venv/bin (or: source .venv/bin/activate)."""

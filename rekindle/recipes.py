@@ -21,12 +21,20 @@ class Batch:
 
     tokens: int = 524_288  # per optimizer step, over all ranks; 2**19 as in [lecture]
     length: int = 1024  # T, tokens in a window
-    order: str = "shuffled"  # or "sequential", the order of the files
+    order: str = "shuffled"  # or "sequential", the order of the files, or "lecture"
+    # Micro-batch of the published run, on its one rank: B=64, T=1024 [lecture]. Its loader drops
+    # the rest of a shard that fills no whole one. The machine's own micro-batch is `micro`.
+    lecture_micro_tokens: int = 65_536
     micro: int = 0  # rows per forward pass on one rank; 0: found for the device
 
     @property
     def rows(self) -> int:
         return self.tokens // self.length
+
+    @property
+    def unit(self) -> int:
+        """Tokens of which a shard gives whole multiples; the rest at its end is left out."""
+        return self.lecture_micro_tokens if self.order == "lecture" else self.length
 
 
 @dataclass(frozen=True)
@@ -77,10 +85,12 @@ FREE_ON_RESUME = (
     "keep_best", "keep_every", "prompt",
 )  # fmt: skip
 
+ORDERS = ("shuffled", "sequential", "lecture")
+
 _LECTURE = Recipe(
     name="gpt2-124m",
-    about="GPT-2 124M as the lecture trains it: 10B tokens, in the files' order",
-    batch=Batch(order="sequential"),
+    about="GPT-2 124M as the lecture trains it: 10B tokens, in its order (--layout lecture)",
+    batch=Batch(order="lecture"),
 )
 
 RECIPES = {
@@ -207,16 +217,43 @@ def check(recipe: Recipe) -> None:
             f"--batch.tokens {batch.tokens} is not a whole number of windows of "
             f"--batch.length {batch.length}"
         )
-    if batch.order not in ("shuffled", "sequential"):
-        raise UserError(f"--batch.order is shuffled or sequential, not {batch.order!r}")
+    _check_order(batch)
     if model.n_embd % model.n_head:
         raise UserError(
             f"--model.n-embd {model.n_embd} is not a multiple of --model.n-head {model.n_head}"
         )
 
 
+def _check_order(batch: Batch) -> None:
+    if batch.order not in ORDERS:
+        raise UserError(f"--batch.order is {' or '.join(ORDERS)}, not {batch.order!r}")
+    flag = f"--batch.lecture-micro-tokens {batch.lecture_micro_tokens}"
+    if batch.order != "lecture" and batch.lecture_micro_tokens != Batch.lecture_micro_tokens:
+        raise UserError(f"{flag} means nothing with --batch.order {batch.order}: leave it out")
+    if batch.unit < 1 or batch.unit % batch.length:
+        raise UserError(f"{flag} is not a whole number of windows of --batch.length {batch.length}")
+
+
+def as_begun(recipe: Recipe, before: dict[str, Any]) -> Recipe:
+    """The recipe that the same flags gave when the run with the record `before` was begun.
+
+    Before there was the order `lecture`, `gpt2-124m` had the order `sequential`.
+    """
+    older = "batch.lecture_micro_tokens" not in before
+    if older and recipe.name == _LECTURE.name and recipe.batch.order == "lecture":
+        return override(recipe, {"batch.order": "sequential"})
+    return recipe
+
+
+DEFAULTS = flatten(Recipe("", ""))
+
+
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two flattened recipes disagree on, field by field, but for what may change."""
+    """What two flattened recipes disagree on, field by field, but for what may change.
+
+    A field that `before` does not have is newer than the run, and has its default.
+    """
+    before = {**DEFAULTS, **before}
     names = [n for n in {**before, **now} if n not in (*FREE_ON_RESUME, "batch.micro")]
     return [
         f"--{n.replace('_', '-')} was {before.get(n)}, now {now.get(n)}"

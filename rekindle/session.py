@@ -247,7 +247,8 @@ def make_model(run: Run, compute: Compute, device: Device, world: World) -> GPT2
 def open_data(run: Run, data: Path, manifest: shards.Manifest) -> tuple[Batches, list]:
     """The training batches of a run and its validation shards."""
     b = run.recipe.batch
-    windows = Windows(shards.open_split(data, manifest, "train"), b.length, manifest.vocab_size)
+    tokens = shards.open_split(data, manifest, "train")
+    windows = Windows(tokens, b.length, manifest.vocab_size, b.unit)
     batches = Batches(windows, b.rows, run.recipe.seed, b.order)
     return batches, shards.open_split(data, manifest, "val")
 

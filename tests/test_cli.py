@@ -355,6 +355,48 @@ def test_going_on_with_another_recipe(begin: list[str], run: Path, refuses: Refu
     refuses([begin[0], "gpt2-10m", *begin[2:]], "--name was demo, now gpt2-10m")
 
 
+def test_a_run_older_than_the_lectures_order_resumes(
+    data: Path, tmp_path: Path, tiny_flags: list[str], rekindle: Callable, refuses: Refuses,
+    records: Callable, one_thread: None,
+) -> None:  # fmt: skip
+    """With the flags of its day, when `gpt2-124m` was sequential and recorded no micro-batch."""
+    at = tiny_flags.index("--batch.order")
+    flags = [*tiny_flags[:at], *tiny_flags[at + 2 :], "--device", "cpu", "--no-compile"]
+
+    def begin(name: str) -> list[str]:
+        return ["train", "gpt2-124m", "--data", str(data), "--out", str(tmp_path / name), *flags]
+
+    sequential = ["--batch.order", "sequential"]
+    assert rekindle(*begin("whole"), *sequential).status == 0
+    assert rekindle(*begin("old"), *sequential, "--steps", 4).status == 0
+    refuses(begin("old"), "--batch.order was sequential, now lecture")
+    path = tmp_path / "old" / "run.json"
+    record = storage.read_json(path)
+    del record["recipe"]["batch.lecture_micro_tokens"]
+    storage.write_json(path, record)
+    small = ["--batch.lecture-micro-tokens", 32]  # as the lecture's own order would need here
+    refuses([*begin("old"), *small], "--batch.lecture-micro-tokens")
+    outcome = rekindle(*begin("old"))
+    assert outcome.status == 0, outcome.err
+    kinds = ("train", "validation")
+    assert records(tmp_path / "old", *kinds) == records(tmp_path / "whole", *kinds)
+
+
+def test_the_lectures_order_resumes(
+    begin: list[str], tmp_path: Path, rekindle: Callable, refuses: Refuses, records: Callable,
+    one_thread: None,
+) -> None:  # fmt: skip
+    refuses([*begin, "--batch.order", "lecture"], "0 in whole micro-batches of 65536")
+    lecture = ["--batch.order", "lecture", "--batch.lecture-micro-tokens", 64]
+    whole = [*begin, "--out", tmp_path / "whole"]
+    assert rekindle(*whole, *lecture, "--batch.micro", 4).status == 0
+    assert rekindle(*begin, *lecture, "--batch.micro", 4, "--steps", 4).status == 0
+    refuses([*begin, *lecture[:3], 32], "--batch.lecture-micro-tokens was 64, now 32")
+    assert rekindle(*begin, *lecture).status == 0
+    kinds = ("train", "validation")
+    assert records(tmp_path / "run", *kinds) == records(tmp_path / "whole", *kinds)
+
+
 def test_going_on_with_other_data(
     begin: list[str], run: Path, data: Path, refuses: Refuses, write_shards: Callable
 ) -> None:

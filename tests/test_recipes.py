@@ -22,7 +22,8 @@ def test_every_recipe_can_be_trained(name: str) -> None:
 def test_the_lectures_numbers() -> None:
     lecture = recipes.flatten(RECIPES["gpt2-124m"])
     for name, value in {
-        "batch.tokens": 524_288, "batch.length": 1024, "batch.order": "sequential",
+        "batch.tokens": 524_288, "batch.length": 1024, "batch.order": "lecture",
+        "batch.lecture_micro_tokens": 64 * 1024,
         "optim.lr": 6e-4, "optim.beta1": 0.9, "optim.beta2": 0.95, "optim.eps": 1e-8,
         "optim.weight_decay": 0.1, "optim.clip": 1.0, "schedule.warmup": 715,
         "schedule.final": 0.1, "steps": 19_073, "seed": 1337, "eval_every": 250,
@@ -67,7 +68,7 @@ def test_every_number_has_a_flag() -> None:
         ({"batch.tokens": 130}, "--batch.tokens 130 is not a whole number of windows"),
         ({"batch.tokens": 0}, "--batch.tokens 0"),
         ({"batch.length": 0}, "--batch.length 0"),
-        ({"batch.order": "random"}, "shuffled or sequential, not 'random'"),
+        ({"batch.order": "random"}, "shuffled or sequential or lecture, not 'random'"),
         ({"model.n_embd": 15}, "--model.n-embd 15 is not a multiple of --model.n-head 2"),
         ({"model.n_head": 0}, "--model.n-head"),
         ({"model.n_layer": 0}, "--model.n-layer"),
@@ -79,6 +80,18 @@ def test_every_number_has_a_flag() -> None:
         ({"seed": -1}, "--seed must be at least 0"),
         ({"optim.beta1": 1.0}, "--optim.beta1 must be below 1"),
         ({"batch.micro": -2}, "--batch.micro must be at least 0"),
+        (
+            {"batch.order": "lecture", "batch.lecture_micro_tokens": 40},
+            "--batch.lecture-micro-tokens 40 is not a whole number of windows of --batch.length 16",
+        ),
+        (
+            {"batch.order": "lecture", "batch.lecture_micro_tokens": 0},
+            "--batch.lecture-micro-tokens 0 is not a whole number",
+        ),
+        (
+            {"batch.order": "sequential", "batch.lecture_micro_tokens": 32},
+            "--batch.lecture-micro-tokens 32 means nothing with --batch.order sequential",
+        ),
     ],
 )
 def test_numbers_that_cannot_be_trained_with(
@@ -110,6 +123,30 @@ def test_what_may_change_on_a_resume(tiny: Recipe) -> None:
     assert recipes.differences(before, {**before, **free}) == []
     for name in set(before) - set(free):
         assert len(recipes.differences(before, {**before, name: "other"})) == 1, name
+
+
+def test_a_field_newer_than_the_run_has_its_default(tiny: Recipe) -> None:
+    now = recipes.flatten(tiny)
+    before = {name: value for name, value in now.items() if name != "batch.lecture_micro_tokens"}
+    assert recipes.differences(before, now) == []
+    changed = {**now, "batch.lecture_micro_tokens": 32}
+    said = ["--batch.lecture-micro-tokens was 65536, now 32"]
+    assert recipes.differences(before, changed) == said
+    assert recipes.differences(now, changed) == said
+
+
+def test_a_run_begun_before_the_lectures_order_keeps_its_own(tiny: Recipe) -> None:
+    lecture = RECIPES["gpt2-124m"]
+    old = recipes.override(lecture, {"batch.order": "sequential"})
+    before = recipes.flatten(old)
+    assert recipes.as_begun(lecture, before) == lecture  # it was asked for
+    del before["batch.lecture_micro_tokens"]
+    assert recipes.as_begun(lecture, before) == old
+    assert recipes.as_begun(lecture, {**before, "batch.order": "shuffled"}) == old  # and is refused
+    shuffled = recipes.override(lecture, {"batch.order": "shuffled"})
+    assert recipes.as_begun(shuffled, before) == shuffled  # and is refused
+    other = recipes.override(tiny, {"batch.order": "lecture"})
+    assert recipes.as_begun(other, before) == other
 
 
 def test_a_recipe_cannot_be_changed_by_accident(tiny: Recipe) -> None:

@@ -62,12 +62,22 @@ def _scramble(x: np.ndarray) -> np.ndarray:
 
 
 class Windows:
-    """All windows of T + 1 tokens at stride T in a list of shards, numbered from 0. A window does
-    not cross shards; a rest shorter than T is left out."""
+    """All windows of T + 1 tokens at stride T in a list of shards, numbered from 0.
 
-    def __init__(self, shards: Sequence[np.ndarray], T: int, vocab_size: int = 2**16) -> None:
+    A window does not cross shards. A shard gives whole multiples of `unit` tokens, itself a
+    multiple of T and by default T; the rest at its end is left out.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[np.ndarray],
+        T: int,
+        vocab_size: int = 2**16,
+        unit: int | None = None,
+    ) -> None:
         self.shards, self.T, self.vocab_size = shards, T, vocab_size
-        counts = [max(0, len(shard) - 1) // T for shard in shards]
+        self.unit = unit or T
+        counts = [max(0, len(shard) - 1) // self.unit * (self.unit // T) for shard in shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -130,19 +140,23 @@ class Batches:
     """The training batches of a run: `batch(step)` depends on nothing but its arguments."""
 
     def __init__(self, windows: Windows, rows: int, seed: int, order: str) -> None:
-        """Raises `UserError` if the data is smaller than one step."""
+        """Order: "shuffled", or "sequential" or "lecture", which take the windows as they are
+        numbered. Raises `UserError` if the data is smaller than one step."""
         if len(windows) < rows:
+            lecture = order == "lecture"
+            pieces = "micro-batches" if lecture else "windows"
+            flags = "--batch.tokens" + " or --batch.lecture-micro-tokens" * lecture
             raise UserError(
                 f"one step needs {rows * windows.T:,} tokens, the training split has "
-                f"{len(windows) * windows.T:,} in whole windows of {windows.T}: prepare more data "
-                "or lower --batch.tokens"
+                f"{len(windows) * windows.T:,} in whole {pieces} of {windows.unit}: prepare more "
+                f"data or lower {flags}"
             )
         self.windows, self.rows, self.seed, self.order = windows, rows, seed, order
 
     def numbers(self, step: int) -> np.ndarray:
         """The windows of the global batch of `step`, in order: (rows,) int64."""
         position = step * self.rows + np.arange(self.rows)
-        if self.order == "sequential":
+        if self.order != "shuffled":
             return position % len(self.windows)
         epoch, index = np.divmod(position, len(self.windows))
         numbers = np.empty_like(index)

@@ -1,9 +1,9 @@
-"""Source → shards, on every core, in bounded memory, going on where it stopped.
+"""Source → shards, on every core, in bounded memory, resuming where it stopped.
 
 Documents are encoded in blocks on a pool of threads (the encoder releases the interpreter's lock),
-come back in order, are dealt to the train or validation split, and fill shards. Whenever a shard is
-finished, the position in the source is saved beside it; nothing else is remembered, so whoever is
-killed goes on from the last finished shard and ends with the same bytes.
+come back in order, and fill shards as the layout says (`rekindle.data.layout`). With each finished
+shard the position in the source is saved; a killed call resumes from the last finished shard and
+ends with the same bytes.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,25 +15,22 @@ import numpy as np
 
 from rekindle import storage
 from rekindle.data import shards
-from rekindle.data.encoding import Encoded, encoded_blocks
+from rekindle.data.encoding import encoded_blocks
+from rekindle.data.layout import LAYOUTS, SPLITS, Pending
 from rekindle.data.progress import Progress, Say
 from rekindle.data.readymade import ReadyMade
 from rekindle.data.samples import Samples
 from rekindle.data.shards import Manifest, Shard
 from rekindle.data.sources import Source
-from rekindle.data.tokenizer import Tokenizer, get_tokenizer
+from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
 
 VAL_TOKENS = 10_485_760  # validation loss is taken over 20 batches of 524,288, as in the lecture
-VAL_MARGIN = 1.15  # how much text there is was only estimated, and fewer would cut that short
 SHARD_TOKENS = 100_000_000  # the lecture's, and llm.c's
 LARGEST_SHARD = 1_000_000_000  # the header's count is an int32, and the last document adds to it
-MOST_VALIDATION = 0.1  # of all documents, so that small data is not swallowed
-BYTES_PER_TOKEN = {"gpt2": 4.6, "bytes": 1.0}  # of English web text; only the estimate needs it
-SPLITS = ("train", "val")
 PENDING = {"documents": int, "pieces": [str]}
 FORM = {  # of what `_Preparation` saves; one of the splits is pending
-    "source": dict, "cursor": [int], "shards": [shards.SHARD],
+    "source": dict, "cursor": [int], "offset?": int, "shards": [shards.SHARD],
     "pending": tuple({split: PENDING} for split in SPLITS),
 }  # fmt: skip
 
@@ -42,28 +39,23 @@ def prepare(
     source: Source | ReadyMade,
     out: Path,
     tokenizer: str = "gpt2",
-    val_tokens: int = VAL_TOKENS,
+    val_tokens: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     say: Say = print,
+    layout: str = "documents",
 ) -> Manifest:
     """Make `out` a folder of shards with the documents of `source`; return its manifest.
 
-    Does nothing when that is there already, and goes on where an earlier call was stopped. About
-    `val_tokens` tokens become validation, unless the source says itself which files are. Raises
-    `UserError`, and leaves no manifest, when the source or the folder will not do.
+    Does nothing when that is there already, and resumes where an earlier call was stopped. About
+    `val_tokens` tokens (None: `VAL_TOKENS`) become validation, unless the source says itself which
+    files are, or the layout is `lecture`, whose first shard is validation. Raises `UserError`, and
+    leaves no manifest, when the source or the folder will not do.
     """
-    if val_tokens < 0 or not 1 <= shard_tokens <= LARGEST_SHARD:
-        raise UserError(
-            f"--val-tokens {val_tokens} --shard-tokens {shard_tokens}: the first must not be "
-            f"negative, the second lies between 1 and {LARGEST_SHARD}"
-        )
+    settings = _settings(tokenizer, layout, val_tokens, shard_tokens)
+    if isinstance(source, ReadyMade) and layout != "documents":
+        raise UserError(f"ready-made shards are taken as they are: leave out --layout {layout}")
     out = Path(out)
     try:
-        settings = {
-            "tokenizer": tokenizer,
-            "val_tokens": val_tokens,
-            "shard_tokens": shard_tokens,
-        }
         with storage.Lock(out) as lock:
             if isinstance(source, ReadyMade):
                 return source.take(out, get_tokenizer(tokenizer), say, lock)
@@ -73,6 +65,28 @@ def prepare(
             f"{error.filename or out}: {error.strerror or error}; mend that and run the same "
             "command again: it goes on where it stopped"
         ) from None
+
+
+def _settings(
+    tokenizer: str, layout: str, val_tokens: int | None, shard_tokens: int
+) -> dict[str, Any]:
+    """What the shards depend on besides the source, as the manifest records it."""
+    if layout not in LAYOUTS:
+        raise UserError(f"--layout is {' or '.join(LAYOUTS)}, not {layout!r}")
+    if (val_tokens or 0) < 0 or not 1 <= shard_tokens <= LARGEST_SHARD:
+        raise UserError(
+            f"--val-tokens {val_tokens} --shard-tokens {shard_tokens}: the first must not be "
+            f"negative, the second lies between 1 and {LARGEST_SHARD}"
+        )
+    settings = {"layout": layout, "tokenizer": tokenizer, "shard_tokens": shard_tokens}
+    if layout != "lecture":
+        return settings | {"val_tokens": VAL_TOKENS if val_tokens is None else val_tokens}
+    if val_tokens is not None:
+        raise UserError(
+            f"--val-tokens {val_tokens} does not go with --layout lecture, whose first shard is "
+            "validation: leave it out"
+        )
+    return settings
 
 
 def _prepare(
@@ -139,7 +153,7 @@ def _saved_state(source: Source, out: Path, settings: dict[str, Any]) -> dict[st
 
 def _compare(out: Path, source: Source, record: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise `UserError` unless `record`, found in `out`, is of this source and these settings."""
-    earlier = record.get("settings", {})
+    earlier = {"layout": "documents"} | record.get("settings", {})  # older ones name no layout
     for key, value in settings.items():
         if earlier.get(key) != value:
             raise UserError(
@@ -153,35 +167,16 @@ def _compare(out: Path, source: Source, record: dict[str, Any], settings: dict[s
         )
 
 
-class _Pending:
-    """Documents of one split that are not in a shard yet."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.pieces: list[np.ndarray] = []
-        self.tokens = self.documents = 0
-        self.saved: list[str] = []  # files with pieces, for whoever goes on after a kill
-        self.unsaved = 0  # index of the first piece that is in none of them
-        self.samples = Samples(tokenizer)
-
-    def append(self, tokens: np.ndarray, documents: int) -> None:
-        self.pieces.append(tokens)
-        self.tokens += len(tokens)
-        self.documents += documents
-
-
 class _Preparation:
-    """One call's work. This thread reads and deals the documents out; a pool encodes them; one
+    """One call's work. This thread reads the documents and lays them out; a pool encodes them; one
     more thread writes, so that the disk does not hold up the rest."""
 
     def __init__(self, source: Source, out: Path, settings: dict[str, Any], say: Say) -> None:
         self.source, self.out, self.folder = source, out, out / shards.UNFINISHED
         self.tokenizer = get_tokenizer(settings["tokenizer"])
         self.record = source.record() | {"settings": settings}
-        self.shard_tokens: int = settings["shard_tokens"]
-        self.fraction = _validation_fraction(source, settings)
+        self.layout = LAYOUTS[settings["layout"]](source, settings)
         self.sizes = np.cumsum([0, *(file.size for file in source.files)])
-        self.cursor = (0, 0)  # file, and how many of its documents are done
-        self.pending = {split: _Pending(self.tokenizer) for split in SPLITS}
         self.shards: list[Shard] = []
         self.tokens = 0  # made by this call
         self.progress = Progress(say, "tokens")
@@ -189,22 +184,18 @@ class _Preparation:
         self.writing: Future[Shard] | None = None
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `_save` wrote."""
-        self.cursor = tuple(state["cursor"])
+        """Resume from what `_commit` wrote."""
         self.shards = [Shard(**entry) for entry in state["shards"]]
-        for split, entry in state["pending"].items():
-            pending = self.pending[split]
-            pending.saved = entry["pieces"]
-            for name in pending.saved:
-                # A copy, since the file will be removed before its tokens are in a shard.
-                pending.append(np.array(shards.open_shard(self.folder / name)), 0)
-            pending.documents, pending.unsaved = entry["documents"], len(pending.pieces)
+        self.layout.restore(state, self.folder)
 
     def run(self) -> Manifest:
         self._show(0.0)
         try:
-            for encoded in encoded_blocks(self.source, self.tokenizer, self.cursor, self.fraction):
-                self._deal(encoded)
+            for encoded in encoded_blocks(
+                self.source, self.tokenizer, self.layout.cursor, self.layout.fraction
+            ):
+                for split in self.layout.add(encoded):
+                    self._commit(split)
                 self.tokens += len(encoded.tokens)
                 self._show(encoded.block.done)
             return self._finish()
@@ -212,57 +203,25 @@ class _Preparation:
             self.disk.shutdown()
 
     def _show(self, done: float) -> None:
-        before, after = self.sizes[self.cursor[0]], self.sizes[self.cursor[0] + 1]
+        file = self.layout.cursor[0]
+        before, after = self.sizes[file], self.sizes[file + 1]
         part = before + done * (after - before)
         self.progress.update(self.tokens, float(part / max(1, self.sizes[-1])))
 
-    def _deal(self, encoded: Encoded) -> None:
-        """Add a block to the splits, and make a shard at each document that fills one."""
-        documents, start = len(encoded.validation), 0
-        while start < documents:
-            end = min(self._filled_by(split, encoded, start) for split in SPLITS)
-            for split in SPLITS:
-                self._append(split, encoded, start, end)
-            self.cursor = (encoded.block.file, encoded.block.first + end)
-            for split in SPLITS:
-                if self.pending[split].tokens >= self.shard_tokens:
-                    self._commit(split)
-            start = end
-
-    def _filled_by(self, split: str, encoded: Encoded, start: int) -> int:
-        """One past the document with which a shard of `split` is full, or past the block's last."""
-        chosen = encoded.validation[start:] == (split == "val")
-        lengths = np.diff(encoded.starts[start:]) * chosen
-        full = self.pending[split].tokens + np.cumsum(lengths) >= self.shard_tokens
-        return start + int(np.argmax(full)) + 1 if full.any() else len(encoded.validation)
-
-    def _append(self, split: str, encoded: Encoded, start: int, end: int) -> None:
-        """Add those of the documents `start` to `end` of a block that belong to `split`."""
-        chosen = encoded.validation[start:end] == (split == "val")
-        if not chosen.any():
-            return
-        pending, starts = self.pending[split], encoded.starts
-        tokens = encoded.tokens[starts[start] : starts[end]]
-        if not chosen.all():
-            tokens = tokens[np.repeat(chosen, np.diff(starts[start : end + 1]))]
-        numbers = start + np.flatnonzero(chosen)
-        pending.append(tokens, len(numbers))
-        pending.samples.offer(encoded.block.texts, numbers, encoded.tokens, starts)
-
     def _commit(self, split: str) -> None:
-        """Have the writing thread make a shard of all pending documents of `split`."""
+        """Have the writing thread make a shard of all pending tokens of `split`."""
         self._written()
-        full = self.pending[split]
-        self.pending[split] = _Pending(self.tokenizer)
+        full = self.layout.take(split)
         other = "val" if split == "train" else "train"
-        rest = self.pending[other]
+        rest = self.layout.pending[other]
         pieces, rest.unsaved = rest.pieces[rest.unsaved :], len(rest.pieces)
         samples, rest.samples = rest.samples, Samples(self.tokenizer)
         name = f"{other}-{len(self.shards):06d}.bin"  # unique: each commit adds a shard
         saved = [*rest.saved, name] if pieces else rest.saved
         state = {
             "source": self.record,
-            "cursor": self.cursor,
+            "cursor": self.layout.cursor,
+            "offset": self.layout.offset,
             "pending": {other: {"documents": rest.documents, "pieces": saved}},
         }
         rest.saved = saved
@@ -288,7 +247,7 @@ class _Preparation:
             shard, self.writing = self.writing.result(), None
             self.progress.say(f"{shard.name}: {shard.tokens:,} tokens")
 
-    def _write_shard(self, split: str, pending: _Pending) -> Shard:
+    def _write_shard(self, split: str, pending: Pending) -> Shard:
         number = sum(shard.split == split for shard in self.shards)
         name = f"{split}_{number:06d}.bin"
         pending.samples.check(name)
@@ -299,10 +258,7 @@ class _Preparation:
     def _finish(self) -> Manifest:
         """Write what is left over, then the manifest: only with it is the set complete."""
         self._written()
-        train, val = self.pending["train"], self.pending["val"]
-        if self.fraction and not self.shards and not train.pieces:
-            train, val = val, train  # so little text that chance gave all of it to validation
-        for split, pending in (("train", train), ("val", val)):
+        for split, pending in self.layout.leftover(len(self.shards)).items():
             if pending.pieces:
                 self._write_shard(split, pending)
         if not self.shards:
@@ -317,14 +273,6 @@ class _Preparation:
         manifest.write(self.out)
         storage.remove_folder(self.folder)
         self.progress.say(f"{self.out}: {manifest.summary()} ({self.progress.summary()})")
-        if self.fraction and not manifest.tokens("val"):
+        if self.layout.fraction and not manifest.tokens("val"):
             self.progress.say("no document fell to validation: there will be no validation loss")
         return manifest
-
-
-def _validation_fraction(source: Source, settings: dict[str, Any]) -> float:
-    """The part of all documents that gives `val_tokens` tokens or some more."""
-    if any(file.split for file in source.files):
-        return 0.0
-    tokens = source.text_bytes / BYTES_PER_TOKEN[settings["tokenizer"]]
-    return min(MOST_VALIDATION, VAL_MARGIN * settings["val_tokens"] / max(1.0, tokens))

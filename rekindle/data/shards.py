@@ -1,8 +1,9 @@
 """The file format of tokens on disk: one `manifest.json` and shards of uint16 in llm.c's layout.
 
-A shard is a header of 256 int32 (20240520, version 1, count of tokens) and the tokens. Documents
-are whole and each is led by `<|endoftext|>`. The manifest names every file with its SHA-256, so
-that what was prepared is what is trained on.
+A shard is a header of 256 int32 (20240520, version 1, count of tokens) and the tokens. Each
+document is led by `<|endoftext|>`. A shard holds whole documents, except in the layout `lecture`,
+which cuts through them. The manifest names every file with its SHA-256, so that what was prepared
+is what is trained on.
 """
 
 import hashlib

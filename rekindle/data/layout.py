@@ -1,0 +1,187 @@
+"""Which tokens go into which shard.
+
+`documents`: a hash of its text puts a document into training or validation, and a shard ends with
+the document that fills it. `lecture`: what the lecture's script makes of the same text (fineweb.py
+of karpathy/build-nanogpt): one stream of tokens in the source's order, cut every `shard_tokens`
+tokens, through documents too; the first shard is validation, all others are training.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rekindle.data import shards
+from rekindle.data.encoding import Encoded
+from rekindle.data.samples import Samples
+from rekindle.data.sources import Source
+from rekindle.data.tokenizer import Tokenizer, get_tokenizer
+from rekindle.errors import UserError
+
+VAL_MARGIN = 1.15  # how much text there is was only estimated, and fewer would cut that short
+MOST_VALIDATION = 0.1  # of all documents, so that small data is not swallowed
+BYTES_PER_TOKEN = {"gpt2": 4.6, "bytes": 1.0}  # of English web text; only the estimate needs it
+SPLITS = ("train", "val")
+
+
+class Pending:
+    """Tokens of one split that are not in a shard yet."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.pieces: list[np.ndarray] = []
+        self.tokens = self.documents = 0
+        self.saved: list[str] = []  # files with pieces, for the call that resumes after a kill
+        self.unsaved = 0  # index of the first piece that is in none of them
+        self.samples = Samples(tokenizer)
+
+    def append(self, tokens: np.ndarray, documents: int) -> None:
+        self.pieces.append(tokens)
+        self.tokens += len(tokens)
+        self.documents += documents
+
+
+class Layout(ABC):
+    """The tokens that are not in a shard yet, and the position in the source behind them."""
+
+    fraction = 0.0  # of all documents that a hash puts into validation
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.shard_tokens: int = settings["shard_tokens"]
+        self.cursor = (0, 0)  # file, and how many of its documents are done
+        self.offset = 0  # tokens of the document at the cursor that are done
+        self.tokenizer = get_tokenizer(settings["tokenizer"])
+        self.pending = {split: Pending(self.tokenizer) for split in SPLITS}
+
+    @abstractmethod
+    def add(self, encoded: Encoded) -> Iterator[str]:
+        """Add a block. Yields a split each time its pending tokens fill a shard; the caller calls
+        `take` before it asks for the next."""
+
+    def take(self, split: str) -> Pending:
+        """The pending tokens of a split, which are pending no longer."""
+        full, self.pending[split] = self.pending[split], Pending(self.tokenizer)
+        return full
+
+    def leftover(self, made: int) -> dict[str, Pending]:
+        """The last, partial shard of each split, when the source has ended after `made` shards."""
+        return self.pending
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
+        """Resume from what an earlier call saved: its state, and pieces in `folder`."""
+        self.cursor, self.offset = tuple(state["cursor"]), state.get("offset", 0)
+        for split, entry in state["pending"].items():
+            pending = self.pending[split]
+            pending.saved = entry["pieces"]
+            for name in pending.saved:
+                # A copy, since the file will be removed before its tokens are in a shard.
+                pending.append(np.array(shards.open_shard(folder / name)), 0)
+            pending.documents, pending.unsaved = entry["documents"], len(pending.pieces)
+
+
+class Documents(Layout):
+    """Whole documents: each in the split that its hash, or its file, says."""
+
+    def __init__(self, source: Source, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.fraction = _validation_fraction(source, settings)
+
+    def add(self, encoded: Encoded) -> Iterator[str]:
+        documents, start = len(encoded.validation), 0
+        while start < documents:
+            end = min(self._filled_by(split, encoded, start) for split in SPLITS)
+            for split in SPLITS:
+                self._append(split, encoded, start, end)
+            self.cursor = (encoded.block.file, encoded.block.first + end)
+            for split in SPLITS:
+                if self.pending[split].tokens >= self.shard_tokens:
+                    yield split
+            start = end
+
+    def _filled_by(self, split: str, encoded: Encoded, start: int) -> int:
+        """One past the document with which a shard of `split` is full, or past the block's last."""
+        chosen = encoded.validation[start:] == (split == "val")
+        lengths = np.diff(encoded.starts[start:]) * chosen
+        full = self.pending[split].tokens + np.cumsum(lengths) >= self.shard_tokens
+        return start + int(np.argmax(full)) + 1 if full.any() else len(encoded.validation)
+
+    def _append(self, split: str, encoded: Encoded, start: int, end: int) -> None:
+        """Add those of the documents `start` to `end` of a block that belong to `split`."""
+        chosen = encoded.validation[start:end] == (split == "val")
+        if not chosen.any():
+            return
+        pending, starts = self.pending[split], encoded.starts
+        tokens = encoded.tokens[starts[start] : starts[end]]
+        if not chosen.all():
+            tokens = tokens[np.repeat(chosen, np.diff(starts[start : end + 1]))]
+        numbers = start + np.flatnonzero(chosen)
+        pending.append(tokens, len(numbers))
+        pending.samples.offer(encoded.block.texts, numbers, encoded.tokens, starts)
+
+    def leftover(self, made: int) -> dict[str, Pending]:
+        train, val = self.pending["train"], self.pending["val"]
+        if self.fraction and not made and not train.pieces:
+            train, val = val, train  # so little text that chance gave all of it to validation
+        return {"train": train, "val": val}
+
+
+class Lecture(Layout):
+    """One stream, cut at exactly `shard_tokens`. A document counts for the shard it begins in.
+
+    Nothing of a cut document is saved: a resumed call encodes it again and skips what is done.
+    """
+
+    def __init__(self, source: Source, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.split = "val"  # of the shard that is being filled
+        if named := [file.name for file in source.files if file.split == "val"]:
+            raise UserError(
+                f"{source.name} has validation files of its own ({named[0]}), which --layout "
+                "lecture would train on: leave them out, or use --layout documents"
+            )
+
+    def add(self, encoded: Encoded) -> Iterator[str]:
+        start, starts = self.offset, encoded.starts
+        while start < len(encoded.tokens):
+            room = self.shard_tokens - self.pending[self.split].tokens
+            end = min(start + room, len(encoded.tokens))
+            self._append(encoded, start, end)
+            document = int(np.searchsorted(starts, end, side="right")) - 1  # the one at `end`
+            self.cursor = (encoded.block.file, encoded.block.first + document)
+            self.offset = end - int(starts[document])
+            if end - start == room:
+                yield self.split
+                self.split = "train"
+            start = end
+
+    def _append(self, encoded: Encoded, start: int, end: int) -> None:
+        """Add the tokens `start` to `end` of a block."""
+        numbers = np.arange(*np.searchsorted(encoded.starts[:-1], [start, end]))  # that begin there
+        pending = self.pending[self.split]
+        pending.append(encoded.tokens[start:end], len(numbers))
+        pending.samples.offer(encoded.block.texts, numbers, encoded.tokens, encoded.starts)
+
+    def leftover(self, made: int) -> dict[str, Pending]:
+        if not self.pending["train"].pieces and made + bool(self.pending["val"].pieces) == 1:
+            raise UserError(
+                f"all the text fits into the first shard of {self.shard_tokens:,} tokens, which "
+                "--layout lecture holds out for validation: lower --shard-tokens"
+            )
+        return self.pending
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
+        super().restore(state, folder)
+        if state["shards"]:
+            self.split = "train"
+
+
+LAYOUTS = {"documents": Documents, "lecture": Lecture}
+
+
+def _validation_fraction(source: Source, settings: dict[str, Any]) -> float:
+    """The part of all documents that gives `val_tokens` tokens or some more."""
+    if any(file.split for file in source.files):
+        return 0.0
+    tokens = source.text_bytes / BYTES_PER_TOKEN[settings["tokenizer"]]
+    return min(MOST_VALIDATION, VAL_MARGIN * settings["val_tokens"] / max(1.0, tokens))
