@@ -90,15 +90,12 @@ class Side:
     flags: dict[str, str] = field(default_factory=dict)  # that are called differently here
 
     def call(self, *arguments: object, log: Path | None = None) -> str:
-        """Run Python and return what it printed. With `log`, a run's metrics, send SIGTERM once a
-        few steps are logged there."""
-        environment = {**os.environ, **THREADS, "PYTHONPATH": str(self.checkout)}
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "compiled")
+        """Run Python; return what it printed. With `log`, a run's, send SIGTERM after a while."""
+        env = {**os.environ, **THREADS, "PYTHONPATH": str(self.checkout)}
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "compiled")
         command, said = [sys.executable, *map(str, arguments)], self.folder / "printed.txt"
         with open(said, "w") as file:
-            process = subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdout=file, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen(command, cwd=self.folder, env=env, stdout=file, stderr=file)
         deadline = time.monotonic() + PATIENCE
         while process.poll() is None and time.monotonic() < deadline:
             if log and log.exists() and log.read_bytes().count(b'"train"') > 2 * EVERY:
@@ -114,8 +111,8 @@ class Side:
         imported = Path(self.call("-c", "import rekindle; print(rekindle.__file__)").strip())
         if not imported.is_relative_to(self.checkout):
             raise FailedError(f"{self.checkout} is no checkout: {imported} would be measured")
-        flags = "--tokenizer bytes --val-tokens 2000 --shard-tokens 20000 --out data".split()
-        self.call("-m", "rekindle", "prepare", "--jsonl", text, *flags)
+        flags = "--tokenizer bytes --val-tokens 2000 --shard-tokens 20000 --out data"
+        self.call("-m", "rekindle", "prepare", "--jsonl", text, *flags.split())
         usage = self.call("-m", "rekindle", "train", "--help")
         self.flags = {old: new for old, new in FLAGS.items() if new in usage}
 
@@ -186,7 +183,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
     for name in before | after:
         a, b = before.get(name), after.get(name)
         if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-            if name not in before or name not in after or a != b:
+            if a != b:
                 yield f"{name}: {a}, now {b}"
         elif (a.dtype, a.shape) != (b.dtype, b.shape):
             yield f"{name}: {a.dtype} {tuple(a.shape)}, now {b.dtype} {tuple(b.shape)}"
