@@ -234,17 +234,6 @@ def _check_order(batch: Batch) -> None:
         raise UserError(f"{flag} is not a whole number of windows of --batch.length {batch.length}")
 
 
-def as_begun(recipe: Recipe, before: dict[str, Any]) -> Recipe:
-    """The recipe that the same flags gave when the run with the record `before` was begun.
-
-    Before there was the order `lecture`, `gpt2-124m` had the order `sequential`.
-    """
-    older = "batch.lecture_micro_tokens" not in before
-    if older and recipe.name == _LECTURE.name and recipe.batch.order == "lecture":
-        return override(recipe, {"batch.order": "sequential"})
-    return recipe
-
-
 DEFAULTS = flatten(Recipe("", ""))
 
 

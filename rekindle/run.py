@@ -276,7 +276,6 @@ def open_run(
     forked_from = None
     _check_can_be_written(out)
     if before := _identity_of(out):
-        recipe = recipes.as_begun(recipe, before["recipe"])
         forked_from = _check_same_run(recipe, manifest, out, before)
         if options.fork and not forked_from:
             raise UserError(f"{out} was not begun as a fork: give --fork a new --out")

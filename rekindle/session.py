@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import numpy as np
 import torch
@@ -305,6 +305,6 @@ def compile_model(
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     console.say(f"compiling the model (kept in {cache}): the first steps take longer")
     return (
-        torch.compile(model, fullgraph=True, dynamic=False),
+        cast(nn.Module, torch.compile(model, fullgraph=True, dynamic=False)),
         torch.compile(model.transformer, fullgraph=True, dynamic=False),
     )

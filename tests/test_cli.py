@@ -359,7 +359,7 @@ def test_a_run_older_than_the_lectures_order_resumes(
     data: Path, tmp_path: Path, tiny_flags: list[str], rekindle: Callable, refuses: Refuses,
     records: Callable, one_thread: None,
 ) -> None:  # fmt: skip
-    """With the flags of its day, when `gpt2-124m` was sequential and recorded no micro-batch."""
+    """When `gpt2-124m` was sequential and recorded no micro-batch: the line says what to add."""
     at = tiny_flags.index("--batch.order")
     flags = [*tiny_flags[:at], *tiny_flags[at + 2 :], "--device", "cpu", "--no-compile"]
 
@@ -374,9 +374,7 @@ def test_a_run_older_than_the_lectures_order_resumes(
     record = storage.read_json(path)
     del record["recipe"]["batch.lecture_micro_tokens"]
     storage.write_json(path, record)
-    small = ["--batch.lecture-micro-tokens", 32]  # as the lecture's own order would need here
-    refuses([*begin("old"), *small], "--batch.lecture-micro-tokens")
-    outcome = rekindle(*begin("old"))
+    outcome = rekindle(*begin("old"), *sequential)
     assert outcome.status == 0, outcome.err
     kinds = ("train", "validation")
     assert records(tmp_path / "old", *kinds) == records(tmp_path / "whole", *kinds)

@@ -135,20 +135,6 @@ def test_a_field_newer_than_the_run_has_its_default(tiny: Recipe) -> None:
     assert recipes.differences(now, changed) == said
 
 
-def test_a_run_begun_before_the_lectures_order_keeps_its_own(tiny: Recipe) -> None:
-    lecture = RECIPES["gpt2-124m"]
-    old = recipes.override(lecture, {"batch.order": "sequential"})
-    before = recipes.flatten(old)
-    assert recipes.as_begun(lecture, before) == lecture  # it was asked for
-    del before["batch.lecture_micro_tokens"]
-    assert recipes.as_begun(lecture, before) == old
-    assert recipes.as_begun(lecture, {**before, "batch.order": "shuffled"}) == old  # and is refused
-    shuffled = recipes.override(lecture, {"batch.order": "shuffled"})
-    assert recipes.as_begun(shuffled, before) == shuffled  # and is refused
-    other = recipes.override(tiny, {"batch.order": "lecture"})
-    assert recipes.as_begun(other, before) == other
-
-
 def test_a_recipe_cannot_be_changed_by_accident(tiny: Recipe) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         tiny.steps = 3  # pyright: ignore[reportAttributeAccessIssue]

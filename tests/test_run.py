@@ -52,7 +52,8 @@ def test_what_a_run_says(tmp_path: Path, train: Train) -> None:
     assert lines[2].startswith("model: 2 layers, 2 heads, 16 wide, 11,216 parameters")
     assert "128 tokens a step = 8 rows x 16 x 1 micro-steps x 1 ranks" in lines[3]
     assert lines[4].startswith(f"run: {tmp_path / 'run'}, 4 steps from the beginning")
-    assert lines[5].startswith("step     0 | validation loss")
+    assert lines[5].startswith("warm-up: ")
+    assert lines[6].startswith("step     0 | validation loss")
     first = next(line for line in lines if line.startswith("step     0/4"))
     assert "util unknown" in first
     assert "| data " in first
