@@ -3,7 +3,7 @@
 Says when it is ready, reads jobs from stdin and answers each on stdout, one JSON object a line:
 {"arguments": [...], "fault": "...", "signal": 9, "after": 0.3}
 {"status": 0, "out": "...", "err": ""}
-`fault` is for fault.c; `signal` is sent `after` so many seconds, and once more `again` so many
+`fault` and `trace` are for fault.c; `signal` is sent `after` so many seconds, and once more `again` so many
 later. A negative status is a signal's.
 """
 
@@ -24,6 +24,7 @@ def work(job: dict[str, Any]) -> int:
     pid = os.fork()
     if pid == 0:
         os.environ["FAULT"] = job.get("fault", "")
+        os.environ["TRACE"] = job.get("trace", "")
         torch.set_num_threads(1)  # makes torch's pool anew before several threads try to
         status = 1
         try:

@@ -1,0 +1,156 @@
+"""A crash before any operation that changes the disk, or in the middle of a write, costs nothing.
+
+One run is traced, and what its folder holds before each operation is kept: exactly what a kill at
+that moment leaves behind. From each of these states the same command is given again, and must end
+with the bits of the undisturbed run. The same holds for what a power cut leaves, except for the log,
+which is not flushed at every line.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rekindle import storage
+from rekindle.runtime import checkpoint
+
+Records = Callable[..., list[dict[str, Any]]]
+# The least in which everything happens: two checkpoints, the first of which is removed again.
+FLAGS = ["--steps", 3, "--checkpoint-every", 2, "--eval-every", 2, "--keep-checkpoints", 1,
+         "--keep-best", 0, "--batch.micro", 8]  # fmt: skip
+CALLS = {"create", "truncate", "write", "half", "fsync", "rename", "mkdir", "rmdir", "unlink"}
+
+
+def bits(run: Path) -> tuple[Any, ...]:
+    """The checkpoints of a finished run, and that it left nothing unfinished."""
+    found = [checkpoint.load(path) for path in checkpoint.list_checkpoints(run / "checkpoints")]
+    files = [(c.path / name).read_bytes() for c in found for name in checkpoint.FILES]
+    keys = ("step", "data_position", "guard", "updates", "examined", "validation_loss")
+    assert not list(run.rglob(".tmp-*"))
+    assert not list(run.rglob("damaged-*"))
+    return files, [{key: c.description[key] for key in keys} for c in found]
+
+
+def log(run: Path, records: Records) -> list[list[dict[str, Any]]]:
+    return [records(run, kind) for kind in ("train", "validation", "samples", "checkpoint")]
+
+
+@pytest.fixture(scope="module")
+def traces() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def begun(
+    traces: dict[str, Any], traced: Callable, tmp_path: Path, command: Callable, records: Records
+) -> Any:
+    """The trace of a run from its beginning, with how it ended; made once."""
+    if "begun" not in traces:
+        out = tmp_path / "straight"
+        traces["begun"] = traced(out, [*command(out), *FLAGS]), bits(out), log(out, records)
+    return traces["begun"]
+
+
+@pytest.fixture
+def resumed(
+    traces: dict[str, Any], begun: Any, traced: Callable, write_disk: Callable, tmp_path: Path,
+    command: Callable,
+) -> Any:  # fmt: skip
+    """The trace of a run that was killed while it wrote its second checkpoint, as it resumes."""
+    if "resumed" not in traces:
+        killed = begun[0].killed
+        written = "fsync checkpoints/.tmp-step-000003"
+        disk = [disk for name, disk in killed.items() if name.endswith(written)][-1]
+        out = write_disk(tmp_path / "resumed", disk)
+        traces["resumed"] = traced(out, [*command(out), *FLAGS]), *begun[1:]
+    return traces["resumed"]
+
+
+@pytest.mark.parametrize("which", ["begun", "resumed"])
+def test_killed_at_any_operation_a_run_ends_the_same(
+    request: pytest.FixtureRequest, tmp_path: Path, train: Callable, records: Records,
+    write_disk: Callable, which: str,
+) -> None:  # fmt: skip
+    trace, expected, logged = request.getfixturevalue(which)
+    assert {call for call, *_ in trace.operations} == CALLS | {"end"}
+    for n, (operation, disk) in enumerate(trace.killed.items()):
+        out = write_disk(tmp_path / str(n), disk)
+        train(out, *FLAGS)
+        assert bits(out) == expected, operation
+        assert log(out, records) == logged, operation
+        shutil.rmtree(out)
+    print(f"{len(trace.operations)} operations, {len(trace.killed)} states")
+
+
+@pytest.mark.parametrize("which", ["begun", "resumed"])
+def test_without_power_at_any_operation_a_run_ends_the_same(
+    request: pytest.FixtureRequest, tmp_path: Path, train: Callable, write_disk: Callable,
+    which: str,
+) -> None:  # fmt: skip
+    trace, expected, _ = request.getfixturevalue(which)
+    assert trace.without_power
+    for n, (operation, disk) in enumerate(trace.without_power.items()):
+        out = write_disk(tmp_path / str(n), disk)
+        train(out, *FLAGS)
+        assert bits(out) == expected, operation
+        shutil.rmtree(out)
+    print(f"{len(trace.operations)} operations, {len(trace.without_power)} states")
+
+
+# -- preparing data -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Callable[[Path], list[Any]]:
+    """`prepare(out)`: the command that makes a few shards of both splits."""
+    chance = random.Random(0)
+    lines = [json.dumps({"text": " ".join(map(str, chance.choices(range(999), k=9)))})] * 120
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    flags = ["--val-tokens", 900, "--shard-tokens", 1500, "--tokenizer", "bytes"]
+    return lambda out: ["prepare", "--jsonl", tmp_path / "texts.jsonl", "--out", out, *flags]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != storage.LOCK}
+
+
+def test_cut_short_at_any_operation_a_preparation_ends_the_same(
+    tmp_path: Path, rekindle: Callable, prepare: Callable, traced: Callable, write_disk: Callable
+) -> None:
+    """Killed, and without power."""
+    trace = traced(tmp_path / "straight", prepare(tmp_path / "straight"))
+    assert {call for call, *_ in trace.operations} == CALLS | {"end"}
+    expected = contents(tmp_path / "straight")
+    assert len(expected) > 4
+    for operation, disk in [*trace.killed.items(), *trace.without_power.items()]:
+        out = write_disk(tmp_path / "data", disk)
+        outcome = rekindle(*prepare(out))
+        assert outcome.status == 0, f"{operation}: {outcome.err}"
+        assert contents(out) == expected, operation
+        shutil.rmtree(out)
+    print(f"{len(trace.killed)} states after kills, {len(trace.without_power)} without power")
+
+
+def test_names_are_flushed_before_anything_is_removed(begun: Any) -> None:
+    """A new name that is not flushed may be lost in a power cut, and what was removed is gone."""
+    assert_names_are_flushed(begun[0].operations)
+
+
+def test_a_preparation_flushes_names(tmp_path: Path, prepare: Callable, traced: Callable) -> None:
+    out = tmp_path / "data"
+    assert_names_are_flushed(traced(out, prepare(out)).operations)
+
+
+def assert_names_are_flushed(operations: list[tuple[str, str, str]]) -> None:
+    waiting: set[str] = set()  # folders that hold a new name
+    for call, path, other in operations:
+        if call == "rename" and not Path(other).name.startswith(storage.TEMPORARY):
+            waiting.add(str(Path(other).parent))
+        elif call == "fsync":
+            waiting.discard(path)
+        elif call in ("unlink", "rmdir", "end") or call == "rename":
+            assert not waiting, f"{call} {path} {other}"
