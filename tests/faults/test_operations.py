@@ -22,7 +22,7 @@ from rekindle.runtime import checkpoint
 Records = Callable[..., list[dict[str, Any]]]
 # The least in which everything happens: two checkpoints, the first of which is removed again.
 FLAGS = ["--steps", 3, "--checkpoint-every", 2, "--eval-every", 2, "--keep-checkpoints", 1,
-         "--keep-best", 0, "--batch.micro", 8, "--model.n_layer", 1,
+         "--keep-best", 0, "--batch.micro", 8, "--model.n-layer", 1,
          "--eval-tokens", 99]  # fmt: skip
 CALLS = {"create", "truncate", "write", "half", "fsync", "rename", "mkdir", "rmdir", "unlink"}
 
