@@ -174,6 +174,19 @@ def test_cut_short_at_any_operation_a_preparation_ends_the_same(
 
 
 @pytest.mark.parametrize("which", ["begun", "resumed"])
+def test_nothing_is_seen_half_written_or_half_removed(
+    request: pytest.FixtureRequest, which: str
+) -> None:
+    """Only what has a temporary name is changed in place, the lock and the log apart."""
+    trace, *_ = request.getfixturevalue(which)
+    in_place = {
+        path for call, path, _ in trace.operations
+        if call not in ("mkdir", "rename", "fsync", "end") and storage.TEMPORARY not in path
+    }  # fmt: skip
+    assert in_place == {storage.LOCK, "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("which", ["begun", "resumed"])
 def test_names_are_flushed_before_anything_is_removed(
     request: pytest.FixtureRequest, which: str
 ) -> None:
