@@ -5,13 +5,29 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+
+
+MEMORY = Path("/dev/shm")  # where flushing takes no time, and a killed process loses no more
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """A new folder, on a file system in memory where there is one with room."""
+    if not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).free < 2**25:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=MEMORY, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 class End(NamedTuple):
@@ -54,3 +70,102 @@ def nursery(fault_library: Path) -> Iterator[Callable[..., End]]:
     yield run
     asked.close()
     process.wait()
+
+
+# -- what is on the disk before every operation ----------------------------------------------------
+
+Disk = dict[str, bytes | None]  # by path under the folder: a file's content; None for a folder
+
+
+def read_disk(folder: Path) -> Disk:
+    found = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in found}
+
+
+def write_disk(folder: Path, disk: Disk) -> Path:
+    folder.mkdir(parents=True)
+    for name, content in disk.items():
+        if content is None:
+            (folder / name).mkdir()
+        else:
+            (folder / name).write_bytes(content)
+    return folder
+
+
+@dataclass
+class Trace:
+    """What one command did to a folder, and what the folder held before each operation.
+
+    `killed` is what a kill at that moment leaves; `without_power` what a power cut may leave: the
+    names are as they are, but of each file only what was flushed. Equal ones are there once, with
+    the first operation before which they were.
+    """
+
+    folder: Path
+    flushed: Disk
+    operations: list[tuple[str, str, str]] = field(default_factory=list)  # call, path, second path
+    killed: dict[str, Disk] = field(default_factory=dict)
+    without_power: dict[str, Disk] = field(default_factory=dict)
+    _seen: set[int] = field(default_factory=set)
+    _done: tuple[str, str, str] = ("", "", "")
+
+    def before(self, call: str, *paths: str) -> None:
+        """Note the state of the disk; `call` is done next."""
+        disk = read_disk(self.folder) if self.folder.exists() else {}
+        self._follow(*self._done, disk)
+        here, there = (os.path.relpath(path, self.folder) if path else "" for path in paths)
+        self._done = call, here, there
+        self.operations.append(self._done)
+        name = f"{len(self.operations)}: {call} {here} {there}".rstrip()
+        kept = {p: c if c is None else self.flushed.get(p) or b"" for p, c in disk.items()}
+        for states, state in ((self.killed, disk), (self.without_power, kept)):
+            if (number := hash(tuple(state.items()))) not in self._seen:
+                self._seen.add(number)
+                states[name] = state
+
+    def _follow(self, call: str, path: str, other: str, disk: Disk) -> None:
+        """Update what is flushed, now that an operation is done."""
+        if call == "fsync" and disk.get(path) is not None:
+            self.flushed[path] = disk[path]
+        elif call in ("truncate", "unlink"):
+            self.flushed.pop(path, None)
+        elif call == "rename":
+            for name in [n for n in self.flushed if n == path or n.startswith(f"{path}/")]:
+                self.flushed[other + name.removeprefix(path)] = self.flushed.pop(name)
+
+
+@pytest.fixture(scope="session")
+def traced(nursery: Callable[..., End]) -> Callable[..., Trace]:
+    """`traced(folder, arguments)`: runs the command, which must succeed, and notes what it does."""
+
+    def run(folder: Path, arguments: list[str]) -> Trace:
+        trace = Trace(folder, read_disk(folder) if folder.exists() else {})
+        pipes = [Path(f"{folder}.{name}") for name in ("asked", "answered")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        asked, answered = (os.open(pipe, os.O_RDWR) for pipe in pipes)
+
+        def serve() -> None:
+            while (line := os.read(asked, 10_000).decode().rstrip("\n")) != "end":
+                trace.before(*line.split("\t"))
+                os.write(answered, b".")
+
+        server = threading.Thread(target=serve)
+        server.start()
+        end = nursery(arguments, trace=str(folder))
+        os.write(asked, b"end\n")
+        server.join()
+        for descriptor, pipe in zip((asked, answered), pipes, strict=True):
+            os.close(descriptor)
+            pipe.unlink()
+        assert end.status == 0, end.err
+        trace.before("end", str(folder), "")
+        return trace
+
+    return run
+
+
+@pytest.fixture(name="write_disk")
+def _write_disk() -> Callable[[Path, Disk], Path]:
+    """`write_disk(folder, disk)`: make the folder hold that."""
+    return write_disk

@@ -2,9 +2,11 @@
 
 Says when it is ready, reads jobs from stdin and answers each on stdout, one JSON object a line:
 {"arguments": [...], "fault": "...", "signal": 9, "after": 0.3}
+{"arguments": [...], "signal": 15, "until": "run/metrics.jsonl"}
 {"status": 0, "out": "...", "err": ""}
-`fault` is for fault.c; `signal` is sent `after` so many seconds, and once more `again` so many
-later. A negative status is a signal's.
+`fault` and `trace` are for fault.c; `signal` is sent `after` so many seconds, or once the file
+`until` holds anything, and once more `again` so many seconds later. A negative status is a
+signal's. Between attempts to save a checkpoint there are milliseconds here instead of seconds.
 """
 
 import json
@@ -18,12 +20,14 @@ from typing import Any
 import torch
 
 from rekindle.cli import main
+from rekindle.runtime import saving
 
 
 def work(job: dict[str, Any]) -> int:
     pid = os.fork()
     if pid == 0:
         os.environ["FAULT"] = job.get("fault", "")
+        os.environ["TRACE"] = job.get("trace", "")
         torch.set_num_threads(1)  # makes torch's pool anew before several threads try to
         status = 1
         try:
@@ -36,7 +40,10 @@ def work(job: dict[str, Any]) -> int:
             os._exit(status)
     if job.get("signal"):
         descriptor = os.pidfd_open(pid)
-        for pause in filter(None, (job["after"], job.get("again"))):
+        while (file := job.get("until")) and not (os.path.exists(file) and os.path.getsize(file)):
+            if select.select([descriptor], [], [], 0.005)[0]:
+                break
+        for pause in filter(None, (job.get("after", 0.001), job.get("again"))):
             select.select([descriptor], [], [], pause)  # not once it has ended
             os.kill(pid, job["signal"])
         os.close(descriptor)
@@ -45,6 +52,7 @@ def work(job: dict[str, Any]) -> int:
 
 
 def nurse() -> None:
+    saving.PAUSES = (0.01, 0.04)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # which loads the compiler
     answers = os.fdopen(os.dup(1), "w")

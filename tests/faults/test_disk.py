@@ -63,7 +63,7 @@ def test_a_disk_that_fails_once_is_tried_again(
     out = tmp_path / "run"
     end = train(out, fault=f"{call} optimizer.safetensors 1 1 {BROKEN}")
     assert end.status == 0, end.err
-    assert "step     4 | saving failed: Input/output error; once more in 1 s" in end.out
+    assert "step     4 | saving failed: Input/output error; once more in 0 s" in end.out
     assert steps(out) == [4, 8, 12]
     assert weights(out) == weights(expected)
     assert_same_records(out, expected, records)

@@ -1,9 +1,9 @@
 """Whatever a file holds, reading it ends well or with one clear line; and it cannot run code.
 
-    REKINDLE_FUZZ=5000 python -m pytest tests/faults/test_fuzz.py
+    REKINDLE_FUZZ=5000 python -m pytest tests/faults/test_fuzz.py -m slow
 
-tries so many inputs of each kind; without it, enough for every change. A failure names its seed,
-with which REKINDLE_SEED repeats it.
+tries that many inputs of each kind. Every input in corpus/ is tried first, and a failure prints the
+line to add there. It also names its seed, with which REKINDLE_SEED repeats it.
 """
 
 import io
@@ -15,9 +15,10 @@ import re
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from rekindle.interop.huggingface import GPT2
 from rekindle.observe.report import draw_loss
 from rekindle.runtime import checkpoint
 
-INPUTS = int(os.environ.get("REKINDLE_FUZZ", 60))
+FEW, MANY = 10, int(os.environ.get("REKINDLE_FUZZ", 400))  # inputs of each kind
+CORPUS = Path(__file__).parent / "corpus"
 SEED = int(os.environ.get("REKINDLE_SEED", 0)) or time.time_ns() % 10**6
 Mutate = Callable[[bytes, random.Random], bytes]
 
@@ -164,49 +166,196 @@ def seal(changed: Path) -> None:
     file.write_text(json.dumps(description))
 
 
+# -- the corpus: changes of a file that once failed, or that are worth trying every time -----------
+
+
+def change(content: bytes, entry: dict[str, Any]) -> bytes:
+    """Change a file as a line of the corpus says.
+
+    `put` is a path into JSON (of one `line` of JSON lines, or of a safetensors `header`) and the
+    value to put there; `splice` is an offset, a count of bytes to drop there (-1: all), and the
+    bytes to insert, in hexadecimal.
+    """
+    if "splice" in entry:
+        at, dropped, inserted = entry["splice"]
+        rest = content[at + dropped :] if dropped >= 0 else b""
+        return content[:at] + bytes.fromhex(inserted) + rest
+    before, text, after = part_of_json(content, entry)
+    value = put(json.loads(text), *entry["put"])
+    text = json.dumps(value).encode()
+    if entry.get("header"):
+        before = len(text).to_bytes(8, "little")
+    return before + text + after
+
+
+def part_of_json(content: bytes, entry: dict[str, Any]) -> tuple[bytes, bytes, bytes]:
+    """What comes before the JSON that an entry changes, the JSON, and what comes after it."""
+    if entry.get("header"):
+        end = 8 + int.from_bytes(content[:8], "little")
+        return content[:8], content[8:end], content[end:]
+    if (number := entry.get("line")) is not None:
+        lines = content.splitlines(keepends=True)
+        text = lines[number].rstrip(b"\n")
+        return b"".join(lines[:number]), text, b"\n" + b"".join(lines[number + 1 :])
+    return b"", content, b""
+
+
+def put(value: Any, path: list[Any], new: Any) -> Any:
+    if not path:
+        return new
+    holder = value
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = new
+    return value
+
+
+def entry_for(before: bytes, after: bytes) -> dict[str, Any]:
+    """The line of the corpus that changes `before` to `after` (or to JSON of the same value)."""
+    spots: list[dict[str, Any]] = [{}, {"header": True}]
+    spots += [{"line": n} for n in range(before.count(b"\n"))]
+    for spot in spots:
+        with suppress(ValueError, IndexError, OverflowError, RecursionError):
+            outer, old, rest = part_of_json(before, spot)
+            now, new, still = part_of_json(after, spot)
+            same = rest == still and (outer == now or spot.get("header"))
+            found = {**spot, "put": [*difference(json.loads(old), json.loads(new))]}
+            if same and change(before, found) == change(
+                after, {**spot, "put": [[], json.loads(new)]}
+            ):
+                return found
+    start = common(before, after)
+    end = common(before[start:][::-1], after[start:][::-1])
+    if len(after) == start:  # cut: wherever another one ends
+        return {"splice": [start, -1, ""]}
+    return {"splice": [start, len(before) - start - end, after[start : len(after) - end].hex()]}
+
+
+def common(a: bytes, b: bytes) -> int:
+    """The length of what both begin with."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def difference(old: Any, new: Any, path: tuple = ()) -> tuple[list[Any], Any]:
+    """Path and new value of the smallest part of a JSON value that holds every change."""
+    if isinstance(old, dict) and isinstance(new, dict) and [*old] == [*new]:
+        keys = [key for key in old if repr(old[key]) != repr(new[key])]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        keys = [n for n in range(len(old)) if repr(old[n]) != repr(new[n])]
+    else:
+        keys = []
+    if len(keys) != 1:
+        return [*path], new
+    return difference(old[keys[0]], new[keys[0]], (*path, keys[0]))
+
+
+def corpus(test: str, file: str) -> list[dict[str, Any]]:
+    """The lines for one file in one test."""
+    lines = (CORPUS / f"{test.removeprefix('test_')}.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["file"] == file]
+
+
 def peak_memory() -> float:
     """The most that this process has ever taken, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-@pytest.fixture
-def fuzz() -> Callable[..., int]:
-    """`fuzz(file, mutations, read)`: reads `file` in many changed forms; each read ends well or
-    with a `UserError` of one line, within seconds and without much memory."""
+@dataclass
+class Fuzz:
+    """Reads a file in many changed forms: each read ends well, or with a `UserError` of one line,
+    within seconds and without much memory."""
 
-    def over(
-        file: Path, mutations: list[Mutate], read: Callable[[], Any], *,
-        sealed: bool = False, inputs: int = INPUTS,
-    ) -> int:  # fmt: skip
-        content, accepted, before_all = file.read_bytes(), 0, peak_memory()
+    test: str
+    inputs: int  # of each kind
+
+    def __call__(
+        self, file: Path, mutations: list[Mutate], read: Callable[[], Any], *,
+        sealed: bool = False, share: float = 1.0,
+    ) -> None:  # fmt: skip
+        content = file.read_bytes()
         description = file.parent / checkpoint.DESCRIPTION
         before = description.read_bytes() if sealed else b""
-        for n in range(inputs):
-            chance = random.Random(SEED + n)
-            file.write_bytes(chance.choice(mutations)(content, chance))
+        accepted = 0
+        for changed, name in self._changed(file, content, mutations, share):
+            file.write_bytes(changed)
             if sealed:
                 seal(file)
-            began, said = time.monotonic(), ""
             try:
-                read()
-                accepted += 1
-            except UserError as error:
-                said = str(error)
+                accepted += self._read(read)
             except BaseException as error:
-                error.add_note(f"REKINDLE_SEED={SEED + n}: {file.read_bytes()[:3000]!r}")
+                entry = {"file": file.name, "why": str(error)[:80], **entry_for(content, changed)}
+                line = json.dumps(entry)
+                error.add_note(f"{name}; for corpus/{self.test.removeprefix('test_')}.jsonl:")
+                error.add_note(line if len(line) < 20_000 else "(too long a change to keep)")
                 raise
-            one_line = "\n" not in said and len(said) < 1000
-            assert one_line, f"REKINDLE_SEED={SEED + n}: {said}"
-            assert time.monotonic() - began < 10, f"REKINDLE_SEED={SEED + n}: {said}"
-            assert peak_memory() < before_all + 512, f"REKINDLE_SEED={SEED + n}"
             if sealed:
                 description.write_bytes(before)
         file.write_bytes(content)
         read()  # and as it was, it is whole
-        print(f"{file.name}: {inputs} inputs, {accepted} read")
-        return accepted
+        print(f"{file.name}: {accepted} read")
 
-    return over
+    def _changed(
+        self, file: Path, content: bytes, mutations: list[Mutate], share: float
+    ) -> Iterator[tuple[bytes, str]]:
+        for entry in corpus(self.test, file.name):
+            yield change(content, entry), str(entry)
+        for n in range(round(self.inputs * share)):
+            chance = random.Random(SEED + n)
+            yield chance.choice(mutations)(content, chance), f"REKINDLE_SEED={SEED + n}"
+
+    def _read(self, read: Callable[[], Any]) -> bool:
+        """Whether it was accepted."""
+        began, memory, said = time.monotonic(), peak_memory(), ""
+        try:
+            read()
+        except UserError as error:
+            said = str(error)
+        assert "\n" not in said, said
+        assert len(said) < 1000, said
+        assert time.monotonic() - began < 60, said
+        assert peak_memory() < memory + 512, said
+        return not said
+
+
+@pytest.mark.parametrize(
+    ("content", "mutations"),
+    [
+        (b'{"a": {"b": [1, 2], "c": "x"}, "d": 0.5}', [damage, edit_json]),
+        (b'{"a": 1}\n{"b": [2]}\n{"c": {}}\n', [damage, edit_lines]),
+        (b"\x10" + bytes(7) + b'{"a":{"b":[3]}} ' + bytes(range(40)), [damage, edit_header]),
+    ],
+)
+def test_a_line_of_the_corpus_repeats_a_change(content: bytes, mutations: list[Mutate]) -> None:
+    for n in range(50):
+        chance = random.Random(n)
+        changed = chance.choice(mutations)(content, chance)
+        entry = json.loads(json.dumps(entry_for(content, changed)))
+        assert same_up_to_spaces(change(content, entry), changed), (n, entry)
+
+
+def same_up_to_spaces(a: bytes, b: bytes) -> bool:
+    """JSON lines are compared as values, which NaN makes texts."""
+    if a == b:
+        return True
+    pairs = zip(a.splitlines(), b.splitlines(), strict=True)
+    return all(x == y or repr(json.loads(x)) == repr(json.loads(y)) for x, y in pairs)
+
+
+def test_every_line_of_the_corpus_is_tried() -> None:
+    """It belongs to a test, and to a file that this test changes."""
+    for file in CORPUS.iterdir():
+        assert f"test_{file.stem}" in globals(), file
+        for entry in map(json.loads, file.read_text().splitlines()):
+            assert {"put", "splice"} & {*entry}
+            assert entry["file"]
+            assert entry["why"]
+
+
+@pytest.fixture(params=["few", pytest.param("many", marks=pytest.mark.slow)])
+def fuzz(request: pytest.FixtureRequest) -> Fuzz:
+    """`fuzz(file, mutations, read)`; see there."""
+    return Fuzz(request.node.originalname, FEW if request.param == "few" else MANY)
 
 
 @pytest.fixture(scope="module")
@@ -254,19 +403,19 @@ def read_data(folder: Path) -> None:
     manifest.summary()
 
 
-def test_shards(fuzz: Callable, data: Path) -> None:
+def test_shards(fuzz: Fuzz, data: Path) -> None:
     def read() -> None:
         assert len(shards.open_shard(data / "train-0000.bin")) >= 0
 
     fuzz(data / "train-0000.bin", [edit_shard, damage], read)
 
 
-def test_manifests(fuzz: Callable, data: Path) -> None:
+def test_manifests(fuzz: Fuzz, data: Path) -> None:
     fuzz(data / "manifest.json", [damage, edit_json, edit_json], lambda: read_data(data))
 
 
 def test_a_run_on_hostile_data(
-    fuzz: Callable, data: Path, command: Callable, rekindle: Callable, tmp_path: Path
+    fuzz: Fuzz, data: Path, command: Callable, rekindle: Callable, tmp_path: Path
 ) -> None:
     def read() -> None:
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
@@ -275,7 +424,7 @@ def test_a_run_on_hostile_data(
             assert outcome.status == 2
             raise UserError(outcome.err.rstrip("\n"))
 
-    fuzz(data / "manifest.json", [edit_json], read, inputs=INPUTS // 3)
+    fuzz(data / "manifest.json", [edit_json], read, share=1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -319,14 +468,14 @@ def use(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [checkpoint.DESCRIPTION, *checkpoint.FILES])
-def test_damaged_checkpoints(fuzz: Callable, trained: Path, name: str) -> None:
+def test_damaged_checkpoints(fuzz: Fuzz, trained: Path, name: str) -> None:
     """By chance, so that the hashes tell: nothing but the file itself is accepted."""
     mutations = [damage, edit_json] if name == checkpoint.DESCRIPTION else [damage, edit_header]
-    fuzz(last(trained) / name, mutations, lambda: use(last(trained)), inputs=INPUTS // 2)
+    fuzz(last(trained) / name, mutations, lambda: use(last(trained)), share=1 / 2)
 
 
 @pytest.mark.parametrize("name", [checkpoint.DESCRIPTION, *checkpoint.FILES])
-def test_checkpoints_that_mean_harm(fuzz: Callable, trained: Path, name: str) -> None:
+def test_checkpoints_that_mean_harm(fuzz: Fuzz, trained: Path, name: str) -> None:
     """With the right hashes."""
     mutations = (
         [edit_json] if name == checkpoint.DESCRIPTION else [damage, edit_header, edit_header]
@@ -346,7 +495,7 @@ def test_tensors_of_another_type_are_refused(trained: Path, name: str) -> None:
 
 
 def test_a_run_that_goes_on_from_what_means_harm(
-    fuzz: Callable, trained: Path, again: Callable
+    fuzz: Fuzz, trained: Path, again: Callable
 ) -> None:
     """What cannot be used is set aside; here that is all there is."""
     file, checkpoints = last(trained) / checkpoint.DESCRIPTION, trained / "checkpoints"
@@ -359,15 +508,15 @@ def test_a_run_that_goes_on_from_what_means_harm(
             shutil.rmtree(checkpoints)
             shutil.copytree(whole, checkpoints)
 
-    fuzz(file, [edit_json], read, sealed=True, inputs=INPUTS // 2)
+    fuzz(file, [edit_json], read, sealed=True, share=1 / 2)
 
 
-def test_run_json(fuzz: Callable, trained: Path, again: Callable) -> None:
-    fuzz(trained / "run.json", [damage, edit_json], again, inputs=INPUTS // 3)
+def test_run_json(fuzz: Fuzz, trained: Path, again: Callable) -> None:
+    fuzz(trained / "run.json", [damage, edit_json], again, share=1 / 3)
     fuzz(trained / "run.json", [damage, edit_json], lambda: run._identity_of(trained))
 
 
-def test_metrics(fuzz: Callable, trained: Path, again: Callable) -> None:
+def test_metrics(fuzz: Fuzz, trained: Path, again: Callable) -> None:
     log = trained / "metrics.jsonl"
     content = log.read_bytes()
 
@@ -377,20 +526,20 @@ def test_metrics(fuzz: Callable, trained: Path, again: Callable) -> None:
         finally:
             log.write_bytes(content)
 
-    fuzz(log, [damage, edit_lines], read, inputs=INPUTS // 3)
+    fuzz(log, [damage, edit_lines], read, share=1 / 3)
 
 
-def test_reports(fuzz: Callable, trained: Path, tmp_path: Path) -> None:
+def test_reports(fuzz: Fuzz, trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     fuzz(
         trained / "metrics.jsonl", [damage, edit_lines, edit_lines],
-        lambda: draw_loss(trained, tmp_path / "loss.svg"), inputs=INPUTS // 10,
+        lambda: draw_loss(trained, tmp_path / "loss.svg"), share=1 / 10,
     )  # fmt: skip
     fuzz(
         trained / "run.json",
         [damage, edit_json],
         lambda: draw_loss(trained, tmp_path / "loss.svg"),
-        inputs=INPUTS // 10,
+        share=1 / 10,
     )
 
 
@@ -407,13 +556,13 @@ ROWS = [
 ]
 
 
-def test_hellaswag_lines(fuzz: Callable, tmp_path: Path) -> None:
+def test_hellaswag_lines(fuzz: Fuzz, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    fuzz(file, [damage, edit_lines, edit_lines], lambda: read_questions(file), inputs=4 * INPUTS)
+    fuzz(file, [damage, edit_lines, edit_lines], lambda: read_questions(file), share=4)
 
 
-def test_hellaswag_parquet(fuzz: Callable, tmp_path: Path) -> None:
+def test_hellaswag_parquet(fuzz: Fuzz, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -428,7 +577,7 @@ def test_hellaswag_parquet(fuzz: Callable, tmp_path: Path) -> None:
         return buffer.getvalue()
 
     pq.write_table(pa.Table.from_pylist(ROWS), file)
-    fuzz(file, [damage, write_rows], lambda: read_questions(file), inputs=2 * INPUTS)
+    fuzz(file, [damage, write_rows], lambda: read_questions(file), share=2)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +588,7 @@ def test_hellaswag_parquet(fuzz: Callable, tmp_path: Path) -> None:
     ],
 )
 def test_hugging_face_folders(
-    fuzz: Callable, tmp_path: Path, trained: Path, name: str, mutations: list[Mutate]
+    fuzz: Fuzz, tmp_path: Path, trained: Path, name: str, mutations: list[Mutate]
 ) -> None:
     from safetensors.torch import save_file
 
@@ -459,7 +608,7 @@ def test_hugging_face_folders(
     fuzz(
         folder / name, mutations,
         lambda: GPT2.from_pretrained(folder)(torch.zeros(1, 4, dtype=torch.long)),
-        inputs=2 * INPUTS,
+        share=2,
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ print(*seen)
 """
 
 
+@pytest.mark.slow  # a leak grows slowly: only thousands of steps show it
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow(tmp_path: Path, command: Callable) -> None:
     flags = ["--steps", STEPS, "--eval-every", 50, "--checkpoint-every", 50]
