@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import signal
 import time
@@ -117,6 +118,16 @@ class Session:
         self.examine(self.run.step)
         if self.world.is_main:
             self.run.amend(examined=True, validation_loss=self.validation)
+
+    def check_end(self, loss: float) -> None:
+        """Raise `UserError` if the run ends with weights whose loss is not finite. `loss`: of the
+        last step, which decides where there is no validation split."""
+        last = loss if self.validation is None else self.validation
+        if not math.isfinite(last):
+            raise UserError(
+                f"the run ends with a loss of {last}, so its last step was not saved: lower "
+                "--optim.lr and start anew in another --out"
+            )
 
     def save(self, step: int, batch: int, *, examined: bool) -> None:
         """Begin the checkpoint of `step`; it is written while training goes on."""

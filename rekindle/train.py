@@ -132,6 +132,8 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
                 s.stop(told, step, batch)
             if examined := due(step, recipe.eval_every, recipe.steps):
                 s.examine(step)
+            if step == recipe.steps:
+                s.check_end(result.loss)
             trusted = not s.guard.refused or step == recipe.steps
             if due(step, recipe.checkpoint_every, recipe.steps) and trusted:
                 s.save(step, batch, examined=examined)

@@ -75,6 +75,8 @@ def test_every_number_has_a_flag() -> None:
         ({"model.n_embd": 0}, "--model.n-embd must be at least 1"),
         ({"optim.lr": -1.0}, "--optim.lr must be at least 0, but is -1.0"),
         ({"optim.lr": float("nan")}, "--optim.lr must be at least 0, but is nan"),
+        ({"optim.lr": float("inf")}, "--optim.lr must be a finite number, but is inf"),
+        ({"optim.weight_decay": float("inf")}, "--optim.weight-decay must be a finite number"),
         ({"optim.weight_decay": -0.1}, "--optim.weight-decay must be at least 0"),
         ({"steps": -1}, "--steps must be at least 0"),
         ({"seed": -1}, "--seed must be at least 0"),

@@ -19,6 +19,7 @@ from rekindle.data.batches import Batches
 from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.runtime import checkpoint
 from rekindle.train import StepResult
+from tests.conftest import train_command
 
 Records = Callable[..., list[dict[str, Any]]]
 # The loss falls from 6 to 2 within these steps, so that only a narrow guard sees a spike.
@@ -324,3 +325,62 @@ def test_killed_while_going_back_it_ends_the_same(
     assert end_of(tmp_path / "run", records) == ends["killed"]
     (line,) = records(tmp_path / "run", "return")
     assert line == {"kind": "return", "step": 40, "refused_at": 53, "next_batch": 54}
+
+
+# -- weights that are not finite ------------------------------------------------------------------
+
+
+HUGE = ("--optim.lr", 1e30, "--schedule.warmup", 0)
+
+
+@pytest.mark.parametrize("flags", [("--optim.weight-decay", 1e30), ("--optim.eps", 1e-30)])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_run_never_ends_well_with_weights_that_are_no_use(
+    tmp_path: Path, command: Callable, rekindle: Callable, one_thread: None, flags: tuple,
+    steps: int,
+) -> None:  # fmt: skip
+    """Weights that overflow, or are so large that every loss does."""
+    outcome = rekindle(*command(tmp_path / "run"), *HUGE, *flags, "--steps", steps)
+    assert outcome.status == 2
+    assert "is not finite after step" in outcome.err or "a loss of nan" in outcome.err
+    assert "lower --optim.lr" in outcome.err
+    assert checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+@pytest.mark.parametrize("lr", [1e30, 1.0])
+def test_without_a_validation_split_the_last_loss_decides(
+    tmp_path: Path, write_shards: Callable, tiny_flags: list[str], rekindle: Callable, lr: float,
+    one_thread: None,
+) -> None:  # fmt: skip
+    write_shards(tmp_path / "data", [700], [])
+    flags = train_command(tmp_path / "data", tmp_path / "run", tiny_flags)
+    outcome = rekindle(*flags, *HUGE, "--steps", 4, "--optim.lr", lr)
+    if lr == 1e30:
+        assert outcome.status == 2
+        assert "the run ends with a loss of" in outcome.err
+    else:
+        assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_any_number_that_is_not_finite_is_found(tiny: Any, what: str, value: float) -> None:
+    from rekindle.errors import UserError
+    from rekindle.model.gpt2 import GPT2
+    from rekindle.optim.adamw import make_adamw
+    from rekindle.runtime.distributed import World
+    from rekindle.runtime.replicas import check_finite
+
+    model = GPT2(tiny.model)
+    optimizer = make_adamw(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    check_finite(model, optimizer, World(), 7)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    p = model.get_parameter(name)
+    tensor = p.detach() if what == "weight" else optimizer.state[p][what]
+    tensor[3, 5] = value
+    called = name if what == "weight" else f"{what}.{name}"
+    with pytest.raises(UserError, match=f"{called} is not finite after step 6"):
+        check_finite(model, optimizer, World(), 7)
