@@ -11,6 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Before NumPy and torch read them. Tiny models gain nothing from threads, and `make test` runs two
+# of these processes; a test that needs two threads sets them.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+# Inductor compiles here, and not in a pool whose processes must import torch first.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
 import numpy as np
 import pytest
 
@@ -28,6 +34,29 @@ os.environ.setdefault(
 
 # What differs between two equal runs.
 CLOCKS = {"seconds", "tokens_per_s", "utilisation", "data_wait_s", "stall_s"}
+
+# Tests that must share a process, because they share a costly fixture or import: by file or folder
+# below tests/. Every other file is a group of its own. Those that take longest come first.
+GROUPS = {
+    "distributed": "distributed",
+    "faults": "faults",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test its group, and begin with the groups that take longest."""
+    groups = {}
+    for item in items:
+        path = item.path.relative_to(ROOT / "tests")
+        places = [path.as_posix(), *(folder.as_posix() for folder in path.parents)]
+        mark = item.get_closest_marker("xdist_group")
+        named = mark.args[0] if mark else next((GROUPS[p] for p in places if p in GROUPS), places[0])
+        groups[item] = named
+        if not mark:
+            item.add_marker(pytest.mark.xdist_group(named))
+    order = {group: place for place, group in enumerate(dict.fromkeys(GROUPS.values()))}
+    items.sort(key=lambda item: order.get(groups[item], len(order)))
 
 
 class Outcome(NamedTuple):

@@ -40,7 +40,8 @@ def in_the_interpreter(
 ) -> dict[str, str]:
     """What each selected test said in a process that interprets: "" if it passed."""
     path = tmp_path_factory.mktemp("interpreter") / "results.xml"
-    selected = [i.nodeid for i in request.session.items if i.path == Path(__file__)]
+    here = [i.nodeid for i in request.session.items if i.path == Path(__file__)]
+    selected = [name.rsplit("@", 1)[0] for name in here]  # xdist appends the group
     child = subprocess.run(
         [sys.executable, "-m", "pytest", *selected, f"--junitxml={path}", "--rootdir", str(ROOT)],
         cwd=ROOT,
