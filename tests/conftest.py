@@ -35,28 +35,34 @@ os.environ.setdefault(
 # What differs between two equal runs.
 CLOCKS = {"seconds", "tokens_per_s", "utilisation", "data_wait_s", "stall_s"}
 
-# Tests that must share a process, because they share a costly fixture or import: by file or folder
-# below tests/. Every other file is a group of its own. Those that take longest come first.
-GROUPS = {
-    "distributed": "distributed",
-    "faults": "faults",
-}
+# The groups that take longest, the longest first: what is left for the end is short, and both
+# processes finish at about the same time.
+LONGEST = (
+    "distributed",
+    "faults",
+    "model/test_kernels.py",
+    "compiled",
+    "train/test_resume.py",
+)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test its group, and begin with the groups that take longest."""
-    groups = {}
+    """Give each test the group that stays in one process, and begin with the longest groups.
+
+    A group is a file; or the tests of a folder that use its `nursery`, a process that is costly to
+    start; or what `xdist_group` says.
+    """
+    groups: dict[pytest.Item, str] = {}
     for item in items:
-        path = item.path.relative_to(ROOT / "tests")
-        places = [path.as_posix(), *(folder.as_posix() for folder in path.parents)]
+        file = item.path.relative_to(ROOT / "tests")
+        shared = "nursery" in getattr(item, "fixturenames", ())
         mark = item.get_closest_marker("xdist_group")
-        named = mark.args[0] if mark else next((GROUPS[p] for p in places if p in GROUPS), places[0])
-        groups[item] = named
+        groups[item] = mark.args[0] if mark else (file.parent if shared else file).as_posix()
         if not mark:
-            item.add_marker(pytest.mark.xdist_group(named))
-    order = {group: place for place, group in enumerate(dict.fromkeys(GROUPS.values()))}
-    items.sort(key=lambda item: order.get(groups[item], len(order)))
+            item.add_marker(pytest.mark.xdist_group(groups[item]))
+    place = {group: place for place, group in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(groups[item], len(place)))
 
 
 class Outcome(NamedTuple):

@@ -30,7 +30,10 @@ V = 2 * 8192 + 77  # two blocks of the vocabulary and a part
 EXACT = BF16 if CUDA else FP32  # the dtype that shows most
 DTYPES = [pytest.param(d, id=str(d)[6:]) for d in {BF16: 0, EXACT: 0}]
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's: exp overflows
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's: exp overflows
+    pytest.mark.timeout(600),  # the first waits for the process of all
+]
 Function = Callable[..., Tensor]
 
 
