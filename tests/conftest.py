@@ -262,7 +262,7 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
             text=True,
         )
         try:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=600)
         finally:
             process.terminate()  # asked to end, torchrun ends its processes too; killed, it cannot
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)

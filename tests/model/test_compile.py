@@ -103,7 +103,7 @@ def test_losses_and_gradients_are_eagers(inductor: Compiled, batch: tuple[Tensor
 def test_hellaswag_and_validation_are_eagers(inductor: Compiled) -> None:
     asked = hellaswag.pack(
         questions(3, CONFIG.block_size), ByteTokenizer(), CONFIG.block_size, CPU, compiled=True,
-        tokens_per_batch=128,
+        tokens_per_batch=256,
     )  # fmt: skip
     assert len({batch.idx.shape for batch in asked.batches}) == 2
     tokens = np.random.default_rng(3).integers(0, 257, 200).astype(np.uint16)
