@@ -40,9 +40,15 @@ CLOCKS = {"seconds", "tokens_per_s", "utilisation", "data_wait_s", "stall_s"}
 LONGEST = (
     "distributed",
     "faults",
-    "model/test_kernels.py",
     "compiled",
+    "model/test_kernels.py",
+    "parity/test_verify.py",
+    "distributed/test_two_processes.py",
+    "distributed/test_sharding.py",
+    "faults/test_memory.py",
+    "generate/test_cache.py",
     "train/test_resume.py",
+    "test_cli.py",
 )
 
 
