@@ -54,7 +54,8 @@ LONGEST = (
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test the group that stays in one process, and begin with the longest groups.
+    """Give each test the group that stays in one process, begin with the longest groups, and give
+    slow tests ten minutes each.
 
     A group is a file; or the tests of a folder that use its `nursery`, a process that is costly to
     start; or what `xdist_group` says.
@@ -67,6 +68,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         groups[item] = mark.args[0] if mark else (file.parent if shared else file).as_posix()
         if not mark:
             item.add_marker(pytest.mark.xdist_group(groups[item]))
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
     place = {group: place for place, group in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(groups[item], len(place)))
 
