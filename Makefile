@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up all they need: uv (in .uv, if it is not installed) and the
 # locked environment (in .venv). To use a Python of your own, with your own torch, see the README.
-.PHONY: demo test lint setup lock clean
+.PHONY: demo test test-all lint setup lock clean
 
 # Without --system-certs a machine behind a proxy with its own certificates cannot download.
 export UV_SYSTEM_CERTS := 1
@@ -12,8 +12,15 @@ LOCK := requirements.lock
 demo: setup
 	.venv/bin/rekindle demo
 
+# Two processes, one thread each. Tests of one file or group stay in one process (tests/conftest.py).
+PYTEST := .venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: setup
-	.venv/bin/pytest
+	$(PYTEST)
+
+# The slow tests as well.
+test-all: setup
+	$(PYTEST) -m ''
 
 lint: setup
 	.venv/bin/ruff format --check .

@@ -11,6 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Before NumPy and torch read them. Tiny models gain nothing from threads, and `make test` runs two
+# of these processes; a test that needs two threads sets them.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+# Inductor compiles here, and not in a pool whose processes must import torch first.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
 import numpy as np
 import pytest
 
@@ -28,6 +34,44 @@ os.environ.setdefault(
 
 # What differs between two equal runs.
 CLOCKS = {"seconds", "tokens_per_s", "utilisation", "data_wait_s", "stall_s"}
+
+# The groups that take longest, the longest first: what is left for the end is short, and both
+# processes finish at about the same time.
+LONGEST = (
+    "distributed",
+    "faults",
+    "compiled",
+    "model/test_kernels.py",
+    "parity/test_verify.py",
+    "distributed/test_two_processes.py",
+    "distributed/test_sharding.py",
+    "faults/test_memory.py",
+    "generate/test_cache.py",
+    "train/test_resume.py",
+    "test_cli.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test the group that stays in one process, begin with the longest groups, and give
+    slow tests ten minutes each.
+
+    A group is a file; or the tests of a folder that use its `nursery`, a process that is costly to
+    start; or what `xdist_group` says.
+    """
+    groups: dict[pytest.Item, str] = {}
+    for item in items:
+        file = item.path.relative_to(ROOT / "tests")
+        shared = "nursery" in getattr(item, "fixturenames", ())
+        mark = item.get_closest_marker("xdist_group")
+        groups[item] = mark.args[0] if mark else (file.parent if shared else file).as_posix()
+        if not mark:
+            item.add_marker(pytest.mark.xdist_group(groups[item]))
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
+    place = {group: place for place, group in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(groups[item], len(place)))
 
 
 class Outcome(NamedTuple):
@@ -227,7 +271,7 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
             text=True,
         )
         try:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=600)
         finally:
             process.terminate()  # asked to end, torchrun ends its processes too; killed, it cannot
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -92,6 +92,7 @@ def test_hellaswag(bench: Bench, tmp_path: Path) -> None:
     assert found["seconds"]["median"] > 0
 
 
+@pytest.mark.slow  # 10 s for a benchmark that is run by hand; its statistics are tested below
 def test_a_cool_down_trains_and_scores_documents(
     monkeypatch: pytest.MonkeyPatch, shard_set: Path
 ) -> None:

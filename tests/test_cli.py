@@ -584,6 +584,9 @@ def test_the_whole_road(
     """`rekindle demo` but for the text, which other tests prepare."""
     from rekindle import demo as module
 
+    # Building its kernels takes most of a minute; model/test_compile.py tests what is compiled.
+    monkeypatch.setattr("rekindle.session.why_not_compile", lambda device: "not in this test")
+
     def prepare(source: Any, out: Path, *, tokenizer: str, val_tokens: int) -> None:
         assert (tokenizer, val_tokens) == ("bytes", tiny.eval_tokens)
         write_shards(out, [700, 520], [201])

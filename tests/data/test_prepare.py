@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,7 +294,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
 
     rng = random.Random(time.time_ns())
     kills = 0
-    while True:
+    while kills < 12:
         process = subprocess.Popen(
             [*command, str(out)], env=environment, stdout=subprocess.PIPE, text=True
         )
@@ -305,15 +306,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if process.returncode == 0:
-            break
+            if kills >= 3:
+                break
+            shutil.rmtree(out)  # on a busy machine it may end before it is killed
+            continue
         assert process.returncode == -signal.SIGKILL
         kills += 1
         for path in out.glob("[tv]*.bin"):
             shards.open_shard(path)  # never half-written
-        if kills == 12:
-            subprocess.run([*command, str(out)], env=environment, check=True)
-            break
-    assert kills >= 3
+    else:
+        subprocess.run([*command, str(out)], env=environment, check=True)
     assert contents(out) == contents(tmp_path / "whole")
 
 

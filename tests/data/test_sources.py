@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,15 @@ def test_embedded_text_is_pythons_own_documentation() -> None:
     assert 500_000 < source.text_bytes < 20_000_000
     assert any("json" in text and text.startswith("module json\n") for text in found)
     assert documents(source, skip=7) == found[7:]
-    assert local_source(embedded=True).fingerprint == source.fingerprint
+
+
+def test_embedded_text_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one package of the library, because parsing all of it takes seconds."""
+    library = Path(sysconfig.get_path("stdlib"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library / "json"))
+    first, second = (local_source(embedded=True) for _ in range(2))
+    assert any(text.startswith("module decoder\n") for text in documents(first))
+    assert first.fingerprint == second.fingerprint
 
 
 # Naming a source

@@ -22,6 +22,9 @@ from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console
 from rekindle.runtime.device import Device, why_not_compile
 
+# Inductor runs a C++ compiler for each kernel: on a busy machine that takes minutes.
+pytestmark = [pytest.mark.xdist_group("compiled"), pytest.mark.timeout(600)]
+
 CPU = Device(torch.device("cpu"), "CPU", "fp32")
 T, ROWS = 32, 2
 CONFIG = GPT2Config(
@@ -99,9 +102,10 @@ def test_losses_and_gradients_are_eagers(inductor: Compiled, batch: tuple[Tensor
 
 def test_hellaswag_and_validation_are_eagers(inductor: Compiled) -> None:
     asked = hellaswag.pack(
-        questions(24, CONFIG.block_size), ByteTokenizer(), CONFIG.block_size, CPU, compiled=True,
+        questions(3, CONFIG.block_size), ByteTokenizer(), CONFIG.block_size, CPU, compiled=True,
         tokens_per_batch=256,
     )  # fmt: skip
+    assert len({batch.idx.shape for batch in asked.batches}) == 2
     tokens = np.random.default_rng(3).integers(0, 257, 200).astype(np.uint16)
     endings, losses = [], []
     for forward, transformer in ((inductor.model, None), inductor[1:]):

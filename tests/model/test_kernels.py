@@ -30,7 +30,10 @@ V = 2 * 8192 + 77  # two blocks of the vocabulary and a part
 EXACT = BF16 if CUDA else FP32  # the dtype that shows most
 DTYPES = [pytest.param(d, id=str(d)[6:]) for d in {BF16: 0, EXACT: 0}]
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's: exp overflows
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's: exp overflows
+    pytest.mark.timeout(600),  # the first waits for the process of all
+]
 Function = Callable[..., Tensor]
 
 
@@ -40,7 +43,8 @@ def in_the_interpreter(
 ) -> dict[str, str]:
     """What each selected test said in a process that interprets: "" if it passed."""
     path = tmp_path_factory.mktemp("interpreter") / "results.xml"
-    selected = [i.nodeid for i in request.session.items if i.path == Path(__file__)]
+    here = [i.nodeid for i in request.session.items if i.path == Path(__file__)]
+    selected = [name.rsplit("@", 1)[0] for name in here]  # xdist appends the group
     child = subprocess.run(
         [sys.executable, "-m", "pytest", *selected, f"--junitxml={path}", "--rootdir", str(ROOT)],
         cwd=ROOT,

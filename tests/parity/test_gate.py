@@ -41,6 +41,8 @@ def test_every_way_passes(
     assert error < gate.LIMIT / 3, worst
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.slow  # 20 s of C++; model/test_compile.py compares compiled gradients with eager ones
 def test_a_compiled_step_passes(
     trial: gate.Trial, reference: gate.Updates, one_thread: None
 ) -> None:

@@ -19,7 +19,13 @@ Break = Callable[[pytest.MonkeyPatch], None]
 
 
 @pytest.mark.parametrize(
-    ("size", "layers"), [("gpt2", 2), ("gpt2-medium", 2), ("gpt2-large", 1), ("gpt2-xl", 1)]
+    ("size", "layers"),
+    [
+        ("gpt2", 2),
+        pytest.param("gpt2-medium", 2, marks=pytest.mark.slow),  # between the others in every way
+        pytest.param("gpt2-large", 1, marks=pytest.mark.slow),  # between the others too
+        ("gpt2-xl", 1),
+    ],
 )
 def test_random_weights_of_every_size_agree(size: str, layers: int) -> None:
     """The width is the real one; fewer blocks keep time and memory small."""

@@ -135,17 +135,25 @@ def test_a_save_waits_for_the_one_before(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, under_way = checkpoint.write, []
+    asked = threading.Semaphore(0)  # for the next checkpoint, while this one is being written
 
     def slow(*arguments: Any) -> Path:
         under_way.append(1)
         assert len(under_way) == 1
+        assert asked.acquire(timeout=60)
         time.sleep(0.3)
         path = write(*arguments)
         under_way.pop()
         return path
 
     monkeypatch.setattr(checkpoint, "write", slow)
-    states = [training.save() for _ in range(3)]
+    states = [training.save()]
+    for _ in range(2):
+        training.step()
+        asked.release()
+        training.saver.save(training.describe(training.steps, training.model.config))
+        states.append(training.state())
+    asked.release()
     training.saver.finish()
     for step, state in enumerate(states, 1):
         assert_equal(training.written(step), state)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -258,10 +259,23 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_slow_disk_changes_nothing(
-    straight: Path, tmp_path: Path, train: Train, records: Records, slow_disk: None
+    straight: Path, tmp_path: Path, train: Train, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written is the state at the time of the save, though the training has gone on."""
-    out = tmp_path / "run"
+    out, went_on = tmp_path / "run", threading.Event()
+    rate, write = rekindle.train.learning_rate, storage.Folder.write_tensors
+
+    def learning_rate(step: int, **options: Any) -> float:
+        if step == 7:  # step 6 is logged
+            went_on.set()
+        return rate(step, **options)
+
+    def slow(self: storage.Folder, name: str, arrays: Any) -> None:
+        assert went_on.wait(timeout=60)  # or the training waits for the disk
+        write(self, name, arrays)
+
+    monkeypatch.setattr(rekindle.train, "learning_rate", learning_rate)
+    monkeypatch.setattr(storage.Folder, "write_tensors", slow)
     train(out)
     for step in (4, 8, 12):
         assert final_state(out, step) == final_state(straight, step)
@@ -269,7 +283,6 @@ def test_a_slow_disk_changes_nothing(
     order = [(r["kind"], r["step"]) for r in logged if r["kind"] in ("train", "checkpoint")]
     assert order.index(("checkpoint", 4)) > order.index(("train", 6))  # it did not stand still
     first = next(r for r in logged if r["kind"] == "checkpoint")
-    assert first["seconds"] > 0.6
     assert 0 < first["stall_s"] < first["seconds"]
 
 
@@ -393,6 +406,11 @@ def test_a_fork_outlives_its_parent(
 # -- compiled -------------------------------------------------------------------------------------
 
 
+# 30 s of C++; other tests here resume to the same bits, and model/test_compile.py compares what is
+# compiled with what is not.
+@pytest.mark.slow
+@pytest.mark.xdist_group("compiled")
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(sys.platform == "darwin", reason="needs OpenMP for the compiler")
 def test_compiled_with_two_threads_it_is_the_same_bits_too(
     tmp_path: Path, command: Callable, rekindle: Callable, records: Records,
