@@ -1,0 +1,364 @@
+"""Mutation testing: plants bugs one at a time, and says which of them no test notices.
+
+    python -m tests.mutate                        all of them, on two cores
+    python -m tests.mutate --sample 12 --seed 7   some of them, for CI
+    python -m tests.mutate --list
+    python -m tests.mutate "by hand: clip of 1.0"
+
+Two processes work on a copy of the repository each. A map of which test runs which function is made
+first, and kept until a file changes; a bug then meets only tests that run the function it is in,
+quick and specific ones first. The exit status is 1 if a bug lives that `EXPLAINED` does not name.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.mutants import EXPLAINED, MovedError, Mutant, by_hand, generated, wiring
+
+ROOT = Path(__file__).parents[1]
+WORKERS = 2
+GENERATED = 60  # drawn from some thousands
+BUDGET = 30.0  # seconds of tests, as the map has them, that one bug may meet
+SLOW = 8.0  # seconds of a test that is not run here, as are tests of many or compiled processes
+FOLDERS_LEFT_OUT = ("distributed",)
+LEFT_OUT = ("kills", "compile", "soak", "killed", "embedded_text", "benchmark", "ladder", "launch")
+PATIENCE = 40.0  # seconds beyond twenty times its usual ones after which a test hangs
+# Imported once, before the package and its tests, which each process imports anew.
+HEAVY = ("torch", "torch._dynamo", "numpy", "pyarrow.parquet", "hypothesis", "tiktoken",
+         "safetensors.torch", "transformers.models.gpt2.modeling_gpt2")  # fmt: skip
+
+# Test → {"seconds": of the processor, "functions": ["file:qualified.name", ...]}
+Seen = dict[str, dict[str, Any]]
+
+# A copy of this is the `sitecustomize` of every process that tests start.
+TRACER = """
+import os, sys, threading
+PACKAGE = {package!r}
+def trace(frame, event, argument, seen={{}}):
+    path = frame.f_code.co_filename
+    if path.startswith(PACKAGE) and (where := os.environ.get("REKINDLE_TRACE")):
+        name = path[len(PACKAGE) - 9:] + ":" + frame.f_code.co_qualname
+        if seen.setdefault(name, "") != where:
+            seen[name] = where
+            with open(where, "a") as file:
+                file.write(name + chr(10))
+if "REKINDLE_TRACE" in os.environ:
+    threading.settrace(trace)
+    sys.settrace(trace)
+"""
+
+
+class Ended(NamedTuple):
+    """How the tests that a bug met ended: the test that noticed it, or an empty string."""
+
+    by: str
+    seconds: float
+    met: int
+
+
+class Chosen:
+    """Part of pytest: runs these tests in this order, and tells of each on `pipe`."""
+
+    def __init__(self, tests: list[str] | None, pipe: int) -> None:
+        self.tests, self.pipe = tests, pipe
+
+    def tell(self, kind: str, text: str) -> None:
+        os.write(self.pipe, f"{kind} {text}\n".encode())
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.tests is None:
+            items[:] = [i for i in items if not any(word in i.nodeid for word in LEFT_OUT)]
+            return
+        place = {name: number for number, name in enumerate(self.tests)}
+        items[:] = sorted((i for i in items if i.nodeid in place), key=lambda i: place[i.nodeid])
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.tell("start", nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.tell("failed", report.nodeid)
+
+
+class Mapper(Chosen):
+    """Also notes what each test runs, in `folder`, also in the processes that it starts."""
+
+    def __init__(self, pipe: int, folder: Path) -> None:
+        super().__init__(None, pipe)
+        self.trace, self.seen = folder / "trace", Seen()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
+        self.trace.write_text("")
+        os.environ["REKINDLE_TRACE"] = str(self.trace)
+        began = sum(os.times()[:4])
+        try:
+            return (yield)
+        finally:
+            seconds = sum(os.times()[:4]) - began
+            functions = sorted({name.split(".<locals>.<")[0] for name in self.trace_lines()})
+            self.seen[item.nodeid] = {"seconds": seconds, "functions": functions}
+
+    def trace_lines(self) -> list[str]:
+        return self.trace.read_text().splitlines()
+
+
+# A copy of the repository for each worker, and processes in it
+
+
+def make_copy(folder: Path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def pytest_in(folder: Path, files: Iterable[str], plugin: Chosen, *flags: str) -> int:
+    """Run tests in this process, which ends with it: the package comes from the copy in `folder`,
+    here and in processes that tests start."""
+    os.chdir(folder)
+    sys.path[:] = [str(folder), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    os.environ["PYTHONPATH"] = str(folder)
+    for name in [n for n in sys.modules if n.split(".")[0] in ("rekindle", "tests", "benchmarks")]:
+        del sys.modules[name]
+    base = f"--basetemp={folder.with_name(folder.name + '-tmp')}"
+    fixed = ["-q", "-p", "no:cacheprovider", "-m", "not slow", base]
+    return int(pytest.main([*fixed, *flags, *files], plugins=[plugin]))
+
+
+def forked(work: Callable[[int], int], log: Path) -> tuple[int, int]:
+    """Run `work(pipe)` in a process of its own group; return its id and what it tells on."""
+    reads, writes = os.pipe()
+    if pid := os.fork():
+        os.close(writes)
+        return pid, reads
+    status = 70
+    try:
+        os.setsid()
+        os.close(reads)
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        status = work(writes)
+    finally:
+        os._exit(status)
+
+
+def end(pid: int) -> None:
+    """End a process and whatever its tests have left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+FOLDER = Path()  # this worker's
+
+
+def begin_worker(parent: str) -> None:
+    global FOLDER
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `finally` runs
+    FOLDER = Path(tempfile.mkdtemp(dir=parent)) / "copy"
+    make_copy(FOLDER)
+
+
+def map_files(files: list[str]) -> Seen:
+    """What the tests in these files run. Raises `AssertionError` if one of them fails."""
+    folder, found = FOLDER, FOLDER.with_name("map.json")
+    tracer = TRACER.format(package=f"{folder}/rekindle/")
+    (folder / "sitecustomize.py").write_text(tracer)
+
+    def work(pipe: int) -> int:
+        os.environ["REKINDLE_TRACE"] = os.devnull
+        exec(tracer, {})
+        mapper = Mapper(pipe, folder.parent)
+        status = pytest_in(folder, files, mapper)
+        found.write_text(json.dumps(mapper.seen))
+        return status
+
+    log = folder.with_name("map.log")
+    pid, pipe = forked(work, log)
+    try:
+        with open(pipe) as told:
+            failed = [line.split()[1] for line in told if line.startswith("failed")]
+        os.waitpid(pid, 0)
+    finally:
+        end(pid)
+        (folder / "sitecustomize.py").unlink()
+    assert found.exists(), log.read_text()[-2000:]
+    seen: Seen = json.loads(found.read_text())
+    for name in set(failed):
+        print(f"left out, for it fails without a bug: {name}", flush=True)
+        del seen[name]
+    return seen
+
+
+def plant(job: tuple[Mutant, list[str], dict[str, float]]) -> tuple[Mutant, Ended]:
+    """Plant one bug, run these tests until one notices it, and take the bug out again."""
+    mutant, tests, usual = job
+    path, began = FOLDER / mutant.file, time.perf_counter()
+    before = path.read_text()
+    set_text(path, mutant.text())
+    files = dict.fromkeys(name.split("::")[0] for name in tests)
+    pid, pipe = forked(
+        lambda pipe: pytest_in(FOLDER, files, Chosen(tests, pipe), "-x"), FOLDER.with_name("log")
+    )
+    try:
+        by, met = watch(pid, pipe, usual) if tests else ("", 0)
+    finally:
+        end(pid)
+        os.close(pipe)
+        set_text(path, before)
+    return mutant, Ended(by, time.perf_counter() - began, met)
+
+
+def watch(pid: int, pipe: int, usual: dict[str, float]) -> tuple[str, int]:
+    """Which test notices the bug first, and how many were begun."""
+    at, met, allowed, rest = "the import", 0, 60.0, b""
+    while True:
+        if not select.select([pipe], [], [], allowed)[0]:
+            end(pid)
+            os.waitpid(pid, 0)
+            return f"{at} (it hangs)", met
+        chunk = os.read(pipe, 1 << 16)
+        if not chunk:
+            break
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            kind, _, at = line.decode().partition(" ")
+            met += kind == "start"
+            if kind == "failed":
+                os.waitpid(pid, 0)
+                return at, met
+            allowed = PATIENCE + 20 * usual.get(at, 1.0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return ("" if status == 0 else f"{at} (exit status {status})"), met
+
+
+def set_text(path: Path, text: str) -> None:
+    path.write_text(text)
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+        compiled.unlink()  # it is told from the source by size and seconds, which may be the same
+
+
+# Which tests a bug meets
+
+
+def make_map(pool: Any) -> Seen:
+    """The map, from pytest's cache if no file has changed since."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    files = sorted(p for d in ("rekindle", "tests") for p in (ROOT / d).rglob("*.py"))
+    for path in files:
+        digest.update(b"" if path.name.startswith("muta") else path.read_bytes())
+    cached = ROOT / ".pytest_cache" / f"mutate-{digest.hexdigest()[:16]}.json"
+    if not cached.exists():
+        tests = [
+            p.relative_to(ROOT).as_posix()
+            for p in files
+            if p.name.startswith("test_")
+            and not any(w in p.name for w in LEFT_OUT)
+            and p.parent.name not in FOLDERS_LEFT_OUT
+        ]
+        parts = pool.map(map_files, [[file] for file in tests], chunksize=1)
+        seen = {name: entry for part in parts for name, entry in part.items()}
+        cached.parent.mkdir(exist_ok=True)
+        cached.write_text(json.dumps(seen))
+    return json.loads(cached.read_text())
+
+
+def choose_tests(mutant: Mutant, seen: Seen) -> list[str]:
+    """Those that run the function, or one of the module if the bug is in no function; quick and
+    specific ones first, as many as the budget allows."""
+    place, module = f"{mutant.file}:{mutant.function}", f"{mutant.file}:"
+
+    def runs(functions: list[str]) -> bool:
+        if mutant.function:
+            return any(f == place for f in functions)
+        return any(f.startswith(module) for f in functions)
+
+    def cost(name: str) -> float:
+        entry = seen[name]
+        first = mutant.name.startswith("ignored: ") and "test_wiring" in name
+        return 0.0 if first else (entry["seconds"] + 0.02) * len(entry["functions"])
+
+    chosen, spent = [], 0.0
+    for name in sorted((n for n, e in seen.items() if runs(e["functions"])), key=cost):
+        spent += seen[name]["seconds"]
+        if seen[name]["seconds"] > SLOW or spent > BUDGET:
+            continue
+        chosen.append(name)
+    return chosen
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__)
+    parser.add_argument("name", nargs="?", help="plant this bug alone")
+    parser.add_argument("--list", action="store_true", help="name all bugs, and plant none")
+    parser.add_argument("--sample", type=int, metavar="N", help="plant N of them")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    options = parser.parse_args()
+    try:
+        mutants = [*by_hand(ROOT), *wiring(ROOT), *generated(ROOT, GENERATED)]
+    except MovedError as error:
+        print(error)
+        return 2
+    if options.name:
+        mutants = [m for m in mutants if m.name == options.name]
+    if options.sample:
+        mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
+    if options.list or not mutants:
+        print("\n".join(m.name for m in mutants) or "there is no such bug: see --list")
+        return 0 if mutants else 2
+    return run(mutants)
+
+
+def run(mutants: list[Mutant]) -> int:
+    """Plant all of `mutants`, and say what became of them."""
+    began = time.perf_counter()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for name in HEAVY:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    context, survivors = multiprocessing.get_context("fork"), []
+    with (
+        tempfile.TemporaryDirectory() as parent,
+        context.Pool(WORKERS, begin_worker, [parent]) as pool,
+    ):
+        seen = make_map(pool)
+        mapped = time.perf_counter() - began
+        print(f"{len(seen)} tests, {mapped:.0f} s for the map", flush=True)
+        usual = {name: entry["seconds"] for name, entry in seen.items()}
+        texts = [(m, choose_tests(m, seen), usual) for m in mutants]
+        for mutant, ended in pool.imap_unordered(plant, texts):
+            fate = f"noticed by {ended.by}" if ended.by else f"LIVES after {ended.met} tests"
+            print(f"{ended.seconds:5.1f} s | {mutant.name} | {fate}", flush=True)
+            if not ended.by:
+                survivors.append(mutant.name)
+    print(f"{len(mutants)} bugs in {time.perf_counter() - began - mapped:.0f} s")
+    for name in survivors:
+        print(f"lives: {name}: {EXPLAINED.get(name, 'no test notices it')}")
+    return int(any(name not in EXPLAINED for name in survivors))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
