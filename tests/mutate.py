@@ -38,8 +38,8 @@ WORKERS = 2
 GENERATED = 60  # drawn from some thousands
 BUDGET = 30.0  # seconds of tests, as the map has them, that one bug may meet
 SLOW = 8.0  # seconds of a test that is not run here, as are tests of many or compiled processes
-FOLDERS_LEFT_OUT = ("distributed",)
-LEFT_OUT = ("kills", "compile", "soak", "killed", "embedded_text", "benchmark", "ladder", "launch")
+LEFT_OUT = ("distributed/", "parity/", "kernels", "kills", "killed", "compile", "fuzz",
+            "embedded_text", "cost", "benchmark", "ladder", "launch")  # fmt: skip
 PATIENCE = 40.0  # seconds beyond twenty times its usual ones after which a test hangs
 # Imported once, before the package and its tests, which each process imports anew.
 HEAVY = ("torch", "torch._dynamo", "numpy", "pyarrow.parquet", "hypothesis", "tiktoken",
@@ -182,8 +182,8 @@ def begin_worker(parent: str) -> None:
     make_copy(FOLDER)
 
 
-def map_files(files: list[str]) -> Seen:
-    """What the tests in these files run. Raises `AssertionError` if one of them fails."""
+def map_file(job: tuple[str, Path]) -> tuple[Path, Seen]:
+    """What each test in a file runs, and where to keep that; tests that fail are left out."""
     folder, found = FOLDER, FOLDER.with_name("map.json")
     tracer = TRACER.format(package=f"{folder}/rekindle/")
     (folder / "sitecustomize.py").write_text(tracer)
@@ -192,7 +192,7 @@ def map_files(files: list[str]) -> Seen:
         os.environ["REKINDLE_TRACE"] = os.devnull
         exec(tracer, {})
         mapper = Mapper(pipe, folder.parent)
-        status = pytest_in(folder, files, mapper)
+        status = pytest_in(folder, [job[0]], mapper)
         found.write_text(json.dumps(mapper.seen))
         return status
 
@@ -210,7 +210,7 @@ def map_files(files: list[str]) -> Seen:
     for name in set(failed):
         print(f"left out, for it fails without a bug: {name}", flush=True)
         del seen[name]
-    return seen
+    return job[1], seen
 
 
 def plant(job: tuple[Mutant, list[str], dict[str, float]]) -> tuple[Mutant, Ended]:
@@ -265,25 +265,28 @@ def set_text(path: Path, text: str) -> None:
 
 
 def make_map(pool: Any) -> Seen:
-    """The map, from pytest's cache if no file has changed since."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    files = sorted(p for d in ("rekindle", "tests") for p in (ROOT / d).rglob("*.py"))
-    for path in files:
-        digest.update(b"" if path.name.startswith("muta") else path.read_bytes())
-    cached = ROOT / ".pytest_cache" / f"mutate-{digest.hexdigest()[:16]}.json"
-    if not cached.exists():
-        tests = [
-            p.relative_to(ROOT).as_posix()
-            for p in files
-            if p.name.startswith("test_")
-            and not any(w in p.name for w in LEFT_OUT)
-            and p.parent.name not in FOLDERS_LEFT_OUT
-        ]
-        parts = pool.map(map_files, [[file] for file in tests], chunksize=1)
-        seen = {name: entry for part in parts for name, entry in part.items()}
-        cached.parent.mkdir(exist_ok=True)
-        cached.write_text(json.dumps(seen))
-    return json.loads(cached.read_text())
+    """The map, of each test file from pytest's cache if neither it nor the package has changed."""
+    package, seen, missing = _digest((ROOT / "rekindle").rglob("*.py")), Seen(), []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if any(word in name for word in LEFT_OUT):
+            continue
+        key = package + _digest([path, *(ROOT / "tests").rglob("conftest.py")])
+        cached = ROOT / ".pytest_cache" / "mutate" / f"{path.stem}-{key}.json"
+        if cached.exists():
+            seen |= json.loads(cached.read_text())
+        else:
+            missing.append((name, cached))
+    for cached, part in pool.imap_unordered(map_file, missing):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.write_text(json.dumps(part))
+        seen |= part
+    return seen
+
+
+def _digest(files: Iterable[Path]) -> str:
+    whole = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
+    return whole.hexdigest()[:12]
 
 
 def choose_tests(mutant: Mutant, seen: Seen) -> list[str]:
