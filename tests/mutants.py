@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 SEED = 1337  # of the generated bugs that are planted
@@ -76,7 +77,7 @@ def by_hand(root: Path) -> Iterator[Mutant]:
         if text[start:end].count(old) != 1:
             raise MovedError(f"{name}: {old!r} stands not once in {function} of {file}: move it")
         changed = text[:start] + text[start:end].replace(old, new) + text[end:]
-        yield Mutant(f"by hand: {name}", file, function, lambda changed=changed: changed)
+        yield Mutant(f"by hand: {name}", file, function, partial(str, changed))
 
 
 def _span(text: str, function: str) -> tuple[int, int]:
@@ -131,6 +132,10 @@ class _Deaf:
 """
 
 
+def _longer(path: Path, text: str) -> str:
+    return path.read_text() + text
+
+
 def wiring(root: Path) -> Iterator[Mutant]:
     """One for each field with a default; `name` and `about` are read by nothing but people."""
     found = subprocess.run(
@@ -139,9 +144,7 @@ def wiring(root: Path) -> Iterator[Mutant]:
     for dotted, module, cls, field, default in json.loads(found.stdout):
         file = f"{module.replace('.', '/')}.py"
         deaf = _DEAF.format(cls=cls, field=field, default=default)
-        yield Mutant(
-            f"ignored: {dotted}", file, "", lambda f=file, d=deaf: (root / f).read_text() + d
-        )
+        yield Mutant(f"ignored: {dotted}", file, "", partial(_longer, root / file, deaf))
 
 
 # From the syntax tree. The draw ranks every possible bug by a hash of its name, so that a change of
@@ -182,8 +185,9 @@ class _Site:
             setattr(self.holder, str(self.slot), self.new)
 
     def __str__(self) -> str:
-        inside = isinstance(self.old, ast.Constant) and isinstance(self.holder, ast.expr)
-        where = f" in {_short(self.holder)}" if inside else ""
+        where = ""
+        if isinstance(self.old, ast.Constant) and isinstance(self.holder, ast.expr):
+            where = f" in {_short(self.holder)}"
         return f"{self.function}: {_short(self.old)} => {_short(self.new)}{where}"
 
 
@@ -208,7 +212,7 @@ def generated(root: Path, count: int) -> Iterator[Mutant]:
             rank = hashlib.sha256(f"{SEED} {name}".encode()).digest()
             drawn.append((rank, name, path, file, number, site.function))
     for _, name, path, file, number, function in sorted(drawn)[:count]:
-        yield Mutant(name, file, function, lambda p=path, n=number: _with_bug(p, n))
+        yield Mutant(name, file, function, partial(_with_bug, path, number))
 
 
 def _with_bug(path: Path, number: int) -> str:

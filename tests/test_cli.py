@@ -518,13 +518,13 @@ def test_sample_speaks(run: Path, rekindle: Callable) -> None:
 
 def test_every_flag_of_sample_arrives(run: Path, rekindle: Callable) -> None:
     """Each differs from its default, and the text is what these numbers give when they are drawn
-    here: the two likeliest at a temperature, without a cache."""
+    here: the five likeliest at a temperature, without a cache."""
     import torch
 
     from rekindle.load import load
     from rekindle.runtime.device import get_device
 
-    numbers = {"--tokens": 7, "--num": 3, "--seed": 5, "--temperature": 3.0, "--top-k": 2}
+    numbers = {"--tokens": 7, "--num": 3, "--seed": 5, "--temperature": 0.02, "--top-k": 5}
     flags = [text for pair in numbers.items() for text in pair]
     outcome = rekindle("sample", run, "--device", "cpu", "--prompt", "ab", "--json", *flags)
     assert outcome.status == 0, outcome.err
@@ -534,8 +534,8 @@ def test_every_flag_of_sample_arrives(run: Path, rekindle: Callable) -> None:
     with torch.no_grad():
         for _ in range(7):
             logits, _ = loaded.model(ids)
-            values, likeliest = logits[:, -1].topk(2)
-            p = (values / 3.0).softmax(-1)
+            values, likeliest = logits[:, -1].topk(5)
+            p = (values / 0.02).softmax(-1)
             drawn = (p / torch.empty_like(p).exponential_(generator=random)).argmax(-1)
             ids = torch.cat([ids, likeliest.gather(1, drawn[:, None])], 1)
     rows = [row[: row.index(256)] if 256 in row else row for row in ids.tolist()]
