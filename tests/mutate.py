@@ -36,7 +36,7 @@ from tests.mutants import EXPLAINED, MovedError, Mutant, by_hand, generated, wir
 ROOT = Path(__file__).parents[1]
 WORKERS = 2
 GENERATED = 60  # drawn from some thousands
-BUDGET = 30.0  # seconds of tests, as the map has them, that one bug may meet
+BUDGET = 15.0  # seconds of tests, as the map has them, that one bug may meet
 SLOW = 12.0  # seconds of a test that is not run here, as are tests of many or compiled processes
 LEFT_OUT = ("distributed/", "parity/", "kernels", "kills", "killed", "compile", "fuzz",
             "embedded_text", "cost", "benchmark", "ladder", "launch", "memory_does_not",
@@ -303,7 +303,7 @@ def choose_tests(mutant: Mutant, seen: Seen) -> list[str]:
         return any(f.startswith(module) for f in functions)
 
     def cost(name: str) -> float:
-        entry, strict = seen[name], 0.1 if STRICT in name else 1.0
+        entry, strict = seen[name], 0.02 if STRICT in name else 1.0
         return strict * (entry["seconds"] + 0.02) * len(entry["functions"])
 
     chosen, spent = [], 0.0

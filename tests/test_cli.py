@@ -524,8 +524,8 @@ def test_every_flag_of_sample_arrives(run: Path, rekindle: Callable) -> None:
     from rekindle.load import load
     from rekindle.runtime.device import get_device
 
-    numbers = {"--tokens": 7, "--num": 3, "--seed": 5, "--temperature": 0.02, "--top-k": 5}
-    flags = [text for pair in numbers.items() for text in pair]
+    numbers = {"--tokens": 7, "--num": 3, "--seed": 5, "--temperature": 0.1, "--top-k": 5}
+    flags = ["--precision", "fp32", *(text for pair in numbers.items() for text in pair)]
     outcome = rekindle("sample", run, "--device", "cpu", "--prompt", "ab", "--json", *flags)
     assert outcome.status == 0, outcome.err
     loaded = load(str(run), get_device("cpu", "fp32"))
@@ -535,7 +535,7 @@ def test_every_flag_of_sample_arrives(run: Path, rekindle: Callable) -> None:
         for _ in range(7):
             logits, _ = loaded.model(ids)
             values, likeliest = logits[:, -1].topk(5)
-            p = (values / 0.02).softmax(-1)
+            p = (values / 0.1).softmax(-1)
             drawn = (p / torch.empty_like(p).exponential_(generator=random)).argmax(-1)
             ids = torch.cat([ids, likeliest.gather(1, drawn[:, None])], 1)
     rows = [row[: row.index(256)] if 256 in row else row for row in ids.tolist()]
