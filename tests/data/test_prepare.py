@@ -133,6 +133,18 @@ def test_parquet_with_validation_files(
     assert not (tmp_path / "out" / ".progress").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_source_that_says_its_split_is_believed(
+    tmp_path: Path, texts: Callable[..., list[str]], split: str
+) -> None:
+    """Though all of it is one split: neither is anything held out, nor trained on instead."""
+    said: list[str] = []
+    source = ListSource(texts(9), splits=split)
+    manifest = run(source, tmp_path, val_tokens=10**9, say=said.append)
+    assert {shard.split for shard in manifest.shards} == {split}
+    assert not any("no document fell to validation" in line for line in said)
+
+
 def test_shards_end_with_the_document_that_fills_them(
     tmp_path: Path, texts: Callable[..., list[str]]
 ) -> None:
