@@ -50,7 +50,8 @@ HEAVY = ("torch", "torch._dynamo", "numpy", "pyarrow.parquet", "hypothesis", "ti
 # Test → {"seconds": of the processor, "functions": ["file:qualified.name", ...]}
 Seen = dict[str, dict[str, Any]]
 
-# A copy of this is the `sitecustomize` of every process that tests start.
+# A copy of this is the `sitecustomize` of every process that tests start. It writes the name of a
+# function once to each file that it is told of.
 TRACER = """
 import os, sys, threading
 PACKAGE = {package!r}
@@ -105,22 +106,21 @@ class Mapper(Chosen):
 
     def __init__(self, pipe: int, folder: Path) -> None:
         super().__init__(None, pipe)
-        self.trace, self.seen = folder / "trace", Seen()
+        self.folder, self.seen = folder, Seen()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
-        self.trace.write_text("")
-        os.environ["REKINDLE_TRACE"] = str(self.trace)
+        trace = self.folder / f"trace-{len(self.seen)}"  # a new one: see TRACER
+        trace.write_text("")
+        os.environ["REKINDLE_TRACE"] = str(trace)
         began = sum(os.times()[:4])
         try:
             return (yield)
         finally:
             seconds = sum(os.times()[:4]) - began
-            functions = sorted({name.split(".<locals>.<")[0] for name in self.trace_lines()})
+            names = trace.read_text().splitlines()
+            functions = sorted({name.split(".<locals>.<")[0] for name in names})
             self.seen[item.nodeid] = {"seconds": seconds, "functions": functions}
-
-    def trace_lines(self) -> list[str]:
-        return self.trace.read_text().splitlines()
 
 
 # A copy of the repository for each worker, and processes in it
