@@ -20,7 +20,10 @@ from pathlib import Path
 SEED = 1337  # of the generated bugs that are planted
 
 # Name → why no test can notice it.
-EXPLAINED: dict[str, str] = {}
+EXPLAINED: dict[str, str] = {
+    "load.load: loaded.model.to(device.torch) => pass": "on a CPU it moves nothing",
+    "runtime.device.keep_freed_memory: 2 => 3 in 2 ** 25": "only a C library older than 2.35 asks",
+}
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,10 @@ def wiring(root: Path) -> Iterator[Mutant]:
 # From the syntax tree. The draw ranks every possible bug by a hash of its name, so that a change of
 # the package changes the draw only where it changes the code.
 
-LEFT_OUT = {  # not run on two CPU cores, or text for people
-    "rekindle/__main__.py", "rekindle/ladder.py", "rekindle/model/kernels.py",
-    "rekindle/observe/report.py", "rekindle/interop/verify.py",
+LEFT_OUT = {  # not run on two CPU cores, only by tests of many processes, or text for people
+    "rekindle/__main__.py", "rekindle/demo.py", "rekindle/ladder.py", "rekindle/model/kernels.py",
+    "rekindle/observe/report.py", "rekindle/interop/verify.py", "rekindle/runtime/distributed.py",
+    "rekindle/runtime/replicas.py", "rekindle/runtime/sharding.py", "rekindle/runtime/watchdog.py",
 }  # fmt: skip
 PATHS = re.compile("out|folder|path|parent|root", re.IGNORECASE)  # whose / is no division
 EITHER_WAY = {"max", "min", "isinstance", "cast", "next", "zip", "map", "getattr", "hasattr"}
