@@ -27,7 +27,6 @@ EXPLAINED: dict[str, str] = {
     "runtime.device.keep_freed_memory: 30 => 31 in 2 ** 30": "no test takes a block of 1 GiB",
     "runtime.fit.: 16 => 17 in 1 / 16": "a measured number that any near it would do for",
     "data.batches.Prefetcher._put: 0.1 => 0.2": "how often it looks whether to stop",
-    "storage.remove_unfinished: True => False #2": "matters if two processes remove it at once",
     "evaluate.loss.validation_loss: True => False #2": "on a CPU no copy is asynchronous",
     "data.prepare._Preparation.__init__: 0 => 1 #4": "one token more in a line that rounds it",
 }
