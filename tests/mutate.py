@@ -135,7 +135,9 @@ def watch(pid: int, pipe: int, usual: dict[str, float]) -> tuple[str, int]:
         for line in lines:
             kind, _, at = line.decode().partition(" ")
             met += kind == "start"
-            if kind == "failed":
+            if kind == "failed":  # time for fixtures to tidy up: some have mounted a disk
+                while select.select([pipe], [], [], PATIENCE)[0] and os.read(pipe, 1 << 16):
+                    pass
                 end(pid)
                 os.waitpid(pid, 0)
                 return at, met
@@ -232,7 +234,7 @@ def run(mutants: list[Mutant]) -> int:
             importlib.import_module(name)
     context, survivors = multiprocessing.get_context("fork"), []
     with (
-        tempfile.TemporaryDirectory() as parent,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as parent,
         context.Pool(WORKERS, begin_worker, [parent]) as pool,
     ):
         seen = make_map(pool)
