@@ -42,6 +42,14 @@ def make_batches(rows: int = 8, order: str = "shuffled", seed: int = 1, T: int =
 # -- the permutation ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bits", range(2, 12))
+def test_the_network_is_a_permutation_of_all_numbers_of_its_width(bits: int) -> None:
+    """Or walking on until inside might never end: this test comes first."""
+    keys = np.random.default_rng(bits).integers(0, 2**64, batches.ROUNDS, np.uint64)
+    out = batches._feistel(np.arange(2**bits, dtype=np.uint64), bits, keys)
+    assert np.array_equal(np.sort(out), np.arange(2**bits))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 64, 100, 1000, 1024, 1025, 4097, 65_536])
 def test_permute_is_a_permutation(size: int) -> None:
     for key in (b"", b"a", b"1337 0", b"1337 1"):
@@ -77,9 +85,24 @@ def test_permute_leaves_no_order() -> None:
     assert np.mean(np.abs(np.diff(out)) == 1) < 0.002  # neighbours stay neighbours by chance only
 
 
-def test_the_order_of_a_seed_never_changes() -> None:
-    """A run that goes on under a newer version must see the windows it has not seen."""
-    assert permute(np.arange(6), 1000, b"1337 0").tolist() == [902, 11, 366, 319, 43, 666]
+@pytest.mark.parametrize(
+    ("size", "key", "first"),
+    [
+        (2, "1337 0", [1, 0]),
+        (5, "7 0", [2, 0, 4, 1, 3]),  # 3 bits
+        (17, "7 1", [0, 9, 16, 8, 3, 5]),  # 5
+        (100, "1337 1", [81, 41, 25, 70, 65, 1]),  # 7
+        (1000, "1337 0", [902, 11, 366, 319, 43, 666]),  # 10
+        (2000, "1337 0", [1610, 1208, 366, 1020, 1987, 1682]),  # 11
+        (33_000, "0 0", [2793, 19_368, 19_601, 13_587, 18_763, 26_234]),  # 16
+        (10_000_019, "1337 0", [8857707, 7358908, 8852984, 6960884, 1225108, 4487147]),  # 24
+        (2**33 + 9, "1337 2",
+         [4798466807, 3302610088, 2785272099, 1177525689, 329417309, 7587617145]),  # 34
+    ],
+)  # fmt: skip
+def test_the_order_of_a_seed_never_changes(size: int, key: str, first: list[int]) -> None:
+    """A resumed run must see the windows that it has not seen, also under a newer version."""
+    assert permute(np.arange(min(size, 6)), size, key.encode()).tolist() == first
 
 
 def test_seeds_and_epochs_differ() -> None:

@@ -556,6 +556,37 @@ def test_sample_speaks(run: Path, rekindle: Callable) -> None:
     assert rekindle("sample", run, *flags).out == outcome.out
 
 
+def test_every_flag_of_sample_arrives(run: Path, rekindle: Callable) -> None:
+    """Each differs from its default, and the text is what these numbers give when they are drawn
+    here: the five likeliest at a temperature, without a cache."""
+    import torch
+
+    from rekindle.load import load
+    from rekindle.runtime.device import get_device
+
+    numbers = {"--tokens": 7, "--num": 3, "--seed": 5, "--temperature": 0.1, "--top-k": 5}
+    flags = ["--precision", "fp32", *(text for pair in numbers.items() for text in pair)]
+    outcome = rekindle("sample", run, "--device", "cpu", "--prompt", "ab", "--json", *flags)
+    assert outcome.status == 0, outcome.err
+    loaded = load(str(run), get_device("cpu", "fp32"))
+    ids = torch.tensor([[97, 98]] * 3)
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _ in range(7):
+            logits, _ = loaded.model(ids)
+            values, likeliest = logits[:, -1].topk(5)
+            p = (values / 0.1).softmax(-1)
+            drawn = (p / torch.empty_like(p).exponential_(generator=random)).argmax(-1)
+            ids = torch.cat([ids, likeliest.gather(1, drawn[:, None])], 1)
+    rows = [row[: row.index(256)] if 256 in row else row for row in ids.tolist()]
+    samples = json.loads(outcome.out)["samples"]
+    assert samples == [loaded.tokenizer.decode(row) for row in rows]
+    assert len(set(samples)) == 3
+    least = ["--tokens", 0, "--num", 1, "--temperature", 0, "--top-k", 0]
+    outcome = rekindle("sample", run, "--device", "cpu", "--prompt", "ab", "--json", *least)
+    assert json.loads(outcome.out)["samples"] == ["ab"]
+
+
 def test_control_c_before_the_first_step_ends_in_one_line(
     begin: list[str], rekindle: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,19 @@ def test_numbers_that_cannot_be_trained_with(
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch.length": 1, "batch.tokens": 1}, {"steps": 0}, {"optim.lr": 0.0},
+        {"batch.length": 32}, {"seed": 2**63 - 1}, {"model.n_head": 1},
+    ],
+)  # fmt: skip
+def test_the_least_and_the_most_that_can_be_trained_with(
+    tiny: Recipe, changes: dict[str, Any]
+) -> None:
+    recipes.check(recipes.override(tiny, changes))
+
+
 def test_differences_name_each_field(tiny: Recipe) -> None:
     before = recipes.flatten(tiny)
     now = {**before, "optim.lr": 0.5, "model.n_layer": 9, "seed": 3}

@@ -13,8 +13,11 @@ import torch
 
 import rekindle.train
 from rekindle import storage
-from rekindle.data.shards import Manifest, write_shard
+from rekindle.data.batches import permute
+from rekindle.data.shards import Manifest, open_split, read_manifest, write_shard
 from rekindle.data.tokenizer import ByteTokenizer
+from rekindle.model.gpt2 import GPT2
+from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint, saving
 from rekindle.runtime.device import Device
 from rekindle.session import make_deterministic
@@ -22,6 +25,7 @@ from rekindle.train import due
 
 Train = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
+LAST = Path("checkpoints", "step-000004", "model.safetensors")
 
 
 def test_due() -> None:
@@ -71,13 +75,24 @@ def test_the_loss_starts_at_chance_and_falls(
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(
-    tmp_path: Path, train: Train, records: Records
+    tmp_path: Path, train: Train, records: Records, shard_set: Path, tiny: Recipe
 ) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(tmp_path / name, "--steps", 4, "--seed", seed)
     assert records(tmp_path / "a") == records(tmp_path / "b")
+    assert (tmp_path / "a" / LAST).read_bytes() == (tmp_path / "b" / LAST).read_bytes()
     a, c = (records(tmp_path / name, "train") for name in "ac")
     assert all(x["loss"] != y["loss"] for x, y in zip(a, c, strict=True))
+    # The seed is that of the weights and of the order: the first loss, made without the run.
+    shards = open_split(shard_set, read_manifest(shard_set), "train")
+    windows = np.stack([s[i : i + 17] for s in shards for i in range(0, len(s) - 16, 16)])
+    for logged, seed in ((a, 1), (c, 2)):
+        torch.manual_seed(seed)
+        order = permute(np.arange(8), len(windows), f"{seed} 0".encode())
+        tokens = torch.from_numpy(windows[order].astype(np.int64))
+        _, loss = GPT2(tiny.model)(tokens[:, :-1], tokens[:, 1:])
+        assert loss is not None
+        assert logged[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])

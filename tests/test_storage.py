@@ -358,6 +358,18 @@ def test_a_folder_is_never_half_removed(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_set_aside_stays_so(tmp_path: Path, calls: list[str]) -> None:
+    """What was set aside before under this name is replaced, and the new name is on the disk."""
+    for name in ("step-000004", "damaged-step-000004"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    aside = storage.set_aside(tmp_path / "step-000004")
+    assert aside == tmp_path / "damaged-step-000004"
+    assert [p.name for p in tmp_path.iterdir()] == [aside.name]
+    assert (aside / "file").read_text() == "step-000004"
+    assert calls == [f"rename to {aside.name}", f"flush {tmp_path.name}"]
+
+
 def test_remove_unfinished_removes_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".tmp-file").write_text("a")
     (tmp_path / ".tmp-folder").mkdir()

@@ -114,14 +114,27 @@ def is_name(name: str) -> bool:
 def write_shard(
     path: Path, pieces: Iterable[np.ndarray], split: str = "train", documents: int = 0
 ) -> Shard:
-    """Write tokens (uint16 pieces, in order) as one shard; return its entry in a manifest."""
-    pieces = [np.ascontiguousarray(piece, dtype="<u2") for piece in pieces]
+    """Write tokens (in order) as one shard; return its entry in a manifest.
+
+    Raises `UserError` if an id does not fit into the file's 16 bits.
+    """
+    pieces = [_as_ids(piece, path) for piece in pieces]
     count = sum(map(len, pieces))
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:3] = MAGIC, VERSION, count
     chunks = [header, *pieces]
     sha256 = storage.write_file(path, chunks)
     return Shard(path.name, split, count, documents, sha256, block_sums(chunks))
+
+
+def _as_ids(tokens: np.ndarray, path: Path) -> np.ndarray:
+    """Tokens as they lie in a file. Other types than uint16 are checked first: NumPy would wrap
+    an id of 65,536 to 0."""
+    if tokens.dtype != np.uint16 and len(tokens):
+        for extreme in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= extreme < 2**16:
+                raise UserError(f"{path}: the id {extreme} does not fit into 16 bits")
+    return np.ascontiguousarray(tokens, dtype="<u2")
 
 
 def block_sums(chunks: Iterable[Any]) -> str:

@@ -28,6 +28,11 @@ from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+# Which of 300 texts are held out, if about a tenth is.
+VALIDATION = [
+    5, 15, 43, 51, 144, 152, 153, 156, 171, 190, 191, 201, 203, 208,
+    212, 217, 223, 239, 249, 255, 259, 260, 276, 279, 288, 297, 299,
+]  # fmt: skip
 
 
 class ListSource(Source):
@@ -110,7 +115,8 @@ def test_every_document_is_there_once_and_in_order(
     for split, chosen in (("train", ~mask), ("val", mask)):
         expected = [encode(text) for text, c in zip(documents, chosen, strict=True) if c]
         assert read_documents(tmp_path, split) == expected
-    assert 0 < mask.sum() < 80
+    # Written down, for a rule that changes would change above as well.
+    assert np.flatnonzero(mask).tolist() == VALIDATION
 
 
 def test_parquet_with_validation_files(
@@ -126,6 +132,18 @@ def test_parquet_with_validation_files(
     assert manifest.source["name"] == "parquet: source"
     assert {"revision", "licence", "fingerprint"} <= manifest.source.keys()
     assert not (tmp_path / "out" / ".progress").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_source_that_says_its_split_is_believed(
+    tmp_path: Path, texts: Callable[..., list[str]], split: str
+) -> None:
+    """Though all of it is one split: neither is anything held out, nor trained on instead."""
+    said: list[str] = []
+    source = ListSource(texts(9), splits=split)
+    manifest = run(source, tmp_path, val_tokens=10**9, say=said.append)
+    assert {shard.split for shard in manifest.shards} == {split}
+    assert not any("no document fell to validation" in line for line in said)
 
 
 def test_shards_end_with_the_document_that_fills_them(
@@ -160,6 +178,15 @@ def test_blocks_and_threads_change_nothing(
         run(source, out, tokenizer=tokenizer, shard_tokens=2000)
         made.append(contents(out))
     assert made[0] == made[1] == made[2]
+
+
+def test_which_documents_are_validation_never_changes() -> None:
+    """A newer version that prepares the same text anew must not train on what was held out."""
+    documents = pa.array([f"document {i}" for i in range(200)])
+    half = is_validation(documents, 0.5).astype(int)[:12].tolist()
+    assert half == [0, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0]
+    assert np.flatnonzero(is_validation(documents, 0.02)).tolist() == [19, 172]
+    assert is_validation(pa.array(["", "東京", "a\n"]), 0.5).tolist() == [True, False, False]
 
 
 def test_a_text_lies_on_one_side_of_the_split(
@@ -489,6 +516,27 @@ def test_a_wrong_token_stops_with_both_encodings(
         run(ListSource(texts(90), block=1), tmp_path, tokenizer="gpt2", val_tokens=0)
     assert "\n" not in str(e.value)
     assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_wrong_token_is_found_among_documents_that_wait_for_their_shard(
+    tmp_path: Path, texts: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation documents are saved in pieces whenever a training shard is finished. After that
+    nothing looks at them again, so their sample is compared before."""
+    tokenizer = get_tokenizer("bytes")
+    honest = type(tokenizer).encode_documents
+
+    def faulty(self: Any, array: Any) -> tuple[np.ndarray, np.ndarray]:
+        tokens, starts = honest(self, array)
+        if array[0].as_py().startswith("1-"):
+            tokens[starts[0] + 1] += 1
+        return tokens, starts
+
+    monkeypatch.setattr(type(tokenizer), "encode_documents", faulty)
+    source = ListSource(texts(5, seed=1), texts(90, seed=2), splits="val train")
+    with pytest.raises(UserError, match=r"val-000000\.bin: the fast encoder and the reference"):
+        run(source, tmp_path, shard_tokens=2000)
+    assert not list(tmp_path.glob(".progress/*.bin"))
 
 
 def test_samples_are_spread_over_the_shard() -> None:

@@ -1,5 +1,6 @@
 """What is read is what was written, and damage is named."""
 
+import hashlib
 import json
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ from rekindle.data.shards import BLOCK, Manifest
 from rekindle.errors import UserError
 
 TOKENS = np.array([256, 1, 2, 3, 256, 4], np.uint16)
+SHA256 = "2ea71d02f83abe43de4a79995ad8a369cb009501557ea7d66902bf7d097b039f"
 
 
 @pytest.fixture
@@ -32,6 +34,27 @@ def test_layout_is_llmcs(tmp_path: Path) -> None:
     assert header[:3].tolist() == [20240520, 1, 6]
     assert not header[3:].any()
     assert np.frombuffer(content[1024:], "<u2").tolist() == TOKENS.tolist()
+
+
+def test_a_shards_bytes_never_change(tmp_path: Path) -> None:
+    """Manifests hold their hash; a set that is prepared anew must be the same one."""
+    shard = shards.write_shard(tmp_path / "s.bin", [TOKENS], "train", 2)
+    assert shard.sha256 == SHA256
+    assert shard.sha256 == hashlib.sha256((tmp_path / "s.bin").read_bytes()).hexdigest()
+    assert (shard.split, shard.tokens, shard.documents) == ("train", 6, 2)
+
+
+@pytest.mark.parametrize("bad", [2**16, 2**16 + 5, 2**32, -1])
+def test_an_id_that_does_not_fit_is_refused_and_not_wrapped(tmp_path: Path, bad: int) -> None:
+    for place in (0, 1, 2):
+        ids = np.zeros(3, np.int64)
+        ids[place] = bad
+        with pytest.raises(UserError, match=rf"s\.bin: the id {bad} does not fit"):
+            shards.write_shard(tmp_path / "s.bin", [TOKENS, ids])
+    assert not list(tmp_path.iterdir())
+    largest = np.array([2**16 - 1, 0], np.int64)
+    shards.write_shard(tmp_path / "s.bin", [largest, largest[:0]])
+    assert shards.open_shard(tmp_path / "s.bin").tolist() == [65_535, 0]
 
 
 def test_what_is_written_is_read(folder: Path) -> None:

@@ -229,6 +229,16 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         documents(local_source(text=[path]))
 
 
+def test_how_much_text_there_is_counts_what_is_compressed_threefold(tmp_path: Path) -> None:
+    line = b'{"text": "one"}\n'
+    (tmp_path / "a.jsonl").write_bytes(line)
+    (tmp_path / "b.jsonl.gz").write_bytes(packed := gzip.compress(line))
+    (tmp_path / "c.txt").write_bytes(b"plain")
+    source = local_source(jsonl=[tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"])
+    assert source.text_bytes == len(line) + 3 * len(packed)
+    assert local_source(text=[tmp_path / "c.txt"]).text_bytes == 5
+
+
 # The embedded default
 
 

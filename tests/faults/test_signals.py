@@ -31,6 +31,16 @@ def hears_ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files")
+def test_a_listener_leaves_nothing_open() -> None:
+    before, handlers = len(os.listdir("/proc/self/fd")), [signal.getsignal(n) for n in SIGNALS]
+    with Listener() as listener:
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+    assert not listener.told
+
+
 @pytest.fixture
 def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """`tell(5, SIGTERM)`: this process gets the signal in step 5."""

@@ -94,6 +94,18 @@ def test_attention_of_one_query_is_attention(model: GPT2) -> None:
     assert error < 0.03
 
 
+def test_attention_of_one_query_takes_its_softmax_in_float32() -> None:
+    """Small whole numbers, whose products bf16 holds exactly: what is left is the rounding of the
+    weights. Scores of 60 kept in bf16 would be off by up to 1/8."""
+    random = torch.Generator().manual_seed(0)
+    q, k = (torch.randint(-4, 5, (1, 2, T, 8), generator=random) for T in (1, 16))
+    k[..., 0, :] = q[..., 0, :]  # one large score, so that the sum is not of equals
+    scores = (k.double() @ q.double().transpose(-2, -1)).squeeze(-1) / 8**0.5
+    v = torch.eye(16).expand(1, 2, 16, 16)
+    seen = attend_once(q.bfloat16(), k.bfloat16(), v.bfloat16(), None).squeeze(-2)
+    torch.testing.assert_close(seen.double(), scores.softmax(-1), rtol=2**-8, atol=1e-30)
+
+
 def test_slots_never_filled_hold_zeros(model: GPT2) -> None:
     """Their weight is zero, and zero times a NaN that memory held before would be NaN."""
     cache = KVCache(CONFIG, 2, 32)

@@ -139,6 +139,9 @@ def test_numbers_without_a_meaning_are_a_users_mistake(model: GPT2, odd: dict[st
     arguments: dict[str, float] = {"tokens": 3, **odd}
     with pytest.raises(UserError, match="at least"):
         generate(model, PROMPT, **arguments)  # type: ignore[arg-type]
+    least = {"num": 1, "tokens": 0, "temperature": 0.0, "top_k": 0}
+    arguments = {"tokens": 3, **{name: least[name] for name in odd}}
+    assert generate(model, PROMPT, **arguments).shape[0] == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,24 @@ def test_the_log_is_json_whatever_the_numbers(tmp_path: Path) -> None:
     assert (record["loss"], record["norm"], record["accepted"]) == (None, None, False)
 
 
-def test_a_rank_without_a_log_logs_nothing() -> None:
-    metrics = make_metrics(io.StringIO())
+def test_a_rank_without_a_log_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It neither opens nor writes a file, nor prints; all else works as on the main rank."""
+    monkeypatch.chdir(tmp_path)
+    stream, opened = io.StringIO(), []
+    monkeypatch.setattr(os, "open", lambda *a: opened.append(a))
+    metrics = Metrics(
+        None, Console(quiet=True, stream=stream), steps=100, tokens_per_step=1000,
+        flops_per_token=10, peak_flops=None,
+    )  # fmt: skip
     metrics.step(0, seconds=1.0, **STEP)
-    metrics.record("validation", 1, loss=3.0)
+    metrics.step(1, seconds=1.0, **{**STEP, "objection": "not finite"})
+    metrics.record("validation", 1, loss=float("nan"))
+    metrics.rewind(lambda record: pytest.fail("there is no record"))
     metrics.close()
+    monkeypatch.undo()
+    assert opened == []
+    assert list(tmp_path.iterdir()) == []
+    assert stream.getvalue() == ""
 
 
 def test_flops_per_token_are_those_of_the_palm_paper() -> None:

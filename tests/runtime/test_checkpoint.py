@@ -141,6 +141,15 @@ def test_a_description_can_be_amended(saved: Path) -> None:
     assert (again.description["examined"], again.description["validation_loss"]) == (True, 1.25)
 
 
+def test_the_least_that_a_run_can_have_is_read(saved: Path) -> None:
+    """Windows of one token, on one thread."""
+    loaded = checkpoint.load(saved)
+    recipe = {**loaded.description["recipe"], "batch.length": 1}
+    split = {**loaded.description["split"], "threads": 1}
+    checkpoint.amend(loaded, {"recipe": recipe, "split": split})
+    assert checkpoint.load(saved).description["recipe"]["batch.length"] == 1
+
+
 def test_names_are_gpt2s_own(saved: Path, trained: tuple[GPT2, torch.optim.Optimizer]) -> None:
     names = sorted(dict(trained[0].named_parameters()))
     assert "transformer.h.0.attn.c_attn.weight" in names
