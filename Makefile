@@ -12,8 +12,8 @@ LOCK := requirements.lock
 demo: setup
 	.venv/bin/rekindle demo
 
-# Two processes, one thread each. Tests of one file or group stay in one process (tests/conftest.py).
-PYTEST := .venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Two processes, one thread each; a file's tests share one. The longest files come first.
+PYTEST := .venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)

@@ -35,43 +35,31 @@ os.environ.setdefault(
 # What differs between two equal runs.
 CLOCKS = {"seconds", "tokens_per_s", "utilisation", "data_wait_s", "stall_s"}
 
-# The groups that take longest, the longest first: what is left for the end is short, and both
+# The files that take longest, the longest first: what is left for the end is short, and both
 # processes finish at about the same time.
 LONGEST = (
-    "distributed",
-    "faults",
-    "compiled",
-    "model/test_kernels.py",
-    "parity/test_verify.py",
-    "distributed/test_two_processes.py",
+    "distributed/test_lost.py",
     "distributed/test_sharding.py",
-    "faults/test_memory.py",
+    "faults/test_bad_numbers.py",
+    "model/test_kernels.py",
+    "test_cli.py",
+    "faults/test_operations.py",
+    "distributed/test_two_processes.py",
+    "train/test_wiring.py",
+    "parity/test_verify.py",
+    "model/test_compile.py",
     "generate/test_cache.py",
     "train/test_resume.py",
-    "test_cli.py",
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test the group that stays in one process, begin with the longest groups, and give
-    slow tests ten minutes each.
-
-    A group is a file; or the tests of a folder that use its `nursery`, a process that is costly to
-    start; or what `xdist_group` says.
-    """
-    groups: dict[pytest.Item, str] = {}
+    """Begin with the longest files, and give slow tests ten minutes each."""
+    place = {ROOT / "tests" / file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     for item in items:
-        file = item.path.relative_to(ROOT / "tests")
-        shared = "nursery" in getattr(item, "fixturenames", ())
-        mark = item.get_closest_marker("xdist_group")
-        groups[item] = mark.args[0] if mark else (file.parent if shared else file).as_posix()
-        if not mark:
-            item.add_marker(pytest.mark.xdist_group(groups[item]))
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(600))
-    place = {group: place for place, group in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(groups[item], len(place)))
 
 
 class Outcome(NamedTuple):

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from rekindle.data import shards
 from rekindle.data.batches import Batches
 from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.runtime import checkpoint
+from rekindle.runtime.signals import Listener
 from rekindle.train import StepResult
 from tests.conftest import train_command
 
@@ -39,6 +41,11 @@ class Watched:
     end: dict[int, Any] = field(default_factory=dict)  # before this batch: a signal, or `Killed`
     steps: list[tuple[int, float, str]] = field(default_factory=list)  # batch, lr, objection
     numbers: dict[bytes, int] = field(default_factory=dict)  # of batches, by their inputs
+    listener: Listener = field(default_factory=Listener)
+
+    def listen(self) -> Listener:
+        self.listener = Listener()
+        return self.listener
 
     def batch(self, original: Callable, *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
         number = arguments[1]
@@ -55,6 +62,8 @@ class Watched:
             raise Killed
         if end:
             os.kill(os.getpid(), end)
+            while not self.listener.told:  # another thread hears it
+                time.sleep(0.001)
         where, _, what = self.spoil.get(number, "").partition(" ")
         value = float(what or 1)
 
@@ -92,6 +101,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watched]:
 
     def begin(spoil: dict[int, str], end: dict[int, Any] | None = None) -> Watched:
         watched = Watched(spoil, end or {})
+        monkeypatch.setattr(rekindle.train, "Listener", watched.listen)
         monkeypatch.setattr(Batches, "batch", lambda *a: watched.batch(batch, *a))
         monkeypatch.setattr(
             rekindle.train, "train_step", lambda *a, **o: watched.step(step, *a, **o)

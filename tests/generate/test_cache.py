@@ -145,7 +145,6 @@ def test_a_step_is_compiled_once_for_texts_of_about_one_length(
     assert len(graphs) == 2
 
 
-@pytest.mark.xdist_group("compiled")
 @pytest.mark.timeout(600)
 def test_inductors_text_is_eagers(model: GPT2) -> None:
     if reason := why_not_compile(torch.device("cpu")):

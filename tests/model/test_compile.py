@@ -23,7 +23,7 @@ from rekindle.observe.metrics import Console
 from rekindle.runtime.device import Device, why_not_compile
 
 # Inductor runs a C++ compiler for each kernel: on a busy machine that takes minutes.
-pytestmark = [pytest.mark.xdist_group("compiled"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 CPU = Device(torch.device("cpu"), "CPU", "fp32")
 T, ROWS = 32, 2

@@ -409,7 +409,6 @@ def test_a_fork_outlives_its_parent(
 # 30 s of C++; other tests here resume to the same bits, and model/test_compile.py compares what is
 # compiled with what is not.
 @pytest.mark.slow
-@pytest.mark.xdist_group("compiled")
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(sys.platform == "darwin", reason="needs OpenMP for the compiler")
 def test_compiled_with_two_threads_it_is_the_same_bits_too(
