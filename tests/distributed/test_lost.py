@@ -15,7 +15,7 @@ from rekindle.runtime.distributed import meet
 from tests.distributed.conftest import FLAGS, End, notes_by_rank, notes_of, same_bits, saved
 
 Ranks = Callable[..., End]
-HASTE = ("--timeout", 5)
+HASTE = ("--timeout", 3)
 
 
 @pytest.mark.parametrize("flags", [(), ("--shard",)], ids=["parallel", "sharded"])
@@ -72,7 +72,7 @@ def test_a_rank_that_hangs_is_named(
     # Only SIGKILL ends what hangs, and torchrun would ask for 30 s before.
     end = ranks(2, out, fault, flags=(*HASTE, *flags), patience=1)
     [line] = end.errors
-    assert line.startswith("rekindle: error (rank 0): waited 1")
+    assert line.startswith("rekindle: error (rank 0): waited ")
     assert line.endswith(
         f" s for the other ranks: {said}; the same command goes on from the newest checkpoint"
     )
@@ -125,7 +125,7 @@ def test_a_host_that_is_cut_off_is_named(
     out = tmp_path / "run"
 
     def train(*faults: dict[str, Any]) -> list[End]:
-        rank = [json.dumps(faults), str(notes_of(out)), *command(out), *FLAGS, "--timeout", "5"]
+        rank = [json.dumps(faults), str(notes_of(out)), *command(out), *FLAGS, "--timeout", "3"]
         options = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "10.77.0.1"]
         return nursery(
             [
