@@ -8,6 +8,7 @@ trains on. The stall is how long the loop stands still when it begins a checkpoi
 """
 
 import argparse
+import math
 import os
 import shutil
 import tempfile
@@ -23,12 +24,12 @@ from benchmarks.common import environment, quantiles, write_result
 from rekindle import storage
 from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console, Metrics
-from rekindle.optim.adamw import make_adamw
+from rekindle.optim.adamw import AdamW
+from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.recipes import get_recipe
 from rekindle.runtime.checkpoint import Keep, Snapshot
 from rekindle.runtime.device import get_device
 from rekindle.runtime.distributed import World
-from rekindle.runtime.guard import Guard
 from rekindle.runtime.saving import Saver
 from rekindle.train import train_step
 
@@ -42,7 +43,7 @@ class Training:
     def __init__(self, folder: Path) -> None:
         self.device = get_device("cpu")
         self.model = GPT2(get_recipe("gpt2-124m").model.for_training())
-        self.optimizer = make_adamw(self.model, 6e-4, (0.9, 0.95), 1e-8, 0.1)
+        self.optimizer = AdamW(self.model, AdamWConfig(lr=6e-4))
         self.tokens = torch.randint(0, self.model.config.vocab_size, (1, ROWS, T))
         self.checkpoints, self.log = folder / "checkpoints", folder / "metrics.jsonl"
         metrics = Metrics(
@@ -54,8 +55,8 @@ class Training:
     def step(self) -> float:
         began = time.perf_counter()
         train_step(
-            self.model, self.optimizer, self.tokens, self.tokens, lr=1e-5, clip=1.0,
-            guard=Guard(), device=self.device, world=World(),
+            self.model, list(self.model.parameters()), self.optimizer, self.tokens, self.tokens,
+            lr=1e-5, clip=1.0, limit=math.inf, device=self.device, world=World(),
         )  # fmt: skip
         return time.perf_counter() - began
 
@@ -90,7 +91,7 @@ def plain_write(file: Path, arrays: list[np.ndarray]) -> float:
 def measure(folder: Path, rounds: int) -> dict[str, Any]:
     training = Training(folder)
     training.step()  # makes AdamW's moments
-    snapshot = Snapshot(training.model)
+    snapshot = Snapshot(training.model, training.optimizer)
     snapshot.take(training.model, training.optimizer)
     arrays = [t.numpy() for t in (*snapshot.model.values(), *snapshot.optimizer.values())]
     size = sum(array.nbytes for array in arrays)

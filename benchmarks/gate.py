@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from rekindle.model import gpt2
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2, Compute
-from rekindle.optim.adamw import make_adamw
+from rekindle.optim.adamw import AdamW
+from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
-from rekindle.runtime.guard import Guard
 from rekindle.train import train_step
 
 STEPS = 10
@@ -109,16 +109,16 @@ def fast_updates(
     with contextlib.ExitStack() as planted:
         if bug in MODEL_BUGS:
             planted.enter_context(MODEL_BUGS[bug](model))
-        optimizer = make_adamw(model, LR, BETAS, EPS, DECAY)
+        optimizer = AdamW(model, AdamWConfig(LR, *BETAS, EPS, DECAY))
         if bug in OPTIMIZER_BUGS:
-            optimizer = OPTIMIZER_BUGS[bug](model, optimizer)
+            optimizer._adamw = OPTIMIZER_BUGS[bug](model, optimizer._adamw)
         settings |= STEP_BUGS.get(bug or "", {})
         forward = compiled(model) if compiled else model
         for step, batch in enumerate(trial.tokens):
             rows = batch[settings["cut"]]
             train_step(
-                forward, optimizer, rows[..., :-1], rows[..., 1:],
-                lr=settings["lr"](step), clip=settings["clip"], guard=Guard(),
+                forward, list(model.parameters()), optimizer, rows[..., :-1], rows[..., 1:],
+                lr=settings["lr"](step), clip=settings["clip"], limit=math.inf,
                 device=device, world=World(),
             )  # fmt: skip
     return _difference(trial.model, model)
@@ -186,7 +186,9 @@ def _no_decay_of_embeddings(model: GPT2, optimizer: torch.optim.AdamW) -> torch.
         {"params": rest, "weight_decay": DECAY},
         {"params": others["params"] + tables, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
+    changed = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
+    changed.state = optimizer.state
+    return changed
 
 
 def _slow_second_moment(model: GPT2, optimizer: torch.optim.AdamW) -> torch.optim.AdamW:

@@ -32,7 +32,10 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PATIENCE = 600  # seconds for one command
 
 # Older name -> newer name.
-FLAGS = {"--batch.micro": "--micro-batch"}  # a version has the one that its --help lists
+FLAGS = {
+    "--batch.micro": "--micro-batch",
+    "--optim.spike": "--spike",
+}  # a version has the one that its --help lists
 TENSORS: dict[str, str] = {}  # prefixes in *.safetensors
 KINDS = {"return": "rollback"}  # of records in metrics.jsonl
 KEYS = {"norm": "grad_norm"}  # of records and of checkpoint.json
@@ -167,7 +170,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             tensors[f"{path.name}: {file}: {new}"] = tensor
     described = json.loads((path / "checkpoint.json").read_text())
     if (counted := tensors.pop(f"{path.name}: optimizer: updates", None)) is not None:
-        described["updates"] = int(counted)
+        described["updates"] = int(counted.flatten()[0])
     return tensors | _chosen(described, DESCRIBED, path.name)
 
 

@@ -9,6 +9,7 @@ and clipping parameter by parameter, nothing compiled.
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -26,11 +27,11 @@ from rekindle.data.batches import Batches, Prefetcher, Split, Windows
 from rekindle.data.prepare import prepare
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
-from rekindle.optim.adamw import make_adamw
+from rekindle.optim.adamw import AdamW
+from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.runtime.device import get_device, keep_freed_memory
 from rekindle.runtime.distributed import World
 from rekindle.runtime.fit import choose_compute
-from rekindle.runtime.guard import Guard
 from rekindle.session import make_deterministic
 from rekindle.train import train_step
 
@@ -96,19 +97,20 @@ def ours(model: GPT2, T: int, device: Any, *, compiled: bool) -> Any:
     make_deterministic(device)
     keep_freed_memory(device)
     model.use(choose_compute(device, T))
-    optimizer = make_adamw(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
-    guard = Guard()
+    optimizer = AdamW(model, AdamWConfig(lr=1e-3))
+    parameters = list(model.parameters())
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
 
     def step(x: torch.Tensor, y: torch.Tensor) -> float:
         return train_step(
             forward,
+            parameters,
             optimizer,
             x,
             y,
             lr=1e-3,
             clip=1.0,
-            guard=guard,
+            limit=math.inf,
             device=device,
             world=World(),
         ).loss

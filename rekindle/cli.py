@@ -43,8 +43,9 @@ FLAGS = {
     "optim.beta2": "AdamW's second decay",
     "optim.eps": "AdamW's epsilon",
     "optim.weight_decay": "weight decay, on matrices only",
-    "optim.clip": "largest norm of the gradient, 0: any",
-    "optim.spike": "refuse a step whose loss is so many robust deviations above the last, 0: any",
+    "grad_clip": "largest norm of the gradient, 0: any",
+    "spike": "skip a step whose loss is more than X robust standard deviations above the recent "
+    "median, 0: never",
     "schedule.warmup": "steps of linear warm-up",
     "schedule.final": "last learning rate, as a fraction of the peak",
     "model.n_layer": "blocks",

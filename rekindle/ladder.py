@@ -6,6 +6,7 @@ only how the step is computed changes. All of it is `train.train_step`, called d
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,7 +26,8 @@ from rekindle.data.batches import Batches, Prefetcher, Split, Windows
 from rekindle.errors import UserError
 from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import duration
-from rekindle.optim.adamw import make_adamw
+from rekindle.optim.adamw import AdamW
+from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.recipes import Recipe
 from rekindle.runtime.device import (
     PEAKS,
@@ -36,7 +38,6 @@ from rekindle.runtime.device import (
     why_not_compile,
 )
 from rekindle.runtime.distributed import World
-from rekindle.runtime.guard import Guard
 from rekindle.session import make_deterministic
 from rekindle.train import train_step
 
@@ -195,8 +196,8 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
         keep_freed_memory(device)
     model = _model(recipe, levers, device)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if levers.compile else model
-    optimizer = make_adamw(model, LR, (0.9, 0.95), 1e-8, 0.1, fused=levers.fused_adamw)
-    guard = Guard()
+    optimizer = AdamW(model, AdamWConfig(lr=LR), fused=levers.fused_adamw)
+    parameters = list(model.parameters())
     prefetcher = _prefetcher(recipe, work, levers, device)
     ends, losses = [time.perf_counter()], []
     x = y = torch.empty(0)
@@ -204,12 +205,13 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
         x, y = prefetcher.next()
         result = train_step(
             forward,
+            parameters,
             optimizer,
             x,
             y,
             lr=LR,
             clip=1.0,
-            guard=guard,
+            limit=math.inf,
             device=device,
             world=World(),
         )

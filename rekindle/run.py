@@ -20,6 +20,7 @@ from rekindle.data.shards import Manifest
 from rekindle.errors import UserError
 from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import RECORD, Console, Metrics
+from rekindle.optim import Optimizer
 from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint
 from rekindle.runtime.checkpoint import Checkpoint, DamagedError, Keep
@@ -203,7 +204,7 @@ class Run:
         return record["step"] < done  # a step is numbered from 0, what comes after it from 1
 
     def open_saver(
-        self, model: GPT2, optimizer: torch.optim.Optimizer, metrics: Metrics, world: World
+        self, model: GPT2, optimizer: Optimizer, metrics: Metrics, world: World
     ) -> Saver:
         """What writes the run's checkpoints."""
         return Saver(

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -27,7 +28,8 @@ from rekindle.evaluate.questions import Question, for_training
 from rekindle.examine import Examiner
 from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.observe.metrics import Console, Metrics, duration
-from rekindle.optim.adamw import make_adamw
+from rekindle.optim import Optimizer
+from rekindle.optim.adamw import AdamW
 from rekindle.recipes import Recipe
 from rekindle.run import Run, RunOptions, is_begun, open_run
 from rekindle.runtime import distributed, replicas
@@ -53,7 +55,7 @@ class Session:
     device: Device
     model: GPT2  # with the clean names that are saved
     forward: Forward  # the model as training calls it: compiled where possible, in DDP if needed
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     guard: Guard
     batches: Batches
     unchanged: shards.Unchanged
@@ -66,6 +68,10 @@ class Session:
     # To the checkpoint of each step. Whoever goes on from there goes through the same again.
     returns: Counter[int] = field(default_factory=Counter)
     prefetcher: Prefetcher = field(init=False)
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
 
     def __enter__(self) -> "Session":
         self.prefetch(self.run.batch)
@@ -94,7 +100,7 @@ class Session:
             torch.from_numpy(tokens[0].copy()).to(self.device.torch)
             for tokens in self.make_batch(self.run.batch)
         )
-        found = warm_up(self.forward, self.optimizer, x, y, self.device, self.world)
+        found = warm_up(self.forward, self.parameters, x, y, self.device, self.world)
         memory = f", {found.peak_bytes / 2**30:.1f} GiB" if found.peak_bytes else ""
         self.metrics.console.say(
             f"warm-up: {duration(found.compile_s)} to compile and settle, then "
@@ -177,11 +183,11 @@ class Session:
         replicas.compare(self.model, self.optimizer, self.world, step)
 
 
-def restore(run: Run, model: GPT2, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
-    """Weights, moments and the guard's memory as the run's checkpoint has them, if it has one."""
+def restore(run: Run, model: GPT2, optimizer: Optimizer, guard: Guard) -> None:
+    """Copy weights, optimizer state and the guard's memory from the run's checkpoint, if any."""
     if run.checkpoint:
         run.checkpoint.restore_model(model)
-        run.checkpoint.restore_optimizer(model, optimizer)
+        run.checkpoint.restore_optimizer(optimizer)
         guard.restore(run.checkpoint.description["guard"])
         run.checkpoint.model.clear()  # or its file stays open, though the checkpoint be removed
 
@@ -212,9 +218,8 @@ def start(
 
     compute = choose_compute(device, run.recipe.batch.length, kernels=run.kernels)
     model = make_model(run, compute, device, world)
-    o = run.recipe.optim
-    optimizer = make_adamw(model, o.lr, (o.beta1, o.beta2), o.eps, o.weight_decay)
-    guard = Guard(o.spike)
+    optimizer = AdamW(model, run.recipe.optim)
+    guard = Guard(run.recipe.spike)
     restore(run, model, optimizer, guard)
     recompute = run.recompute
     if recompute is None:

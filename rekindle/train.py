@@ -5,21 +5,23 @@ Start reading at `train_step`. What happens now and then (validate, save, stop) 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rekindle.evaluate.loss import Forward
 from rekindle.observe.metrics import duration
-from rekindle.optim.gradients import clip_gradients, grad_norm
+from rekindle.optim import Optimizer
+from rekindle.optim.gradients import clip_gradients, grad_norm, zero_gradients
 from rekindle.optim.schedule import learning_rate
 from rekindle.recipes import Recipe
 from rekindle.run import Run, RunOptions
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World, gradient_sync, telling_of_lost_ranks
-from rekindle.runtime.guard import Guard
 from rekindle.runtime.signals import Listener
 from rekindle.session import start
 from rekindle.storage import Lock
@@ -30,31 +32,44 @@ COMPARE_EVERY = 100  # steps between two comparisons of the ranks' weights
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step saw, over all ranks."""
+    """What one optimizer step saw, over all ranks. To read a number is to wait for the device."""
 
-    loss: float
-    norm: float  # of the gradient, before clipping
-    objection: str = ""  # why the weights were not updated
+    on_device: Tensor  # (3,) float32: loss, norm of the gradient before clipping, 1 if skipped
+
+    @cached_property
+    def _numbers(self) -> list[float]:
+        return self.on_device.tolist()
+
+    @property
+    def loss(self) -> float:
+        return self._numbers[0]
+
+    @property
+    def norm(self) -> float:
+        return self._numbers[1]
 
     @property
     def accepted(self) -> bool:
-        return not self.objection
+        """Whether the weights were updated."""
+        return not self._numbers[2]
 
 
 def train_step(
     forward: Forward,
-    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    optimizer: Optimizer,
     x: Tensor,  # (accumulation, micro, T) token ids of this rank
     y: Tensor,  # the same, one token on
     *,
     lr: float,
-    clip: float,
-    guard: Guard,
+    clip: float,  # 0: the gradient as it is
+    limit: float,  # largest loss with which the weights are updated
     device: Device,
     world: World,
 ) -> StepResult:
-    """One update of the weights from one global batch; refused as a whole if the guard objects."""
-    optimizer.zero_grad(set_to_none=False)  # they stay views of DDP's buckets: no second copy
+    """One update of the weights from one global batch; skipped as a whole if loss or gradient are
+    not finite, or the loss is above `limit`. Nothing here waits for a GPU."""
+    zero_gradients(parameters)
     loss = torch.zeros((), device=x.device)
     for i, (micro_x, micro_y) in enumerate(zip(x, y, strict=True)):
         with gradient_sync(forward, world, now=i == len(x) - 1):  # once a step, in the last pass
@@ -65,17 +80,13 @@ def train_step(
         loss += micro_loss.detach() / len(x)
     world.mean_(loss)
 
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = grad_norm(parameters)
-    loss_seen, norm_seen = torch.stack([loss, norm]).tolist()
-    if objection := guard.objection(loss_seen, norm_seen):
-        return StepResult(loss_seen, norm_seen, objection)
     if clip:
         clip_gradients(parameters, clip, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    return StepResult(loss_seen, norm_seen)
+    skip = ~(loss.isfinite() & norm.isfinite()) | (loss > limit)
+    optimizer.set_lr(lr)
+    optimizer.step(skip)
+    return StepResult(torch.stack([loss, norm, skip.float()]))
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -111,11 +122,12 @@ def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
             )  # fmt: skip
             s.watch.at(f"step {step}")
             result = train_step(
-                s.forward, s.optimizer, x, y, lr=lr, clip=recipe.optim.clip,
-                guard=s.guard, device=s.device, world=s.world,
+                s.forward, s.parameters, s.optimizer, x, y, lr=lr, clip=recipe.grad_clip,
+                limit=s.guard.limit(), device=s.device, world=s.world,
             )  # fmt: skip
+            objection = s.guard.objection(result.loss, result.norm)
             s.metrics.step(
-                step, loss=result.loss, lr=lr, norm=result.norm, objection=result.objection,
+                step, loss=result.loss, lr=lr, norm=result.norm, objection=objection,
                 seconds=time.perf_counter() - began, data_wait=s.prefetcher.waited - waited,
             )  # fmt: skip
             if started:

@@ -24,7 +24,8 @@ from rekindle import storage
 from rekindle.cli import main
 from rekindle.data.shards import Manifest, write_shard
 from rekindle.data.tokenizer import ByteTokenizer
-from rekindle.recipes import Batch, Optim, Recipe, Schedule, flatten
+from rekindle.optim.adamw_config import AdamWConfig
+from rekindle.recipes import Batch, Recipe, Schedule, flatten
 
 ROOT = Path(__file__).parents[1]
 # Not the user's cache: what is compiled here is of no use to anyone.
@@ -154,7 +155,7 @@ def tiny() -> Recipe:
             n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=257, padded_vocab_size=384
         ),
         batch=Batch(tokens=128, length=16),
-        optim=Optim(lr=1e-2),
+        optim=AdamWConfig(lr=1e-2),
         schedule=Schedule(warmup=3),
         steps=12,
         eval_every=4,
@@ -199,6 +200,15 @@ def train(
         return outcome
 
     return call
+
+
+def updates(checkpoint: Path) -> int:
+    """How many steps of a checkpoint's run changed its weights."""
+    from safetensors import safe_open
+
+    with safe_open(checkpoint / "optimizer.safetensors", "np") as file:
+        [count] = set(file.get_tensor("updates").tolist())
+        return int(count)
 
 
 def train_command(data: Path, out: Path, flags: Sequence[str]) -> list[str]:

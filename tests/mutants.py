@@ -49,7 +49,7 @@ class MovedError(Exception):
 
 # name, module, qualified name of the function, what stands there now, what to put there
 HAND = [
-    ("clip of 1.0", "train", "train", "clip=recipe.optim.clip", "clip=1.0"),
+    ("clip of 1.0", "train", "train", "clip=recipe.grad_clip", "clip=1.0"),
     ("beta1 twice", "session", "start", "(o.beta1, o.beta2)", "(o.beta1, o.beta1)"),
     ("no weight decay", "session", "start", "o.weight_decay", "0.0"),
     ("data seed of 1337", "session", "open_data", "run.recipe.seed", "1337"),

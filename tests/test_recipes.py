@@ -25,7 +25,7 @@ def test_the_lectures_numbers() -> None:
         "batch.tokens": 524_288, "batch.length": 1024, "batch.order": "lecture",
         "batch.lecture_micro_tokens": 64 * 1024,
         "optim.lr": 6e-4, "optim.beta1": 0.9, "optim.beta2": 0.95, "optim.eps": 1e-8,
-        "optim.weight_decay": 0.1, "optim.clip": 1.0, "schedule.warmup": 715,
+        "optim.weight_decay": 0.1, "grad_clip": 1.0, "schedule.warmup": 715,
         "schedule.final": 0.1, "steps": 19_073, "seed": 1337, "eval_every": 250,
         "eval_tokens": 20 * 524_288, "model.n_layer": 12, "model.n_head": 12,
         "model.n_embd": 768, "model.block_size": 1024, "model.vocab_size": 50_257,

@@ -2,7 +2,7 @@
 
 RUN/checkpoints/step-000250/
     model.safetensors      the parameters, under GPT-2's names
-    optimizer.safetensors  AdamW's moments, as exp_avg.NAME and exp_avg_sq.NAME
+    optimizer.safetensors  what the optimizer names as its state (AdamW: exp_avg.NAME, ..., updates)
     checkpoint.json        step, recipe, data, split, versions; each file's SHA-256 and its own
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ from torch import Tensor, nn
 from rekindle import storage
 from rekindle.errors import UserError
 from rekindle.model.config import GPT2Config, check_shapes
+from rekindle.optim import Optimizer
 from rekindle.runtime.sharding import laid_out_as, whole
 from rekindle.schema import mismatch
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)  # 2 had the number of updates in its description
 DESCRIPTION = "checkpoint.json"
 FILES = ("model.safetensors", "optimizer.safetensors")
 # What everybody may rely on in a description. `Run.describe` makes it.
 FORM = {
-    "step": int, "updates": int, "examined": bool, "forked_from": (None, str), "model": dict,
+    "step": int, "updates?": int, "examined": bool, "forked_from": (None, str), "model": dict,
     "recipe": {"batch.length": range(1, 2**31), "eval_tokens": int},
     "data": {"path": str, "fingerprint": str}, "data_position": {"windows": int},
     "tokenizer": {"name": str, "sha256": str}, "guard": {"losses": [float], "refused": int},
@@ -40,7 +42,6 @@ FORM = {
     "files": {name: {"bytes": int, "sha256": str} for name in FILES},
 }  # fmt: skip
 _NAME = re.compile(r"step-(\d{6,})")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -62,57 +63,53 @@ class Checkpoint:
         for name, p in model.named_parameters():
             p.copy_(laid_out_as(p, self.model[name]))
 
-    def restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Give `optimizer` the moments and the count of updates it had."""
-        shapes = ((f"{key}.{name}", s) for key in _MOMENTS for name, s in self.config.shapes())
-        moments = _read_tensors(self.path / "optimizer.safetensors", shapes)
-        for name, p in model.named_parameters():
-            state = {key: laid_out_as(p, moments[f"{key}.{name}"]) for key in _MOMENTS}
-            count = torch.tensor(float(self.description["updates"]))
-            fused = optimizer.defaults.get("fused")  # whose kernels count on the device
-            optimizer.state[p] = {"step": count.to(p.device) if fused else count, **state}
+    @torch.no_grad()
+    def restore_optimizer(self, optimizer: Optimizer) -> None:
+        """Give `optimizer` the state it had."""
+        tensors = optimizer.state_tensors()
+        saved: dict[str, Tensor] = {}
+        if (updates := self.description.get("updates")) is not None:  # format 2
+            saved["updates"] = torch.full_like(tensors["updates"], updates, device="cpu")
+        shapes = ((name, tuple(t.shape)) for name, t in tensors.items() if name not in saved)
+        saved |= _read_tensors(self.path / "optimizer.safetensors", shapes)
+        for name, tensor in tensors.items():
+            tensor.copy_(laid_out_as(tensor, saved[name]))
 
 
 class Snapshot:
-    """A model's parameters and AdamW's moments as they were at one moment, in the CPU's memory.
+    """A model's parameters and its optimizer's state at one moment, in the CPU's memory.
 
-    Takes 12 bytes for each parameter (1.5 GB for 124M) beside what training on a CPU needs. It is
-    taken when this is made, so that a lack of it shows before the first step, and used again by
-    every `take`. For a GPU it is pinned: only then can a copy go on while the CPU does else.
+    With AdamW it takes 12 bytes a parameter (1.5 GB for 124M) beside what training on a CPU needs.
+    It is allocated when this is made, so that a lack of memory shows before the first step, and
+    used again by every `take`. For a GPU it is pinned: only so does a copy run beside other work.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         parameters = dict(model.named_parameters())
-        sizes = [p.numel() for p in parameters.values()]
         self._pinned = next(iter(parameters.values())).is_cuda
-        views = []
-        for _ in range(1 + len(_MOMENTS)):  # a few large pieces: pinning rounds each one up
-            flat = torch.empty(sum(sizes), pin_memory=self._pinned).zero_()  # now, not at a save
-            pieces = zip(parameters.items(), flat.split(sizes), strict=True)
-            views.append({name: piece.view(p.shape) for (name, p), piece in pieces})
-        self.model: dict[str, Tensor] = views[0]
-        self.optimizer = {
-            f"{key}.{name}": view
-            for key, named in zip(_MOMENTS, views[1:], strict=True)
-            for name, view in named.items()
-        }
-        self._updates = torch.zeros((), pin_memory=self._pinned)
+        self.model = self._allocate(parameters)
+        self.optimizer = self._allocate(optimizer.state_tensors())
         self._copied: torch.cuda.Event | None = None
 
-    @property
-    def updates(self) -> int:
-        """Optimizer steps that were not refused."""
-        return int(self._updates)
+    def _allocate(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Memory for tensors of these shapes and types: one piece a type, as pinning rounds up."""
+        made: dict[str, Tensor] = {}
+        for dtype in {tensor.dtype for tensor in named.values()}:
+            same = {name: t for name, t in named.items() if t.dtype == dtype}
+            sizes = [t.numel() for t in same.values()]
+            flat = torch.empty(sum(sizes), dtype=dtype, pin_memory=self._pinned)
+            flat.zero_()  # touched now, and not at a save
+            pieces = zip(same.items(), flat.split(sizes), strict=True)
+            made |= {name: piece.view(tensor.shape) for (name, tensor), piece in pieces}
+        return made
 
-    def take(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def take(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Copy what is to be saved. On a GPU the copies are only begun, before whatever the GPU is
         given to do next; after `wait` they are whole. If the model is sharded, the other ranks run
         through `whole_tensors` meanwhile."""
         targets = {**self.model, **self.optimizer}
         for name, tensor in whole_tensors(model, optimizer):
-            self._copy(tensor, targets[name])
-        for state in [*optimizer.state.values()][:1]:  # none before the first update
-            self._copy(state["step"], self._updates)
+            targets[name].copy_(tensor, non_blocking=self._pinned)
         if self._pinned:
             self._copied = torch.cuda.Event(blocking=True)
             self._copied.record()
@@ -121,18 +118,13 @@ class Snapshot:
         if self._copied:
             self._copied.synchronize()
 
-    def _copy(self, source: Tensor, target: Tensor) -> None:
-        target.copy_(source, non_blocking=self._pinned)
 
-
-def whole_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """What a checkpoint holds, under its names there: one after the other, each of them whole."""
     for name, p in model.named_parameters():
         yield name, whole(p.detach())
-        for key in _MOMENTS if optimizer.state.get(p) else ():
-            yield f"{key}.{name}", whole(optimizer.state[p][key])
+    for name, tensor in optimizer.state_tensors().items():
+        yield name, whole(tensor)
 
 
 def write(folder: Path, description: dict[str, Any], snapshot: Snapshot) -> Path:
@@ -143,9 +135,7 @@ def write(folder: Path, description: dict[str, Any], snapshot: Snapshot) -> Path
         for name, tensors in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
             arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
             new.write_tensors(f"{name}.safetensors", arrays)
-        whole = {
-            "format": FORMAT, **description, "updates": snapshot.updates, "files": dict(new.files),
-        }  # fmt: skip
+        whole = {"format": FORMAT, **description, "files": dict(new.files)}
         new.write_json(DESCRIPTION, {**whole, "sha256": _description_sha256(whole)})
     return path
 
@@ -251,7 +241,7 @@ def load(path: Path) -> Checkpoint:
         raise DamagedError(f"{path / DESCRIPTION} is not the description of a checkpoint")
     if description.pop("sha256", None) != _description_sha256(description):
         raise DamagedError(f"{path / DESCRIPTION} is damaged (it is not what was written)")
-    if description.get("format") != FORMAT:
+    if description.get("format") not in READABLE:
         raise UserError(f"{path / DESCRIPTION} is not a checkpoint of format {FORMAT}")
     if wrong := mismatch(description, FORM):
         raise DamagedError(f"{path / DESCRIPTION} is not the description of a checkpoint ({wrong})")

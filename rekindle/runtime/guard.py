@@ -9,6 +9,8 @@ from collections import deque
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 WINDOW = 128  # accepted losses that say what is usual
 ENOUGH = 32  # of them, before any loss is called a spike
 MARGIN = 0.2  # a spike is also this much above the median: a flat curve has hardly any deviation
@@ -38,13 +40,18 @@ class Guard:
     def _reason(self, loss: float, norm: float) -> str:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return "not finite"
+        if loss > self.limit():
+            return f"a spike, where {median(self._losses):.4f} is usual"
+        return ""
+
+    def limit(self) -> float:
+        """The largest loss that the next step may have, known before it is taken: infinite while
+        any finite loss will do. Rounded to float32, in which a device compares losses with it."""
         if not self._spike or len(self._losses) < ENOUGH:
-            return ""
+            return math.inf
         usual = median(self._losses)
         deviation = DEVIATION * median(abs(seen - usual) for seen in self._losses)
-        if loss > usual + max(self._spike * deviation, MARGIN * abs(usual)):
-            return f"a spike, where {usual:.4f} is usual"
-        return ""
+        return float(np.float32(usual + max(self._spike * deviation, MARGIN * abs(usual))))
 
     def state(self) -> dict[str, Any]:
         """What to save; JSON keeps every bit of a float."""

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from rekindle.errors import UserError
+from rekindle.optim import Optimizer
 from rekindle.runtime.distributed import World
 from rekindle.runtime.sharding import is_sharded
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
-def compare(model: nn.Module, optimizer: torch.optim.Optimizer, world: World, step: int) -> None:
+
+def compare(model: nn.Module, optimizer: Optimizer, world: World, step: int) -> None:
     """Raise `UserError` on every rank if one of them differs; it names the rank and the tensor.
     If they are sharded, no two ranks have anything in common to compare."""
     if world.size == 1 or is_sharded(model):
@@ -41,9 +44,7 @@ def compare(model: nn.Module, optimizer: torch.optim.Optimizer, world: World, st
     )
 
 
-def check_finite(
-    model: nn.Module, optimizer: torch.optim.Optimizer, world: World, step: int
-) -> None:
+def check_finite(model: nn.Module, optimizer: Optimizer, world: World, step: int) -> None:
     """Raise `UserError` on every rank if a weight or an optimizer state on any rank is not finite;
     it names the tensor. `step`: how many steps have been taken."""
     named = {name: getattr(t, "_local_tensor", t) for name, t in _tensors(model, optimizer)}
@@ -59,14 +60,12 @@ def check_finite(
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """The sum of a float32 tensor's bits, as numbers of 32 bits: a scalar int64. In any order it is
-    the same, and one flipped bit changes it."""
-    return tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
+    """The sum of a tensor's bits, read as whole numbers of its size: a scalar int64. In any order
+    it is the same, and one flipped bit changes it."""
+    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+    return bits.sum(dtype=torch.int64)
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for name, p in model.named_parameters():
-        yield name, p
-        for key, value in optimizer.state.get(p, {}).items():
-            if value.dim():  # not AdamW's count of steps
-                yield f"{key}.{name}", value
+def _tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from optimizer.state_tensors().items()

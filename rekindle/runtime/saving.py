@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rekindle.errors import UserError
 from rekindle.observe.metrics import Metrics
+from rekindle.optim import Optimizer
 from rekindle.runtime import checkpoint
 from rekindle.runtime.checkpoint import Keep, Snapshot
 from rekindle.runtime.distributed import World
@@ -29,12 +29,12 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, keep: Keep, model: nn.Module, optimizer: torch.optim.Optimizer,
+        self, folder: Path, keep: Keep, model: nn.Module, optimizer: Optimizer,
         metrics: Metrics, world: World,
     ) -> None:  # fmt: skip
         self._folder, self._keep, self._metrics = folder, keep, metrics
         self._model, self._optimizer, self._world = model, optimizer, world
-        self._snapshot = Snapshot(model) if world.is_main else None
+        self._snapshot = Snapshot(model, optimizer) if world.is_main else None
         if world.is_main:
             self._prune()  # a kill may have come before it was done
         self._thread: threading.Thread | None = None

@@ -1,12 +1,13 @@
 """Two passes before the first step, so that no step of the training loop is unlike the others."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rekindle.optim.gradients import zero_gradients
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World, gradient_sync
 
@@ -19,12 +20,12 @@ class WarmUp:
 
     compile_s: float  # of the first pass, beyond what the last one took
     pass_s: float  # forward and backward of one micro-batch, gradients averaged over the ranks
-    peak_bytes: int | None  # of the GPU's memory, before the optimizer has allocated its state
+    peak_bytes: int | None  # of the GPU's memory; the optimizer's state is in it
 
 
 def warm_up(
     forward: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]],
-    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
     x: Tensor,  # (micro, T) token ids
     y: Tensor,  # the same, one token on
     device: Device,
@@ -49,6 +50,6 @@ def warm_up(
                 loss.backward()
             device.synchronize()
             seconds.append(time.perf_counter() - began)
-    optimizer.zero_grad(set_to_none=False)
+    zero_gradients(parameters)
     peak = torch.cuda.max_memory_allocated(device.torch) if on_gpu else None
     return WarmUp(max(0.0, seconds[0] - seconds[-1]), seconds[-1], peak)

@@ -75,7 +75,13 @@ class Rank:
         ]
 
     def noted_step(
-        self, forward: Forward, optimizer: Any, x: Tensor, y: Tensor, **options: Any
+        self,
+        forward: Forward,
+        parameters: Any,
+        optimizer: Any,
+        x: Tensor,
+        y: Tensor,
+        **options: Any,
     ) -> train.StepResult:
         before = self.state()
         with contextlib.ExitStack() as faults:
@@ -83,7 +89,7 @@ class Rank:
                 faults.enter_context(self.changed_loss(lambda loss: loss * math.nan))
             if self.take("infinite_gradient"):
                 faults.enter_context(self.changed_loss(_with_infinite_gradient))
-            result = self.train_step(forward, optimizer, x, y, **options)
+            result = self.train_step(forward, parameters, optimizer, x, y, **options)
         note = {
             "step": self.step, "life": self.life, "rows": torch.cat([x, y[..., -1:]], -1).tolist(),
             "before": before, "after": self.state(), "accepted": result.accepted,
@@ -105,10 +111,9 @@ class Rank:
         """A hash of all weights and moments, or of this rank's part of them."""
         model, optimizer = self.session.model, self.session.optimizer
         sha256 = hashlib.sha256()
-        for p in model.parameters():
-            state = optimizer.state.get(p, {})
-            for tensor in (p.detach(), *(state[key] for key in sorted(state))):
-                sha256.update(getattr(tensor, "_local_tensor", tensor).numpy().tobytes())
+        for tensor in (*model.parameters(), *optimizer.state_tensors().values()):
+            part = getattr(tensor, "_local_tensor", tensor)
+            sha256.update(part.detach().numpy().tobytes())
         return sha256.hexdigest()
 
     def read(self, batches: Batches, number: int, split: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -154,8 +159,10 @@ class Rank:
 
     def flip(self, what: str, name: str, bit: int) -> None:
         """Flip a bit of one number."""
-        p = self.session.model.get_parameter(name)
-        tensor = p.detach() if what == "weight" else self.session.optimizer.state[p][what]
+        if what == "weight":
+            tensor = self.session.model.get_parameter(name).detach()
+        else:
+            tensor = self.session.optimizer.state_tensors()[f"{what}.{name}"]
         tensor.view(torch.int32).view(-1)[0] ^= 1 << bit
 
     def shell(self, command: str) -> None:

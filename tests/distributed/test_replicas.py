@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rekindle.errors import UserError
 from rekindle.model.gpt2 import GPT2
-from rekindle.optim.adamw import make_adamw
+from rekindle.optim.adamw import AdamW
+from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.recipes import Recipe
 from rekindle.runtime import replicas
 from rekindle.runtime.distributed import World
@@ -66,21 +67,21 @@ class Stub(World):
 
 
 @pytest.fixture
-def trained(tiny: Recipe) -> tuple[GPT2, torch.optim.Optimizer]:
+def trained(tiny: Recipe) -> tuple[GPT2, AdamW]:
     """A model and its optimizer after one step."""
     model = GPT2(tiny.model.for_training())
-    optimizer = make_adamw(model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    optimizer = AdamW(model, AdamWConfig(lr=1e-3))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step()
+    optimizer.step(torch.tensor(False))
     return model, optimizer
 
 
-def flipped(model: GPT2, optimizer: torch.optim.Optimizer, what: str, bit: int) -> Tensor:
+def flipped(model: GPT2, optimizer: AdamW, what: str, bit: int) -> Tensor:
     """The checksums of a rank on which one bit is another."""
     model, optimizer = deepcopy((model, optimizer))
     p = model.get_parameter(WEIGHT)
-    tensor = p.detach() if what == "weight" else optimizer.state[p][what]
+    tensor = p.detach() if what == "weight" else optimizer.state_tensors()[f"{what}.{WEIGHT}"]
     tensor.view(torch.int32)[3, 7] ^= torch.tensor(1 << bit).to(torch.int32)
     stub = Stub(size=2)
     replicas.compare(model, optimizer, stub, 1)
@@ -89,7 +90,7 @@ def flipped(model: GPT2, optimizer: torch.optim.Optimizer, what: str, bit: int) 
 
 @pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
 def test_any_flipped_bit_of_a_weight_or_moment_is_seen(
-    trained: tuple[GPT2, torch.optim.Optimizer], what: str
+    trained: tuple[GPT2, AdamW], what: str
 ) -> None:
     name = WEIGHT if what == "weight" else f"{what}.{WEIGHT}"
     replicas.compare(*trained, Stub(size=3), 8)
@@ -111,7 +112,7 @@ def test_any_flipped_bit_of_a_weight_or_moment_is_seen(
     ],
 )
 def test_only_a_majority_is_right(
-    trained: tuple[GPT2, torch.optim.Optimizer], size: int, bits: dict[int, int], named: str
+    trained: tuple[GPT2, AdamW], size: int, bits: dict[int, int], named: str
 ) -> None:
     others = {rank: flipped(*trained, "weight", bit) for rank, bit in bits.items()}
     with pytest.raises(UserError, match=named):

@@ -22,7 +22,7 @@ Records = Callable[..., list[dict[str, Any]]]
 # Two micro-steps on each of two ranks; a gradient that is clipped at every step; a width that does
 # not divide by two; of validation rows one rank has more. For eps see test_two_processes.py.
 FLAGS = (
-    "--batch.micro", 2, "--optim.clip", 0.05, "--optim.eps", 1e-4, "--model.n-embd", 17,
+    "--batch.micro", 2, "--grad-clip", 0.05, "--optim.eps", 1e-4, "--model.n-embd", 17,
     "--model.n-head", 1, "--eval-tokens", 280,
 )  # fmt: skip
 
@@ -203,6 +203,7 @@ def test_a_run_goes_on_from_one_process_to_shards_and_back(
 
 
 def test_a_sharded_run_goes_on_sharded_with_the_same_bits(runs: Runs, records: Records) -> None:
-    assert records(runs.resumed) == records(runs.sharded)
+    for kind in ("train", "validation", "hellaswag", "samples", "checkpoint"):
+        assert records(runs.resumed, kind) == records(runs.sharded, kind)
     resumed, undisturbed = tensors(runs.resumed), tensors(runs.sharded)
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)

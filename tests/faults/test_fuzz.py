@@ -32,6 +32,8 @@ from rekindle.errors import UserError
 from rekindle.evaluate.questions import read_questions
 from rekindle.interop.huggingface import GPT2
 from rekindle.observe.report import draw_loss
+from rekindle.optim.adamw import AdamW
+from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.runtime import checkpoint
 
 FEW, MANY = 10, int(os.environ.get("REKINDLE_FUZZ", 400))  # inputs of each kind
@@ -464,7 +466,7 @@ def use(folder: Path) -> None:
     load._load(str(folder)).model(torch.zeros(1, 4, dtype=torch.long))
     loaded = checkpoint.load(folder)
     model = load._load(str(folder)).model
-    loaded.restore_optimizer(model, torch.optim.AdamW(model.parameters()))
+    loaded.restore_optimizer(AdamW(model, AdamWConfig()))
 
 
 @pytest.mark.parametrize("name", [checkpoint.DESCRIPTION, *checkpoint.FILES])

@@ -55,10 +55,7 @@ def everything(run: Path, records: Records) -> tuple[Any, ...]:
     found = [checkpoint.load(path) for path in checkpoint.list_checkpoints(run / "checkpoints")]
     bits = [[(c.path / name).read_bytes() for name in checkpoint.FILES] for c in found]
     said = [
-        {
-            key: c.description[key]
-            for key in ("step", "data_position", "guard", "updates", "examined")
-        }
+        {key: c.description[key] for key in ("step", "data_position", "guard", "examined")}
         for c in found
     ]
     kinds = ("train", "validation", "samples", "checkpoint")

@@ -19,12 +19,14 @@ from rekindle.errors import UserError
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console, Metrics
-from rekindle.optim.adamw import make_adamw
+from rekindle.optim.adamw import AdamW
+from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint, saving
 from rekindle.runtime.checkpoint import Keep
 from rekindle.runtime.distributed import World
 from rekindle.runtime.saving import Saver
+from tests.conftest import updates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +41,7 @@ class Training:
         torch.manual_seed(0)
         self.folder, self.describe = folder, describe
         self.model = GPT2(recipe.model)
-        self.optimizer = make_adamw(self.model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+        self.optimizer = AdamW(self.model, AdamWConfig(lr=1e-2))
         self.steps, self.printed = 0, io.StringIO()
         metrics = Metrics(
             storage.JsonLines(folder / "metrics.jsonl"), Console(stream=self.printed), steps=9,
@@ -52,11 +54,11 @@ class Training:
 
     def step(self) -> None:
         idx = torch.arange(32).view(2, 16)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         _, loss = self.model(idx, idx)
         assert loss is not None
         loss.backward()
-        self.optimizer.step()
+        self.optimizer.step(torch.tensor(False))
         self.steps += 1
 
     def save(self) -> dict[str, Tensor]:
@@ -68,9 +70,7 @@ class Training:
     def state(self) -> dict[str, Tensor]:
         parameters = dict(self.model.named_parameters())
         return {name: p.detach().clone() for name, p in parameters.items()} | {
-            f"{key}.{name}": self.optimizer.state[p][key].clone()
-            for key in ("exp_avg", "exp_avg_sq")
-            for name, p in parameters.items()
+            name: tensor.clone() for name, tensor in self.optimizer.state_tensors().items()
         }
 
     def written(self, step: int) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ class Training:
         from safetensors.torch import load_file
 
         loaded = checkpoint.load(self.folder / "checkpoints" / f"step-{step:06d}")
-        assert loaded.description["updates"] == step
+        assert updates(loaded.path) == step
         return {**loaded.model, **load_file(loaded.path / "optimizer.safetensors")}
 
     def names(self) -> list[str]:
@@ -177,7 +177,8 @@ from rekindle.model.config import GPT2Config
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console, Metrics
-from rekindle.optim.adamw import make_adamw
+from rekindle.optim.adamw import AdamW
+from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.runtime.checkpoint import Keep
 from rekindle.runtime.distributed import World
 from rekindle.runtime.saving import Saver
@@ -192,7 +193,7 @@ storage.write_file = slow
 model = GPT2(
     GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9, padded_vocab_size=9)
 )
-optimizer = make_adamw(model, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+optimizer = AdamW(model, AdamWConfig(lr=1e-2))
 metrics = Metrics(None, Console(), steps=1, tokens_per_step=1, flops_per_token=1, peak_flops=None)
 Saver(Path(sys.argv[1]), Keep(), model, optimizer, metrics, World()).save(
     json.loads(sys.argv[2])

@@ -32,7 +32,7 @@ NUMBERS: dict[str, Any] = {
     "batch.tokens": 96, "batch.length": 16, "batch.order": "lecture",
     "batch.lecture_micro_tokens": 48, "batch.micro": 3,
     "optim.lr": 0.02, "optim.beta1": 0.8, "optim.beta2": 0.9, "optim.eps": 1e-3,
-    "optim.weight_decay": 0.4, "optim.clip": 0.6, "optim.spike": 2.0,
+    "optim.weight_decay": 0.4, "grad_clip": 0.6, "spike": 2.0,
     "schedule.warmup": 5, "schedule.final": 0.25, "steps": 46, "seed": 7, "eval_every": 6,
     "eval_tokens": 210, "checkpoint_every": 4, "keep_checkpoints": 2, "keep_best": 2,
     "keep_every": 20, "prompt": "b c",
@@ -282,7 +282,7 @@ def test_a_run_is_the_plain_loop(
     if order == "lecture":  # the data sees to it that each rule matters
         assert 0 < len(refused) < 10
         assert 39 in refused  # so that there is no checkpoint 40
-        assert min(norms) < NUMBERS["optim.clip"] < 1 < max(norms)
+        assert min(norms) < NUMBERS["grad_clip"] < 1 < max(norms)
         assert expected.kept == [20, 36, 44, 46]
     monkeypatch.setattr("rekindle.runtime.device.Device.peak_flops", PEAK)
     outcome = rekindle(*command(tmp_path / "data", tmp_path / "run", order))
