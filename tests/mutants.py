@@ -50,8 +50,9 @@ class MovedError(Exception):
 # name, module, qualified name of the function, what stands there now, what to put there
 HAND = [
     ("clip of 1.0", "train", "train", "clip=recipe.grad_clip", "clip=1.0"),
-    ("beta1 twice", "session", "start", "(o.beta1, o.beta2)", "(o.beta1, o.beta1)"),
-    ("no weight decay", "session", "start", "o.weight_decay", "0.0"),
+    ("beta1 twice", "optim.adamw", "AdamW.__init__",
+     "(config.beta1, config.beta2)", "(config.beta1, config.beta1)"),
+    ("no weight decay", "optim.adamw", "AdamW.__init__", "config.weight_decay", "0.0"),
     ("data seed of 1337", "session", "open_data", "run.recipe.seed", "1337"),
     ("weight seed of 1337", "session", "make_model", "run.recipe.seed", "1337"),
     ("all validation tokens", "examine", "Examiner.validate",
