@@ -22,8 +22,8 @@ import torch
 from benchmarks.common import environment, quantiles, write_result
 from rekindle.generate.cache import KVCache
 from rekindle.generate.sampling import generate, predict
-from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.model.gpt2_config import GPT2Config
 
 PROMPT = 64
 PACKAGES = ("torch", "transformers") if find_spec("transformers") else ("torch",)

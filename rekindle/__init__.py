@@ -7,7 +7,7 @@ __all__ = ["GPT2", "GPT2Config", "__version__"]
 
 if TYPE_CHECKING:
     from rekindle.interop.huggingface import GPT2
-    from rekindle.model.config import GPT2Config
+    from rekindle.model.gpt2_config import GPT2Config
 
 
 def __getattr__(name: str) -> Any:
@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return GPT2
     if name == "GPT2Config":
-        from rekindle.model.config import GPT2Config
+        from rekindle.model.gpt2_config import GPT2Config
 
         return GPT2Config
     raise AttributeError(f"module 'rekindle' has no attribute {name!r}")

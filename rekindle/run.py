@@ -270,7 +270,7 @@ def open_run(
     Raises `UserError` if the folder holds something else, or a run with another recipe (field by
     field) or other data.
     """
-    model = dataclasses.replace(recipe.model, vocab_size=manifest.vocab_size)
+    model = dataclasses.replace(recipe.model, vocab_size=manifest.vocab_size, padded_vocab_size=0)
     recipe = dataclasses.replace(recipe, model=model.for_training())
     recipes.check(recipe)
     forked_from = None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2_config import GPT2Config
 
 
 class _Layer:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rekindle import hub, storage
 from rekindle.errors import UserError
 from rekindle.model import gpt2
-from rekindle.model.config import SIZES, GPT2Config, check_shapes
+from rekindle.model.gpt2_config import SIZES, GPT2Config, check_shapes
 
 HUB = {name: f"openai-community/{name}" for name in SIZES}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

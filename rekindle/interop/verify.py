@@ -12,7 +12,7 @@ from torch import Tensor
 from rekindle.errors import UserError
 from rekindle.generate.sampling import generate
 from rekindle.interop.huggingface import GPT2, HUB
-from rekindle.model.config import SIZES
+from rekindle.model.gpt2_config import SIZES
 
 # Float32 on a CPU. Gradients are compared relative to the largest of their tensor.
 LOGITS, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-3

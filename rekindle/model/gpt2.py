@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rekindle.model import kernels
-from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2_config import GPT2Config
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class MLP(nn.Module):
         if self.compute.mlp_kernel and torch.is_grad_enabled():
             fc, proj = self.c_fc, self.c_proj
             weights = (fc.weight, fc.bias, proj.weight, proj.bias)
-            return kernels.mlp(x, *(w.to(x.dtype) for w in weights))
+            return kernels.fused_mlp(x, *(w.to(x.dtype) for w in weights))
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rekindle import storage
 from rekindle.errors import UserError
-from rekindle.model.config import GPT2Config, check_shapes
+from rekindle.model.gpt2_config import GPT2Config, check_shapes
 from rekindle.runtime.sharding import laid_out_as, whole
 from rekindle.schema import mismatch
 
@@ -267,7 +267,7 @@ def load(path: Path) -> Checkpoint:
                 f"{file} is damaged (it is not the {entry['bytes']} bytes that were written)"
             )
     try:
-        config = GPT2Config.of(description["model"])
+        config = GPT2Config.from_dict(description["model"])
     except UserError as error:
         raise DamagedError(f"{path / DESCRIPTION} describes no GPT-2 ({error})") from None
     model = _read_tensors(path / "model.safetensors", config.shapes())

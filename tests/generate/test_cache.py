@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from rekindle.generate import sampling
 from rekindle.generate.cache import KVCache
 from rekindle.generate.sampling import generate, predict
-from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2, Compute, attend, attend_once
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.runtime.device import why_not_compile
 
 CONFIG = GPT2Config(

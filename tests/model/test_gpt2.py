@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from rekindle.errors import UserError
-from rekindle.model.config import SIZES, GPT2Config, check_shapes
 from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import SIZES, GPT2Config, check_shapes
 
 # What the lecture's own script gives for its seed, on torch 2.13 and 2.15.
 LECTURE_SHA256 = "5343694de440a599e5c15ef21e00f484bc2b7246a91d01ac221160724bce3c56"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rekindle import storage
-from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.observe import metrics as module
 from rekindle.observe.metrics import Console, Metrics, duration
 from rekindle.storage import JsonLines

@@ -9,28 +9,44 @@ from rekindle.errors import UserError
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Everything that decides a GPT-2's parameters and arithmetic."""
+    """Everything that decides a GPT-2's parameters and arithmetic.
+
+    Raises `UserError` if no GPT-2 can have these sizes.
+    """
 
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50257  # real ids: 50,000 merges, 256 bytes, <|endoftext|>
-    padded_vocab_size: int = 50257  # rows of the table; ids from vocab_size on are never real
+    padded_vocab_size: int = 0  # rows of the embedding, padding rows included; 0: vocab_size
+
+    def __post_init__(self) -> None:
+        if self.padded_vocab_size == 0:
+            object.__setattr__(self, "padded_vocab_size", self.vocab_size)  # the class is frozen
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) is not int or value < 1:
+                raise UserError(f"{f.name} must be a whole number of at least 1, but is {value!r}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.padded_vocab_size < self.vocab_size:
+            raise UserError(
+                f"padded_vocab_size {self.padded_vocab_size} is less than "
+                f"vocab_size {self.vocab_size}"
+            )
 
     @classmethod
-    def of(cls, described: dict[str, Any]) -> "GPT2Config":
-        """The shape that a file describes. Raises `UserError` unless a GPT-2 can have it."""
+    def from_dict(cls, described: dict[str, Any]) -> "GPT2Config":
+        """The configuration that a file describes, with every field present.
+
+        Raises `UserError` if a field is missing or no GPT-2 can have these sizes.
+        """
         values: dict[str, Any] = {f.name: described.get(f.name) for f in fields(cls)}
         for name, value in values.items():
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} is missing or no positive whole number")
-        config = cls(**values)
-        if config.n_embd % config.n_head:
-            raise UserError(f"n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
-        if config.vocab_size > config.padded_vocab_size:
-            raise UserError(f"the table has fewer rows than the vocabulary of {config.vocab_size}")
-        return config
+        return cls(**values)
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The names and shapes of the parameters, one by one: a file may claim any `n_layer`."""
@@ -50,8 +66,8 @@ class GPT2Config:
         yield "transformer.ln_f.bias", (C,)
 
     def for_training(self) -> "GPT2Config":
-        """The same shape with the table padded to a multiple of 128 rows: 50,257 → 50,304, sizes
-        that matrix units like."""
+        """The same model with the embedding padded to a multiple of 128 rows (50,257 → 50,304), a
+        size that tensor cores handle faster."""
         return replace(self, padded_vocab_size=-(-self.vocab_size // 128) * 128)
 
     def flops_per_token(self, T: int) -> int:
