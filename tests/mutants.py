@@ -62,7 +62,7 @@ HAND = [
     ("waiting pieces unchecked", "data.prepare", "_Preparation._commit",
      "samples.check(str(self.folder / name))", "pass"),
     ("set aside, not flushed", "storage", "set_aside", "_flush_folder(folder.parent)", "pass"),
-    ("bf16 softmax", "model.gpt2", "attend_once",
+    ("bf16 softmax", "model.attention", "attend_once",
      "(k @ q.transpose(-2, -1)).float()", "(k @ q.transpose(-2, -1))"),
     ("half a Feistel round", "data.batches", "_feistel", "low_bits = high_bits", "pass"),
     ("no Feistel mixing", "data.batches", "_feistel", "high ^ (_scramble", "high ^ (0 * _scramble"),

@@ -1,6 +1,5 @@
 """The shape of a GPT-2, and its four published sizes. Imports no torch, so that recipes can."""
 
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -48,48 +47,10 @@ class GPT2Config:
                 raise UserError(f"{name} is missing or no positive whole number")
         return cls(**values)
 
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The names and shapes of the parameters, one by one: a file may claim any `n_layer`."""
-        C = self.n_embd
-        yield "transformer.wte.weight", (self.padded_vocab_size, C)
-        yield "transformer.wpe.weight", (self.block_size, C)
-        linear = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C),
-                  "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}  # fmt: skip
-        for n in range(self.n_layer):
-            for norm in ("ln_1", "ln_2"):
-                yield f"transformer.h.{n}.{norm}.weight", (C,)
-                yield f"transformer.h.{n}.{norm}.bias", (C,)
-            for name, shape in linear.items():
-                yield f"transformer.h.{n}.{name}.weight", shape
-                yield f"transformer.h.{n}.{name}.bias", shape[:1]
-        yield "transformer.ln_f.weight", (C,)
-        yield "transformer.ln_f.bias", (C,)
-
     def for_training(self) -> "GPT2Config":
         """The same model with the embedding padded to a multiple of 128 rows (50,257 → 50,304), a
         size that tensor cores handle faster."""
         return replace(self, padded_vocab_size=-(-self.vocab_size // 128) * 128)
-
-    def flops_per_token(self, T: int) -> int:
-        """Floating-point operations per trained token: 6 for every weight that multiplies, and
-        attention counted in full (12·n_layer·n_embd·T), as in the PaLM paper's appendix B."""
-        weights = self.n_layer * 12 * self.n_embd**2 + self.padded_vocab_size * self.n_embd
-        return 6 * weights + 12 * self.n_layer * self.n_embd * T
-
-
-def check_shapes(
-    found: Mapping[str, Iterable[int]], expected: Iterable[tuple[str, tuple[int, ...]]]
-) -> None:
-    """Raises `UserError` that names a tensor which is missing, unknown or of another shape."""
-    unknown = set(found)
-    for name, shape in expected:
-        if name not in found:
-            raise UserError(f"not the weights of this GPT-2: {name} is missing or unknown")
-        if tuple(found[name]) != shape:
-            raise UserError(f"{name} has shape {tuple(found[name])}, not {shape}")
-        unknown.remove(name)
-    if unknown:
-        raise UserError(f"not the weights of this GPT-2: {min(unknown)} is missing or unknown")
 
 
 # Radford et al. 2019, table 2; the heads are those of the released checkpoints.

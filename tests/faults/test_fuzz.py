@@ -30,7 +30,7 @@ from rekindle.data import shards
 from rekindle.data.prepare import _saved_state
 from rekindle.errors import UserError
 from rekindle.evaluate.questions import read_questions
-from rekindle.interop.huggingface import GPT2
+from rekindle.interop import huggingface
 from rekindle.observe.report import draw_loss
 from rekindle.runtime import checkpoint
 
@@ -607,7 +607,7 @@ def test_hugging_face_folders(
     save_file(weights, folder / "model.safetensors")
     fuzz(
         folder / name, mutations,
-        lambda: GPT2.from_pretrained(folder)(torch.zeros(1, 4, dtype=torch.long)),
+        lambda: huggingface.from_pretrained(folder)(torch.zeros(1, 4, dtype=torch.long)),
         share=2,
     )  # fmt: skip
 

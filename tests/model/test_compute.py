@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rekindle.model.gpt2 import GPT2, Compute, attend
+from rekindle.model.attention import attend
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
 
 CONFIG = GPT2Config(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks import gate
-from rekindle.model.gpt2 import Compute
+from rekindle.model.compute import Compute
 from rekindle.model.gpt2_config import GPT2Config
 from rekindle.runtime.device import Device, why_not_compile
 
