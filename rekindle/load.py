@@ -48,9 +48,10 @@ def _newest(path: Path) -> Checkpoint:
 
 
 def from_pretrained(name_or_folder: str | Path) -> GPT2:
-    """The same, as a model alone: `GPT2.from_pretrained`. Float32, on the CPU.
+    """The model alone, float32 and on the CPU, of anything that `load` takes; the tokenizer may be
+    unknown. This is `GPT2.from_pretrained`.
 
-    A run's model keeps the padding rows of its embedding. Raises `UserError` that says what
+    The model of a run keeps the padding rows of its embedding. Raises `UserError` that says what
     `name_or_folder` is not.
     """
     name = str(name_or_folder)

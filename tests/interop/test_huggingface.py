@@ -70,6 +70,7 @@ def test_the_head_may_be_in_the_file_as_well(folder: Callable[..., Path], model:
         ({"n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
         ({"vocab_size": 100}, "wte.weight has shape"),
         ({"n_layer": 3}, r"transformer\.h\.2\..* is missing or unknown"),
+        ({"n_layer": 10**9}, "n_layer is 1000000000, but there are only 28 tensors"),
         ({"n_layer": 1}, r"transformer\.h\.1\..* is missing or unknown"),
     ],
 )

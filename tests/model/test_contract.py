@@ -130,7 +130,7 @@ def test_a_new_cache_is_empty_and_the_models_own(model: Any, idx: Tensor) -> Non
 
 
 def test_positions_and_mask_reach_the_body(model: Any, idx: Tensor) -> None:
-    """Each row shifted by its own number of slots that nothing looks at."""
+    """Two texts in one row, of which the second does not see the first."""
     T = idx.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool).tril()
     mask[4:, :4] = False  # the second text does not see the first
