@@ -494,6 +494,26 @@ def test_tensors_of_another_type_are_refused(trained: Path, name: str) -> None:
         use(last(trained))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"n_layer": 10**9}, "n_layer is 1000000000, but there are only"),
+        ({"n_embd": 2**40}, "a model of these sizes cannot be built"),
+    ],
+)
+def test_a_model_too_large_is_refused_before_it_is_built(
+    trained: Path, sizes: dict[str, int], reason: str
+) -> None:
+    file = last(trained) / checkpoint.DESCRIPTION
+    description = json.loads(file.read_bytes())
+    description["model"].update(sizes)
+    file.write_text(json.dumps(description))
+    seal(file)
+    with pytest.raises(checkpoint.DamagedError, match=reason) as caught:
+        checkpoint.load(last(trained))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_run_that_goes_on_from_what_means_harm(
     fuzz: Fuzz, trained: Path, again: Callable
 ) -> None:
