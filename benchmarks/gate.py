@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rekindle.model import gpt2
-from rekindle.model.config import GPT2Config
-from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.runtime.device import Device

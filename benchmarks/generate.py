@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import environment, quantiles, write_result
-from rekindle.generate.cache import KVCache
 from rekindle.generate.sampling import generate, predict
-from rekindle.model.config import GPT2Config
-from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 
 PROMPT = 64
 PACKAGES = ("torch", "transformers") if find_spec("transformers") else ("torch",)
@@ -143,7 +143,7 @@ def by_length(model: GPT2, repeats: int, device: torch.device) -> dict[str, Any]
         token = torch.zeros(1, 1, dtype=torch.long, device=device)
         caches, times = {}, {64: [], 1000: []}
         for length in times:
-            caches[length] = cache = KVCache(CONFIG, 1, length + 1)
+            caches[length] = cache = cast.new_cache(1, length + 1)
             predict(cast, token.expand(1, length), cache)
             cache.advance(length)  # and no further: every repeat writes the same slot
         for i in range(repeats + 3):

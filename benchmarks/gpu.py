@@ -32,7 +32,8 @@ from rekindle.data import shards, sources
 from rekindle.data.prepare import prepare
 from rekindle.errors import UserError
 from rekindle.ladder import Levers, Work, measure_what_fits
-from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2 import GPT2
 from rekindle.runtime.device import Device, get_device
 
 RESULTS = Path(__file__).parent / "results"

@@ -25,8 +25,8 @@ from benchmarks.common import environment, quantiles, write_result
 from rekindle.data import shards, sources
 from rekindle.data.batches import Batches, Prefetcher, Split, Windows
 from rekindle.data.prepare import prepare
-from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.runtime.device import get_device, keep_freed_memory

@@ -6,18 +6,18 @@ __version__ = "0.1.0"
 __all__ = ["GPT2", "GPT2Config", "__version__"]
 
 if TYPE_CHECKING:
-    from rekindle.interop.huggingface import GPT2
-    from rekindle.model.config import GPT2Config
+    from rekindle.model.gpt2 import GPT2
+    from rekindle.model.gpt2_config import GPT2Config
 
 
 def __getattr__(name: str) -> Any:
     """Import torch only when somebody asks for the model: `rekindle --help` answers at once."""
     if name == "GPT2":
-        from rekindle.interop.huggingface import GPT2
+        from rekindle.load import GPT2  # which gives it `from_pretrained`
 
         return GPT2
     if name == "GPT2Config":
-        from rekindle.model.config import GPT2Config
+        from rekindle.model.gpt2_config import GPT2Config
 
         return GPT2Config
     raise AttributeError(f"module 'rekindle' has no attribute {name!r}")

@@ -24,7 +24,9 @@ from rekindle import __version__, recipes, storage
 from rekindle.data import shards
 from rekindle.data.batches import Batches, Prefetcher, Split, Windows
 from rekindle.errors import UserError
-from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2 import GPT2
+from rekindle.model.shapes import on_meta
 from rekindle.observe.metrics import duration
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
@@ -223,7 +225,7 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
     tokens = work.rows * recipe.batch.length
     rate = tokens / median(timed)
     peak = PEAKS.get(device.name)  # of bf16, on every rung, so that utilisation climbs as well
-    flops = recipe.model.for_training().flops_per_token(recipe.batch.length)
+    flops = on_meta(GPT2, recipe.model.for_training()).flops_per_token(recipe.batch.length)
     deciles = quantiles(timed, n=10) if len(timed) > 1 else timed * 9
     return {
         "levers": asdict(levers),

@@ -7,12 +7,13 @@ Imports no torch. Sources: [lecture] "Let's reproduce GPT-2 (124M)", karpathy/bu
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from rekindle.errors import UserError
-from rekindle.model.config import SIZES, GPT2Config
+from rekindle.model.gpt2_config import SIZES, GPT2Config
 from rekindle.optim.adamw_config import AdamWConfig
 
 
@@ -175,22 +176,31 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def override(value: Any, changes: dict[str, Any]) -> Any:
-    """A copy of a dataclass with the dotted names in `changes` set."""
+def override(value: Any, changes: dict[str, Any], prefix: str = "") -> Any:
+    """A copy of a dataclass with the dotted names in `changes` set.
+
+    Raises `UserError` that names the flags if a dataclass does not accept its new values.
+    """
     own = {name: new for name, new in changes.items() if "." not in name}
     for name in {name.split(".")[0] for name in changes if "." in name}:
         inner = {k.partition(".")[2]: v for k, v in changes.items() if k.startswith(f"{name}.")}
-        own[name] = override(getattr(value, name), inner)
-    return dataclasses.replace(value, **own)
+        own[name] = override(getattr(value, name), inner, f"{prefix}{name}.")
+    try:
+        return dataclasses.replace(value, **own)
+    except UserError as error:
+        names = "|".join(item.name for item in fields(value))
+        message = re.sub(
+            rf"\b({names})\b", lambda m: f"--{prefix}{m[0]}".replace("_", "-"), str(error)
+        )
+        raise UserError(message) from None
 
 
 def check(recipe: Recipe) -> None:
     """Refuse numbers that cannot be trained with. Raises `UserError` that names the flag."""
     for name, value in flatten(recipe).items():
         flag = f"--{name.replace('_', '-')}"
-        least = 1 if name.startswith("model.") else 0
-        if isinstance(value, int | float) and not value >= least:  # nor is nan
-            raise UserError(f"{flag} must be at least {least}, but is {value}")
+        if isinstance(value, int | float) and not value >= 0:  # nor is nan
+            raise UserError(f"{flag} must be at least 0, but is {value}")
         if value == math.inf:
             raise UserError(f"{flag} must be a finite number, but is {value}")
         if name == "seed" and value >= 2**63:
@@ -208,10 +218,6 @@ def check(recipe: Recipe) -> None:
             f"--batch.length {batch.length}"
         )
     _check_order(batch)
-    if model.n_embd % model.n_head:
-        raise UserError(
-            f"--model.n-embd {model.n_embd} is not a multiple of --model.n-head {model.n_head}"
-        )
 
 
 def _check_order(batch: Batch) -> None:

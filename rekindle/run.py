@@ -18,7 +18,7 @@ from rekindle import __version__, recipes, storage
 from rekindle.data.batches import Split
 from rekindle.data.shards import Manifest
 from rekindle.errors import UserError
-from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import RECORD, Console, Metrics
 from rekindle.optim import Optimizer
 from rekindle.recipes import Recipe
@@ -103,14 +103,14 @@ class Run:
         world.agree(number, "recipe, data and flags have the checksum", advice, device)
 
     def begin(
-        self, device: Device, compute: Compute, split: Split, *, compiled: bool, console: Console,
+        self, model: GPT2, device: Device, split: Split, *, compiled: bool, console: Console,
         lock: storage.Lock,
     ) -> None:  # fmt: skip
         """Say what is about to happen, and write the run down if it is new."""
         self.split = {
             "micro": split.micro, "ranks": split.ranks, "threads": torch.get_num_threads(),
             "device": device.torch.type, "precision": device.precision, "compile": self.compile,
-            "kernels": self.kernels, "recompute": compute.recompute,
+            "kernels": self.kernels, "recompute": model.compute.recompute,
             "shard": self.shard, "deterministic": self.deterministic,
         }  # fmt: skip
         if split.rank == 0:
@@ -133,12 +133,12 @@ class Run:
         r, m = self.recipe, self.recipe.model
         console.say(
             f"model: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
-            f"{_parameters(self.recipe):,} parameters, vocabulary {m.vocab_size:,}"
+            f"{model.parameter_count():,} parameters, vocabulary {m.vocab_size:,}"
         )
         console.say(
             f"device: {split.ranks} x {device.name}, {device.precision}"
             f"{', compiled' if compiled else ''}{', kernels' if self.kernels else ''}"
-            f"{', recomputing' if compute.recompute else ''}"
+            f"{', recomputing' if model.compute.recompute else ''}"
             f"{', sharded' if self.shard and split.ranks > 1 else ''}; "
             f"{r.batch.tokens:,} tokens a step = {split.micro} rows x {r.batch.length} x "
             f"{split.accumulation} micro-steps x {split.ranks} ranks"
@@ -169,7 +169,7 @@ class Run:
             "forked_from": self.forked_from,
         }  # fmt: skip
 
-    def open_metrics(self, device: Device, console: Console, world: World) -> Metrics:
+    def open_metrics(self, model: GPT2, device: Device, console: Console, world: World) -> Metrics:
         """The run's log, without what was logged after the checkpoint it goes on from."""
         log = None
         if world.is_main:
@@ -177,7 +177,7 @@ class Run:
         peak = device.peak_flops
         metrics = Metrics(
             log, console, steps=self.recipe.steps, tokens_per_step=self.recipe.batch.tokens,
-            flops_per_token=self.recipe.model.flops_per_token(self.recipe.batch.length),
+            flops_per_token=model.flops_per_token(self.recipe.batch.length),
             peak_flops=peak * world.size if peak else None,
         )  # fmt: skip
         if log and self._checkpoint_is_untold():
@@ -271,7 +271,7 @@ def open_run(
     Raises `UserError` if the folder holds something else, or a run with another recipe (field by
     field) or other data.
     """
-    model = dataclasses.replace(recipe.model, vocab_size=manifest.vocab_size)
+    model = dataclasses.replace(recipe.model, vocab_size=manifest.vocab_size, padded_vocab_size=0)
     recipe = dataclasses.replace(recipe, model=model.for_training())
     recipes.check(recipe)
     forked_from = None
@@ -389,10 +389,3 @@ def _fitting_micro(recipe: Recipe, split: dict[str, Any], ranks: int) -> int:
     """The micro-batch of the run so far, if it still divides the batch; 0 asks for a new one."""
     micro = split.get("micro", 0)
     return micro if micro and recipe.batch.rows % (micro * ranks) == 0 else 0
-
-
-def _parameters(recipe: Recipe) -> int:
-    """Weights and biases of the model without the rows that only pad its table."""
-    m = recipe.model
-    block = 12 * m.n_embd**2 + 13 * m.n_embd
-    return (m.vocab_size + m.block_size) * m.n_embd + m.n_layer * block + 2 * m.n_embd

@@ -26,7 +26,8 @@ from rekindle.evaluate import hellaswag
 from rekindle.evaluate.loss import Forward
 from rekindle.evaluate.questions import Question, for_training
 from rekindle.examine import Examiner
-from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console, Metrics, duration
 from rekindle.optim import Optimizer
 from rekindle.optim.adamw import AdamW
@@ -224,14 +225,14 @@ def start(
     recompute = run.recompute
     if recompute is None:
         recompute = must_recompute(model, batches.windows.T, device, world)
-    model.use(compute := dataclasses.replace(compute, recompute=recompute))
+    model.use(dataclasses.replace(compute, recompute=recompute))
     micro = run.micro or choose_micro(model, batches.rows, batches.windows.T, device, world)
     split = Split.of(batches.rows, micro, world.rank, world.size)
     compiled, transformer = compile_model(model, run, device, console)
     forward = compiled if is_sharded(model) else data_parallel(compiled, world, device.torch)
 
-    run.begin(device, compute, split, compiled=compiled is not model, console=console, lock=lock)
-    metrics = run.open_metrics(device, console, world)
+    run.begin(model, device, split, compiled=compiled is not model, console=console, lock=lock)
+    metrics = run.open_metrics(model, device, console, world)
     saver = run.open_saver(model, optimizer, metrics, world)
     tokenizer = get_tokenizer(manifest.tokenizer)
     packed = hellaswag.pack(

@@ -146,7 +146,7 @@ def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny() -> Recipe:
     """A recipe that takes milliseconds a step: 8 windows of 16 tokens, two layers, 16 wide."""
-    from rekindle.model.config import GPT2Config
+    from rekindle.model.gpt2_config import GPT2Config
 
     return Recipe(
         name="demo",

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rekindle.model.config import GPT2Config
-from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.optim.gradients import clip_gradients, grad_norm

@@ -148,3 +148,32 @@ def test_a_checkpoint_that_lost_its_weights(refuses: Callable[..., str], run: Pa
     file = run / "checkpoints" / "step-000008" / "model.safetensors"
     file.unlink()
     refuses(["sample", run, "--device", "cpu"], "model.safetensors cannot be read")
+
+
+def test_gpt2_from_pretrained_reads_runs_and_folders(run: Path, tmp_path: Path) -> None:
+    from rekindle import GPT2
+
+    model, loaded = GPT2.from_pretrained(run), load(str(run), CPU).model
+    assert type(model) is GPT2
+    assert model.config == loaded.config
+    for p, q in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.requires_grad
+    older = GPT2.from_pretrained(str(run / "checkpoints" / "step-000004"))
+    assert not torch.equal(older.lm_head.weight, model.lm_head.weight)
+    folder = export(tmp_path / "exported", 300)  # a vocabulary of which no tokenizer is known
+    assert type(GPT2.from_pretrained(folder)) is GPT2
+    assert GPT2.from_pretrained(folder).config.vocab_size == 300
+
+
+def test_gpt2_from_pretrained_says_in_one_line_what_it_was_given(tmp_path: Path) -> None:
+    from rekindle import GPT2
+
+    for name, reason in (
+        (tmp_path, "is no run and no checkpoint"),
+        (tmp_path / "nothing", "is no folder and none of the models"),
+        ("gpt2-mediun", "did you mean gpt2-medium"),
+    ):
+        with pytest.raises(UserError, match=reason) as caught:
+            GPT2.from_pretrained(name)
+        assert "\n" not in str(caught.value)

@@ -72,7 +72,7 @@ def test_every_number_has_a_flag() -> None:
         ({"model.n_embd": 15}, "--model.n-embd 15 is not a multiple of --model.n-head 2"),
         ({"model.n_head": 0}, "--model.n-head"),
         ({"model.n_layer": 0}, "--model.n-layer"),
-        ({"model.n_embd": 0}, "--model.n-embd must be at least 1"),
+        ({"model.n_embd": 0}, "--model.n-embd must be a whole number of at least 1"),
         ({"optim.lr": -1.0}, "--optim.lr must be at least 0, but is -1.0"),
         ({"optim.lr": float("nan")}, "--optim.lr must be at least 0, but is nan"),
         ({"optim.lr": float("inf")}, "--optim.lr must be a finite number, but is inf"),

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rekindle.errors import UserError
-from rekindle.generate.cache import KVCache
-from rekindle.model.gpt2 import GPT2
+from rekindle.model import LanguageModel
+from rekindle.model.cache import KVCache
 
 # A compiled step attends over as many slots as its cache has: of a few lengths, not of every one.
 SLOTS = 128
@@ -15,7 +15,7 @@ SLOTS = 128
 
 @torch.no_grad()
 def generate(
-    model: GPT2,
+    model: LanguageModel,
     prompt: list[int],
     tokens: int,
     *,
@@ -48,12 +48,12 @@ def generate(
             f"the prompt of {T} tokens and {tokens} more do not fit into the model's "
             f"context of {limit}: shorten the prompt or lower --tokens"
         )
-    device = model.lm_head.weight.device
+    device = next(iter(model.parameters())).device
     random = torch.Generator(device).manual_seed(seed)
     ids = torch.empty(num, T + tokens, dtype=torch.long, device=device)
     ids[:, :T] = torch.tensor(prompt)
     capacity = min(limit, -(-(T + tokens) // SLOTS) * SLOTS) if compile else T + tokens
-    cache = KVCache(model.config, num, capacity) if use_cache else None
+    cache = model.new_cache(num, capacity) if use_cache else None
     step, drawn = predict, ids[:, -1]
     for end in range(T, T + tokens):
         if cache is None:
@@ -75,14 +75,14 @@ def generate(
     return ids.cpu()
 
 
-def predict(model: GPT2, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+def predict(model: LanguageModel, idx: Tensor, cache: KVCache | None = None) -> Tensor:
     """Logits (B, vocab_size) of what follows `idx` (B, T), which itself follows the cache."""
     positions, mask = (None, None) if cache is None else (cache.positions, cache.mask)
-    hidden = model.transformer(idx, cache, positions, mask)  # (B, T, C)
-    return model.lm_head(hidden[:, -1])[:, : model.config.vocab_size]
+    hidden = model.body(idx, cache, positions, mask)  # (B, T, C)
+    return model.head(hidden[:, -1])[:, : model.config.vocab_size]
 
 
-def compile_step() -> Callable[[GPT2, Tensor, KVCache], Tensor]:
+def compile_step() -> Callable[[LanguageModel, Tensor, KVCache], Tensor]:
     """`predict` for a fixed cache; "reduce-overhead" makes it a CUDA graph."""
     return torch.compile(predict, fullgraph=True, dynamic=False, mode="reduce-overhead")
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rekindle import hub, storage
 from rekindle.errors import UserError
-from rekindle.model import gpt2
-from rekindle.model.config import SIZES, GPT2Config, check_shapes
+from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import SIZES, GPT2Config
+from rekindle.model.shapes import check_shapes, expected_shapes, on_meta
 
 HUB = {name: f"openai-community/{name}" for name in SIZES}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -21,24 +22,19 @@ _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, not parameters
 
 
-class GPT2(gpt2.GPT2):
-    """GPT-2 that can be loaded from its published weights."""
+def from_pretrained(name_or_folder: str | Path) -> GPT2:
+    """`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl` from the hub (or its cache), or a folder with
+    `config.json` and `model.safetensors`. Float32, on the CPU, not padded.
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path) -> "GPT2":
-        """`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl` from the hub (or its cache), or a folder
-        with `config.json` and `model.safetensors`. Float32, on the CPU, not padded.
-
-        Raises `UserError` if it cannot be had or is no GPT-2.
-        """
-        config_file, weights_file = _locate(str(name_or_folder))
-        config = read_config(config_file)
-        weights = convert(_read_weights(weights_file), config)
-        with torch.device("meta"):  # shapes only: no time is lost on weights soon replaced
-            model = cls(config)
-        model.load_state_dict(weights, strict=False, assign=True)
-        model.tie()
-        return model.requires_grad_(True)
+    Raises `UserError` if it cannot be had or is no GPT-2.
+    """
+    config_file, weights_file = _locate(str(name_or_folder))
+    config = read_config(config_file)
+    weights = convert(_read_weights(weights_file), config)
+    model = on_meta(GPT2, config)  # shapes only: the weights come from the file
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie()
+    return model.requires_grad_(True)
 
 
 def read_config(file: Path) -> GPT2Config:
@@ -56,13 +52,16 @@ def read_config(file: Path) -> GPT2Config:
     for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
         if type(raw.get(key)) is not int or raw[key] < 1:
             raise UserError(f"{file}: {key} is missing or no positive whole number")
-    config = GPT2Config(
-        n_layer=raw["n_layer"], n_head=raw["n_head"], n_embd=raw["n_embd"],
-        block_size=raw["n_positions"], vocab_size=raw["vocab_size"],
-        padded_vocab_size=raw["vocab_size"],
-    )  # fmt: skip
-    if config.n_embd % config.n_head:
-        raise UserError(f"{file}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+    try:
+        config = GPT2Config(
+            n_layer=raw["n_layer"],
+            n_head=raw["n_head"],
+            n_embd=raw["n_embd"],
+            block_size=raw["n_positions"],
+            vocab_size=raw["vocab_size"],
+        )
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     if raw.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{file}: n_inner is {raw['n_inner']}, GPT-2's is 4 x n_embd")
     return config
@@ -82,7 +81,8 @@ def convert(weights: dict[str, Tensor], config: GPT2Config) -> dict[str, Tensor]
         name = name if name.startswith("transformer.") else f"transformer.{name}"
         tensor = tensor.t() if name.endswith(_CONV1D) else tensor
         ours[name] = tensor
-    check_shapes({name: tensor.shape for name, tensor in ours.items()}, config.shapes())
+    found = {name: tensor.shape for name, tensor in ours.items()}
+    check_shapes(found, expected_shapes(GPT2, config, found))
     ours = {name: tensor.float().contiguous() for name, tensor in ours.items()}
     # The table is one parameter; both of its names are given, so that none stays on `meta`.
     return {**ours, "lm_head.weight": ours["transformer.wte.weight"]}

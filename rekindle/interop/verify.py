@@ -11,8 +11,10 @@ from torch import Tensor
 
 from rekindle.errors import UserError
 from rekindle.generate.sampling import generate
-from rekindle.interop.huggingface import GPT2, HUB
-from rekindle.model.config import SIZES
+from rekindle.interop import huggingface
+from rekindle.interop.huggingface import HUB
+from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import SIZES
 
 # Float32 on a CPU. Gradients are compared relative to the largest of their tensor.
 LOGITS, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-3
@@ -83,7 +85,7 @@ def verify(model: str, *, random_weights: bool = False, layers: int | None = Non
         if random_weights:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             source = _save_random(model, layers, Path(folder))
-        ours = GPT2.from_pretrained(source)
+        ours = huggingface.from_pretrained(source)
         theirs = transformers.GPT2LMHeadModel.from_pretrained(
             HUB.get(source, source), attn_implementation="eager"
         ).float()

@@ -4,8 +4,9 @@ Shapes in comments: B sequences in a batch, T positions, C = n_embd channels, H 
 D = C / H, V rows of the (padded) vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,35 +14,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rekindle.model import kernels
-from rekindle.model.config import GPT2Config
+from rekindle.model.attention import attend, attend_once
+from rekindle.model.cache import KVCache, LayerCache
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2_config import GPT2Config
 
-
-@dataclass(frozen=True)
-class Compute:
-    """How a model computes, never what: all of these give the same result within rounding."""
-
-    dtype: torch.dtype = torch.float32  # of the residual stream; weights are cast where they act
-    attention: str = "fused"  # or "plain": the scores written out, as the lecture begins
-    separate_qkv: bool = False  # three products, whose gradients need no copy into one
-    loss_kernel: bool = False  # head and loss as one operator, whose gradient replaces the logits
-    mlp_kernel: bool = False  # GELU inside the products around it
-    recompute: bool = False  # keep but the blocks' inputs for backward: less memory, a third slower
-
-
-class LayerCache(Protocol):
-    """One layer's keys and values of the positions seen so far (see `generate.cache`)."""
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, H, T, D) keys and values; return those of all positions, (B, H, S, D)."""
-        ...
-
-
-class Cache(Protocol):
-    """The key-value cache of a whole model."""
-
-    length: int  # positions already in it
-
-    def __getitem__(self, layer: int) -> LayerCache: ...
+HEAD_ROWS = 2_048  # that `losses` gives the head at once: their logits take 0.4 GB in float32
 
 
 class Linear(nn.Linear):
@@ -67,30 +45,6 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention written out: (B, H, T, D) queries, (B, H, S, D) keys and values → (B, H, T, D).
-
-    `mask` is True where a query may look at a key; with `causal`, at itself and what is before.
-    """
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, S)
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
-
-
-def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same for one query, the keys first: (B, H, 1, D) → (B, H, 1, D).
-
-    For bf16 on a CPU: the fused kernel takes three times as long at batch 1, and six at 32.
-    """
-    scores = (k @ q.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, H, S, 1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask.transpose(-2, -1), -torch.inf)
-    return scores.softmax(-2).to(v.dtype).transpose(-2, -1) @ v
 
 
 class CausalSelfAttention(nn.Module):
@@ -147,7 +101,7 @@ class MLP(nn.Module):
         if self.compute.mlp_kernel and torch.is_grad_enabled():
             fc, proj = self.c_fc, self.c_proj
             weights = (fc.weight, fc.bias, proj.weight, proj.bias)
-            return kernels.mlp(x, *(w.to(x.dtype) for w in weights))
+            return kernels.fused_mlp(x, *(w.to(x.dtype) for w in weights))
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
@@ -181,7 +135,7 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config.n_embd)
 
     def forward(
-        self, idx: Tensor, cache: Cache | None = None, positions: Tensor | None = None,
+        self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """(B, T) token ids → (B, T, C).
@@ -207,6 +161,8 @@ class GPT2(nn.Module):
     transposed against OpenAI's Conv1D, and `lm_head.weight` is `transformer.wte.weight`."""
 
     compute: Compute = Compute()
+    # `rekindle.load` sets it, because a model reads no files: GPT2.from_pretrained("gpt2").
+    from_pretrained: ClassVar[Callable[[str | Path], "GPT2"]]
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -220,6 +176,11 @@ class GPT2(nn.Module):
     def tie(self) -> None:
         """Make the table that reads tokens and the head that writes them one parameter."""
         self.transformer.wte.weight = self.lm_head.weight
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The residual blocks in order: the units of sharding and of recomputation."""
+        return list(self.transformer.h)
 
     def use(self, compute: Compute) -> "GPT2":
         """Compute like this from now on; returns the model. The weights stay as they are."""
@@ -266,7 +227,7 @@ class GPT2(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) → `(logits, loss)`.
 
@@ -277,11 +238,61 @@ class GPT2(nn.Module):
         """
         if idx.shape[1] + (0 if cache is None else cache.length) > self.config.block_size:
             raise ValueError(f"the context is longer than block_size = {self.config.block_size}")
-        x = self.transformer(idx, cache)  # (B, T, C)
+        x = self.body(idx, cache)  # (B, T, C)
         if targets is not None and self.compute.loss_kernel:
             weight = self.lm_head.weight.to(x.dtype)
             return None, kernels.linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
-        logits = self.lm_head(x)  # (B, T, V)
+        logits = self.head(x)  # (B, T, V)
         if targets is None:
             return logits[..., : self.config.vocab_size], None
         return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def body(
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) token ids → (B, T, C), what the head reads; see `Transformer.forward`."""
+        return self.transformer(idx, cache, positions, mask)
+
+    def head(self, x: Tensor) -> Tensor:
+        """(..., C) → logits (..., V), padding rows included."""
+        return self.lm_head(x)
+
+    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """(N, C) outputs of the body, (N,) targets → the cross-entropy of each in nats, (N,)
+        float32, 0 where the target is -100. Without gradients, the logits of at most `HEAD_ROWS`
+        rows exist at a time."""
+        pieces = zip(x.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+        return torch.cat(
+            [F.cross_entropy(self.head(x).float(), y, reduction="none") for x, y in pieces]
+        )
+
+    def parameter_roles(self) -> dict[str, str]:
+        """What each parameter is: "embedding" (which is also the head), "matrix" or "vector"."""
+        embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
+        return {
+            name: "embedding" if name in embeddings else "matrix" if p.dim() == 2 else "vector"
+            for name, p in self.named_parameters()
+        }
+
+    def parameter_count(self) -> int:
+        """Weights and biases, without the padding rows of the embedding."""
+        c = self.config
+        padding = (c.padded_vocab_size - c.vocab_size) * c.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
+
+    def flops_per_token(self, T: int) -> int:
+        """Floating-point operations per trained token in a context of T tokens: 6 for every weight
+        of a matmul, the head's padding rows included, and attention counted in full
+        (12·n_layer·n_embd·T), as in appendix B of the PaLM paper."""
+        roles = self.parameter_roles()
+        weights = sum(p.numel() for n, p in self.named_parameters() if roles[n] == "matrix")
+        weights += self.lm_head.weight.numel()
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
+
+    def new_cache(self, B: int, capacity: int) -> KVCache:
+        """An empty key-value cache for B rows of up to `capacity` positions."""
+        return KVCache(self.config.n_layer, B, capacity)

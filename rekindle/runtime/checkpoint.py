@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from rekindle import storage
 from rekindle.errors import UserError
-from rekindle.model.config import GPT2Config, check_shapes
+from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
+from rekindle.model.shapes import check_shapes, expected_shapes
 from rekindle.optim import Optimizer
 from rekindle.runtime.sharding import laid_out_as, whole
 from rekindle.schema import mismatch
@@ -70,8 +72,8 @@ class Checkpoint:
         saved: dict[str, Tensor] = {}
         if (updates := self.description.get("updates")) is not None:  # format 2
             saved["updates"] = torch.full_like(tensors["updates"], updates, device="cpu")
-        shapes = ((name, tuple(t.shape)) for name, t in tensors.items() if name not in saved)
-        saved |= _read_tensors(self.path / "optimizer.safetensors", shapes)
+        shapes = {name: tuple(t.shape) for name, t in tensors.items() if name not in saved}
+        saved |= _read_tensors(self.path / "optimizer.safetensors", lambda _: shapes)
         for name, tensor in tensors.items():
             tensor.copy_(laid_out_as(tensor, saved[name]))
 
@@ -257,10 +259,12 @@ def load(path: Path) -> Checkpoint:
                 f"{file} is damaged (it is not the {entry['bytes']} bytes that were written)"
             )
     try:
-        config = GPT2Config.of(description["model"])
+        config = GPT2Config.from_dict(description["model"])
     except UserError as error:
         raise DamagedError(f"{path / DESCRIPTION} describes no GPT-2 ({error})") from None
-    model = _read_tensors(path / "model.safetensors", config.shapes())
+    model = _read_tensors(
+        path / "model.safetensors", lambda found: expected_shapes(GPT2, config, found)
+    )
     return Checkpoint(path, description, model, config)
 
 
@@ -269,9 +273,11 @@ def _description_sha256(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _read_tensors(file: Path, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-    """The tensors of a file, which are float32 and have these names and shapes; otherwise
-    `DamagedError`, before memory is taken for them."""
+def _read_tensors(
+    file: Path, shapes: Callable[[Collection[str]], Mapping[str, tuple[int, ...]]]
+) -> dict[str, Tensor]:
+    """The tensors of a file, which are float32 and have the names and shapes that `shapes` expects
+    of a file with these names; otherwise `DamagedError`, before memory is taken for them."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -279,7 +285,7 @@ def _read_tensors(file: Path, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> 
             found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             if any(tensor.get_dtype() != "F32" for tensor in found.values()):
                 raise UserError("not all tensors are float32")
-            check_shapes({name: t.get_shape() for name, t in found.items()}, shapes)
+            check_shapes({name: t.get_shape() for name, t in found.items()}, shapes(found))
             return {name: opened.get_tensor(name) for name in found}
     except (OSError, SafetensorError) as error:
         raise DamagedError(f"{file} is not a safetensors file ({error})") from None

@@ -8,8 +8,9 @@ import os
 import torch
 
 from rekindle.errors import UserError
-from rekindle.model.config import GPT2Config
-from rekindle.model.gpt2 import GPT2, Compute
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.model.kernels import why_not
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World

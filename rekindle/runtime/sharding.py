@@ -29,7 +29,7 @@ def shard(model: GPT2, device: torch.device, world: World) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world.size,))
-    parts: list[nn.Module] = [*model.transformer.h, model]
+    parts: list[nn.Module] = [*model.blocks, model]
     for module in parts:
         # Without being told, the root would stay gathered after a forward pass without a backward.
         part = fully_shard(module, mesh=mesh, reshard_after_forward=True)

@@ -11,8 +11,8 @@ import torch
 
 from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.evaluate.questions import Question
-from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 

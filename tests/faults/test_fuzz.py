@@ -30,7 +30,7 @@ from rekindle.data import shards
 from rekindle.data.prepare import _saved_state
 from rekindle.errors import UserError
 from rekindle.evaluate.questions import read_questions
-from rekindle.interop.huggingface import GPT2
+from rekindle.interop import huggingface
 from rekindle.observe.report import draw_loss
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
@@ -496,6 +496,26 @@ def test_tensors_of_another_type_are_refused(trained: Path, name: str) -> None:
         use(last(trained))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"n_layer": 10**9}, "n_layer is 1000000000, but there are only"),
+        ({"n_embd": 2**40}, "a model of these sizes cannot be built"),
+    ],
+)
+def test_a_model_too_large_is_refused_before_it_is_built(
+    trained: Path, sizes: dict[str, int], reason: str
+) -> None:
+    file = last(trained) / checkpoint.DESCRIPTION
+    description = json.loads(file.read_bytes())
+    description["model"].update(sizes)
+    file.write_text(json.dumps(description))
+    seal(file)
+    with pytest.raises(checkpoint.DamagedError, match=reason) as caught:
+        checkpoint.load(last(trained))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_run_that_goes_on_from_what_means_harm(
     fuzz: Fuzz, trained: Path, again: Callable
 ) -> None:
@@ -609,7 +629,7 @@ def test_hugging_face_folders(
     save_file(weights, folder / "model.safetensors")
     fuzz(
         folder / name, mutations,
-        lambda: GPT2.from_pretrained(folder)(torch.zeros(1, 4, dtype=torch.long)),
+        lambda: huggingface.from_pretrained(folder)(torch.zeros(1, 4, dtype=torch.long)),
         share=2,
     )  # fmt: skip
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rekindle.generate import sampling
-from rekindle.generate.cache import KVCache
 from rekindle.generate.sampling import generate, predict
-from rekindle.model.config import GPT2Config
-from rekindle.model.gpt2 import GPT2, Compute, attend, attend_once
+from rekindle.model.attention import attend, attend_once
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.runtime.device import why_not_compile
 
 CONFIG = GPT2Config(
@@ -51,7 +52,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def fixed(model: GPT2, idx: Tensor, prompt: int, capacity: int, fill: float = 0.0) -> Tensor:
     """Logits after each of `idx` (B, T) from the last of the prompt on; unused slots are filled."""
-    cache = KVCache(CONFIG, idx.shape[0], capacity)
+    cache = model.new_cache(idx.shape[0], capacity)
     with torch.no_grad():
         parts = [predict(model, idx[:, :prompt], cache)]
         cache.advance(prompt)
@@ -108,7 +109,7 @@ def test_attention_of_one_query_takes_its_softmax_in_float32() -> None:
 
 def test_slots_never_filled_hold_zeros(model: GPT2) -> None:
     """Their weight is zero, and zero times a NaN that memory held before would be NaN."""
-    cache = KVCache(CONFIG, 2, 32)
+    cache = model.new_cache(2, 32)
     with torch.no_grad():
         predict(model, torch.tensor([PROMPT]), cache)
     for layer in range(CONFIG.n_layer):

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from rekindle.errors import UserError
-from rekindle.generate.cache import KVCache
 from rekindle.generate.sampling import cut_at_end, generate
-from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 
 CONFIG = GPT2Config(
     n_layer=3, n_head=4, n_embd=48, block_size=64, vocab_size=257, padded_vocab_size=384
@@ -49,7 +48,7 @@ def test_cached_and_uncached_samples_are_equal(model: GPT2) -> None:
 
 def test_cached_logits_are_those_of_a_whole_pass(model: GPT2) -> None:
     idx = torch.randint(CONFIG.vocab_size, (2, 20), generator=torch.Generator().manual_seed(3))
-    cache = KVCache(CONFIG, 2, 20)
+    cache = model.new_cache(2, 20)
     parts = []
     with torch.no_grad():
         for part in (idx[:, :7], *idx[:, 7:].split(1, 1)):
@@ -61,7 +60,7 @@ def test_cached_logits_are_those_of_a_whole_pass(model: GPT2) -> None:
 
 
 def test_a_cache_takes_no_second_prompt(model: GPT2) -> None:
-    cache = KVCache(CONFIG, 1, 20)
+    cache = model.new_cache(1, 20)
     with torch.no_grad():
         model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
         cache.advance(4)
@@ -70,7 +69,7 @@ def test_a_cache_takes_no_second_prompt(model: GPT2) -> None:
 
 
 def test_a_full_cache_is_a_context_too_long(model: GPT2) -> None:
-    cache = KVCache(CONFIG, 1, CONFIG.block_size)
+    cache = model.new_cache(1, CONFIG.block_size)
     with torch.no_grad():
         model(torch.zeros(1, CONFIG.block_size, dtype=torch.long), cache=cache)
         cache.advance(CONFIG.block_size)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # OpenAI's Conv1D: (in, out)
 

@@ -17,8 +17,8 @@ from rekindle.evaluate import hellaswag
 from rekindle.evaluate.loss import Forward, validation_loss
 from rekindle.evaluate.questions import Question
 from rekindle.generate.sampling import generate
-from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.observe.metrics import Console
 from rekindle.runtime.device import Device, why_not_compile
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rekindle.model.config import GPT2Config
-from rekindle.model.gpt2 import GPT2, Compute, attend
+from rekindle.model.attention import attend
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 
 CONFIG = GPT2Config(
     n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257, padded_vocab_size=384

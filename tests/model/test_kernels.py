@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from rekindle.model import kernels
-from rekindle.model.kernels import linear_cross_entropy, mlp
+from rekindle.model.kernels import common, cross_entropy, fused_mlp, linear_cross_entropy
+from rekindle.model.kernels.mlp import _matmul_gelu
 
 ROOT = Path(__file__).parents[2]
-CUDA = torch.cuda.is_available() and kernels.triton is not None and not kernels.INTERPRETED
+CUDA = torch.cuda.is_available() and common.triton is not None and not common.INTERPRETED
 DEVICE = "cuda" if CUDA else "cpu"
 BF16, FP32 = torch.bfloat16, torch.float32
 V = 2 * 8192 + 77  # two blocks of the vocabulary and a part
@@ -67,9 +68,9 @@ def in_the_interpreter(
 
 @pytest.fixture(autouse=True)
 def _where_the_kernels_run(request: pytest.FixtureRequest) -> None:
-    if CUDA or kernels.INTERPRETED or "python" in request.fixturenames:
+    if CUDA or common.INTERPRETED or "python" in request.fixturenames:
         return
-    if kernels.triton is None:
+    if common.triton is None:
         pytest.skip("Triton is not installed")
     said = request.getfixturevalue("in_the_interpreter")[request.node.name]
     if said.startswith("skipped"):
@@ -198,21 +199,21 @@ def test_without_gradients_the_logits_stay() -> None:
     hidden, weight, targets = make_head(dtype=BF16)
     logits = (hidden @ weight.T).detach()
     before, count = logits.clone(), torch.tensor(len(targets), device=DEVICE)
-    losses = kernels._row_losses(logits, targets, count, write_grad=False)
+    losses = cross_entropy._row_losses(logits, targets, count, write_grad=False)
     assert torch.equal(logits, before)
-    assert torch.equal(losses, kernels._row_losses(logits, targets, count, write_grad=True))
+    assert torch.equal(losses, cross_entropy._row_losses(logits, targets, count, write_grad=True))
     assert not torch.equal(logits, before)
 
 
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = make_head(dtype=BF16)
-    wanted, row_losses = [], kernels._row_losses
+    wanted, row_losses = [], cross_entropy._row_losses
 
     def watch(logits: Tensor, targets: Tensor, count: Tensor, write_grad: bool) -> Tensor:
         wanted.append(write_grad)
         return row_losses(logits, targets, count, write_grad)
 
-    monkeypatch.setattr(kernels, "_row_losses", watch)
+    monkeypatch.setattr(cross_entropy, "_row_losses", watch)
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, targets)
     assert not loss.requires_grad
@@ -254,7 +255,7 @@ def test_offsets_of_logits_have_64_bits() -> None:
     far = far_rows(near, 2**30)
     targets = torch.tensor([3, 99, 50], device=DEVICE)
     count = torch.tensor(3, device=DEVICE)
-    losses = [kernels._row_losses(x, targets, count, write_grad=True) for x in (near, far)]
+    losses = [cross_entropy._row_losses(x, targets, count, write_grad=True) for x in (near, far)]
     assert torch.equal(*losses)
     assert torch.equal(near, far)
 
@@ -275,7 +276,7 @@ def make_mlp(
 def assert_same_mlp(*inputs: Tensor) -> None:
     shape = *inputs[0].shape[:-1], inputs[3].shape[0]
     upstream = torch.randn(shape, device=DEVICE).to(inputs[0].dtype)
-    assert_same(mlp, kernels.plain_mlp, *inputs, upstream=upstream)
+    assert_same(fused_mlp, kernels.plain_mlp, *inputs, upstream=upstream)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -309,7 +310,7 @@ def test_gelu_far_from_zero() -> None:
     inputs = [t.clone().to(DEVICE, dtype).requires_grad_() for t in inputs]
     for name, ours, theirs in zip(
         ("y", "dx"),
-        values_and_gradients(mlp, *inputs, upstream=x * 0 + 1)[:2],
+        values_and_gradients(fused_mlp, *inputs, upstream=x * 0 + 1)[:2],
         values_and_gradients(kernels.plain_mlp, *inputs, upstream=x * 0 + 1)[:2],
         strict=True,
     ):
@@ -322,20 +323,20 @@ def test_mlp_without_gradients_keeps_nothing() -> None:
     y, h, pre = torch.ops.rekindle.mlp(*inputs, False)
     assert h.numel() == pre.numel() == 0
     with torch.no_grad():
-        assert torch.equal(mlp(*inputs), y)
-    assert torch.equal(mlp(*inputs), y)
+        assert torch.equal(fused_mlp(*inputs), y)
+    assert torch.equal(fused_mlp(*inputs), y)
 
 
 @pytest.mark.skipif(not CUDA and sys.platform != "linux", reason="memory is lent lazily on Linux")
 def test_offsets_inside_the_mlp_have_64_bits() -> None:
     x, w1, b1, _, _ = (t.detach() for t in make_mlp(130, 16, 40, BF16))
     pre, h, dpre = (torch.zeros(130, 40, dtype=BF16, device=DEVICE) for _ in range(3))
-    kernels._matmul_gelu(x, w1.T, out=h, pre=pre, bias=b1)
-    kernels._matmul_gelu(x, w1.T, out=dpre, pre=pre)
+    _matmul_gelu(x, w1.T, out=h, pre=pre, bias=b1)
+    _matmul_gelu(x, w1.T, out=dpre, pre=pre)
     for bias, argument, result in ((b1, pre * 0, h), (None, pre, dpre)):
         # Two rows of tiles; 2^24 is the most at which offsets inside a tile fit into 32 bits.
         far_pre, far_out = far_rows(argument, 2**24), far_rows(pre * 0, 2**24)
-        kernels._matmul_gelu(x, w1.T, out=far_out, pre=far_pre, bias=bias)
+        _matmul_gelu(x, w1.T, out=far_out, pre=far_pre, bias=bias)
         assert torch.equal(far_out, result)
         assert torch.equal(far_pre, pre)
         del far_pre, far_out
@@ -367,7 +368,7 @@ def test_compiled_into_one_graph(autocast: bool) -> None:
 
     def loss_of(x, w1, b1, w2, b2, weight, targets):
         with torch.autocast(DEVICE, dtype=BF16, enabled=autocast):
-            hidden = mlp(x.view(4, 5, 16), w1, b1, w2, b2)
+            hidden = fused_mlp(x.view(4, 5, 16), w1, b1, w2, b2)
             assert hidden.dtype == BF16
             return linear_cross_entropy(hidden.flatten(0, 1), weight, targets) / 3
 
@@ -396,10 +397,10 @@ def test_autocast_decides_the_dtype() -> None:
     head, inputs = make_head(), make_mlp()
     with torch.autocast(DEVICE, dtype=BF16):
         loss = linear_cross_entropy(*head)
-        y = mlp(*inputs)
+        y = fused_mlp(*inputs)
     hidden, weight = (t.detach().to(BF16) for t in head[:2])
     assert torch.equal(loss, linear_cross_entropy(hidden, weight, head[2]))
-    assert torch.equal(y, mlp(*(t.detach().to(BF16) for t in inputs)))
+    assert torch.equal(y, fused_mlp(*(t.detach().to(BF16) for t in inputs)))
     for gradient in torch.autograd.grad(loss + y.float().sum(), [*head[:2], *inputs]):
         assert gradient.dtype == FP32
 
@@ -407,7 +408,7 @@ def test_autocast_decides_the_dtype() -> None:
 def test_nothing_can_be_differentiated_twice() -> None:
     """Silently leaving out a term would be worse."""
     head, inputs = make_head(rows=50, dtype=BF16), make_mlp(20, 16, 24, BF16)
-    for f, arguments in ((linear_cross_entropy, head), (mlp, inputs)):
+    for f, arguments in ((linear_cross_entropy, head), (fused_mlp, inputs)):
         y = f(*arguments)
         (gradient,) = torch.autograd.grad(
             y, arguments[0], torch.ones_like(y).requires_grad_(), create_graph=True
@@ -423,7 +424,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     x, w1, b1, w2, b2 = make_mlp(20, 16, 24, BF16)
     for wrong in ((x[:, :9], w1, b1, w2, b2), (x, w1, b1[:9], w2, b2), (x, w1.float(), b1, w2, b2)):
         with pytest.raises(ValueError, match="do not fit"):
-            mlp(*wrong)
+            fused_mlp(*wrong)
 
 
 WITHOUT_TRITON = """
@@ -434,7 +435,7 @@ from rekindle.model import kernels as k
 h, w, t = torch.randn(4, 8), torch.randn(9, 8), torch.tensor([0, 8, -100, 3])
 assert k.why_not(torch.device("cuda"), torch.bfloat16) == "Triton is not installed"
 assert torch.equal(k.linear_cross_entropy(h, w, t), k.plain_linear_cross_entropy(h, w, t))
-assert torch.equal(k.mlp(h, w, w[:, 0], w.T, w[0]), k.plain_mlp(h, w, w[:, 0], w.T, w[0]))
+assert torch.equal(k.fused_mlp(h, w, w[:, 0], w.T, w[0]), k.plain_mlp(h, w, w[:, 0], w.T, w[0]))
 """
 
 
@@ -448,7 +449,7 @@ def test_without_triton_it_is_plain_pytorch(
 UNINTERPRETED = """
 import torch
 from rekindle.model import kernels as k
-assert not k.INTERPRETED
+assert not k.common.INTERPRETED
 assert "NVIDIA" in k.why_not(torch.device("cpu"), torch.bfloat16)
 assert "bf16" in k.why_not(torch.device("cuda"), torch.float32)
 assert k.why_not(torch.device("cuda"), torch.bfloat16) is None
@@ -457,7 +458,7 @@ assert torch.equal(k.linear_cross_entropy(h, w, t), k.plain_linear_cross_entropy
 """
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(common.triton is None, reason="Triton is not installed")
 def test_the_cpu_and_fp32_are_plain_pytorchs(
     python: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,7 +471,8 @@ COMPILE = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from rekindle.model import kernels as k
+from rekindle.model.kernels.cross_entropy import _cross_entropy_kernel
+from rekindle.model.kernels.mlp import _matmul_gelu_kernel
 
 def compiled(kernel, constants, options, **types):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -479,25 +481,25 @@ def compiled(kernel, constants, options, **types):
 
 for write in (True, False):
     constants = dict(IGNORED=-100, WRITE_GRAD=write, BLOCK=8192)
-    compiled(k._cross_entropy_kernel, constants, {"num_warps": 32}, logits="*bf16", targets="*i64",
+    compiled(_cross_entropy_kernel, constants, {"num_warps": 32}, logits="*bf16", targets="*i64",
              losses="*fp32", count="*i64", row_stride="i32", V="i32")
 pointers = {name: "*bf16" for name in ("a", "b", "bias", "pre", "out")}
 sizes = {name: "i32" for name in ("M", "N", "row_stride", "b_stride_k", "b_stride_n",
          "M_bits")}
-for config in k._matmul_gelu_kernel.configs:
+for config in _matmul_gelu_kernel.configs:
     for none in ("bias", "pre", ""):
         constants = {**config.kwargs, "K": 768, "BACKWARD": none == "bias", "FLOAT": False}
         types = {**pointers, **sizes}
         if none:
             constants[none] = types.pop(none) and None
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        made = compiled(k._matmul_gelu_kernel.fn, constants, options, **types)
+        made = compiled(_matmul_gelu_kernel.fn, constants, options, **types)
         assert "wgmma" in made.asm["ptx"]
         assert made.metadata.shared <= 227 * 1024
 """
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(common.triton is None, reason="Triton is not installed")
 def test_the_kernels_compile_for_hopper(
     python: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

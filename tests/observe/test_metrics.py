@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from rekindle import storage
-from rekindle.model.config import GPT2Config
 from rekindle.observe import metrics as module
 from rekindle.observe.metrics import Console, Metrics, duration
 from rekindle.storage import JsonLines
@@ -166,10 +165,3 @@ def test_a_rank_without_a_log_logs_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert opened == []
     assert list(tmp_path.iterdir()) == []
     assert stream.getvalue() == ""
-
-
-def test_flops_per_token_are_those_of_the_palm_paper() -> None:
-    """6 N + 12 L C T, with N the 124M weights of GPT-2 that multiply: 0.86 GFLOP a token."""
-    config = GPT2Config()
-    weights = 12 * 12 * 768**2 + 50257 * 768
-    assert config.flops_per_token(1024) == 6 * weights + 12 * 12 * 768 * 1024

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from benchmarks import gate
-from rekindle.model.config import GPT2Config
-from rekindle.model.gpt2 import Compute
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.runtime.device import Device, why_not_compile
 
 CPU = Device(torch.device("cpu"), "CPU", "fp32")

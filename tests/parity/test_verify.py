@@ -75,15 +75,15 @@ def changed_after_loading(change: Callable[[gpt2.GPT2], Any]) -> Break:
     """A model that is read rightly, and then is `change`d."""
 
     def apply(monkeypatch: pytest.MonkeyPatch) -> None:
-        right = huggingface.GPT2.from_pretrained
+        right = huggingface.from_pretrained
 
-        def wrong(cls: type, name: str) -> gpt2.GPT2:
+        def wrong(name: str) -> gpt2.GPT2:
             model = right(name)
             with torch.no_grad():
                 change(model)
             return model
 
-        monkeypatch.setattr(huggingface.GPT2, "from_pretrained", classmethod(wrong))
+        monkeypatch.setattr(huggingface, "from_pretrained", wrong)
 
     return apply
 
@@ -141,7 +141,7 @@ def frozen(model: gpt2.GPT2) -> None:
 
 def wrong_positions_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only text is made with a cache, so that only it can tell."""
-    from rekindle.generate.cache import KVCache
+    from rekindle.model.cache import KVCache
 
     def advance(self: KVCache, positions: int) -> None:
         self.length += positions

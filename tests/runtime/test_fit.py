@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rekindle.errors import UserError
-from rekindle.model.config import SIZES, GPT2Config
 from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import SIZES, GPT2Config
 from rekindle.runtime import fit
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rekindle import storage
 from rekindle.errors import UserError
-from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.observe.metrics import Console, Metrics
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
@@ -173,8 +173,8 @@ UNCLOSED = """
 import json, sys, time
 from pathlib import Path
 from rekindle import storage
-from rekindle.model.config import GPT2Config
-from rekindle.model.config import GPT2Config
+from rekindle.model.gpt2_config import GPT2Config
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.model.gpt2 import GPT2
 from rekindle.observe.metrics import Console, Metrics
 from rekindle.optim.adamw import AdamW

@@ -23,8 +23,8 @@ from rekindle import storage
 from rekindle.data.batches import permute
 from rekindle.data.shards import Manifest, write_shard
 from rekindle.data.tokenizer import ByteTokenizer
-from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.recipes import Recipe
 
 NUMBERS: dict[str, Any] = {

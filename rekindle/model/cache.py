@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from rekindle.model.config import GPT2Config
 
+class LayerCache:
+    """One layer's keys and values."""
 
-class _Layer:
     k: Tensor  # (B, H, capacity, D)
     v: Tensor
 
@@ -14,6 +14,7 @@ class _Layer:
         self._cache = cache
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, H, T, D) keys and values; return those of all positions, (B, H, S, D)."""
         cache = self._cache
         if cache.positions is not None:
             self.k.index_copy_(2, cache.positions, k)
@@ -42,11 +43,11 @@ class KVCache:
 
     positions: Tensor | None = None  # (1,): where the next token stands, of a fixed cache
 
-    def __init__(self, config: GPT2Config, B: int, capacity: int) -> None:
+    def __init__(self, n_layer: int, B: int, capacity: int) -> None:
         self.B, self.capacity, self.length = B, capacity, 0
-        self._layers = [_Layer(self) for _ in range(config.n_layer)]
+        self._layers = [LayerCache(self) for _ in range(n_layer)]
 
-    def __getitem__(self, layer: int) -> _Layer:
+    def __getitem__(self, layer: int) -> LayerCache:
         return self._layers[layer]
 
     @property

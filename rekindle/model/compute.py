@@ -1,0 +1,17 @@
+"""How a model computes, whichever model it is."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model computes, never what: all of these give the same result within rounding."""
+
+    dtype: torch.dtype = torch.float32  # of the residual stream; weights are cast where they act
+    attention: str = "fused"  # or "plain": the scores written out, as the lecture begins
+    separate_qkv: bool = False  # three products, whose gradients need no copy into one
+    loss_kernel: bool = False  # head and loss as one operator, whose gradient replaces the logits
+    mlp_kernel: bool = False  # GELU inside the products around it
+    recompute: bool = False  # keep only the blocks' inputs for backward: a third slower

@@ -1,0 +1,124 @@
+"""Cross-entropy of a linear head: the gradient of the logits replaces the logits.
+
+Shapes in comments: N rows, which are all positions of a batch, C channels, V rows of the (padded)
+vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from rekindle.model.kernels.common import in_autocast_dtype, jit, tl, why_not
+
+IGNORED = -100  # the target that counts in no loss, as in F.cross_entropy
+
+
+def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What `linear_cross_entropy` computes."""
+    return F.cross_entropy((hidden @ weight.T).float(), targets)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of a linear head: a float32 scalar, NaN if no target counts.
+
+    `hidden` (N, C), `weight` (V, C), `targets` (N,) int64, of which -100 is ignored. The gradient
+    of the logits takes the place of the logits, so that N × V numbers are held once. A target that
+    is neither -100 nor in [0, V) makes the loss NaN. Raises `ValueError` if the shapes do not fit.
+    """
+    hidden, weight = in_autocast_dtype(hidden, weight)
+    if why_not(hidden.device, hidden.dtype):
+        return plain_linear_cross_entropy(hidden, weight, targets)
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"{tuple(targets.shape)} targets for hidden {tuple(hidden.shape)}")
+    want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _linear_cross_entropy(hidden, weight, targets, want_grad)[0]
+
+
+@jit
+def _cross_entropy_kernel(
+    logits, row_stride, targets, losses, count, V,
+    IGNORED: tl.constexpr, WRITE_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: its loss, and if asked for, its gradient over its logits."""
+    row = tl.program_id(0).to(tl.int64)  # N × V passes 2^31
+    logits += row * row_stride
+    target = tl.load(targets + row)
+    inside = (target >= 0) & (target < V)
+    ignored = target == IGNORED
+    at_target = tl.load(logits + target, mask=inside, other=float("nan")).to(tl.float32)
+
+    highest = -float("inf")
+    total = 0.0  # sum of exp(logit - highest)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(highest, tl.max(x, 0))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), 0)
+        highest = higher
+    log_total = highest + tl.log(total)
+    tl.store(losses + row, tl.where(ignored, 0.0, log_total - at_target))
+
+    if WRITE_GRAD:
+        weight = tl.where(inside, 1.0 / tl.load(count).to(tl.float32), float("nan"))
+        for start in range(0, V, BLOCK):  # the row is still in L2
+            columns = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+            onehot = tl.where(columns == target, 1.0, 0.0)
+            grad = tl.where(ignored, 0.0, (tl.exp(x - log_total) - onehot) * weight)
+            tl.store(logits + columns, grad.to(logits.dtype.element_ty), mask=columns < V)
+
+
+def _row_losses(logits: Tensor, targets: Tensor, count: Tensor, write_grad: bool) -> Tensor:
+    """Logits (N, V) → losses (N,), 0 where ignored. With `write_grad`, the logits become their own
+    gradient in a mean over `count` targets."""
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    with torch.cuda.device_of(logits):
+        # 32 warps a row: so few rows are under way at a time that L2 holds them until they are
+        # read again. A block is then one load of 16 bytes per thread.
+        _cross_entropy_kernel[(logits.shape[0],)](
+            logits, logits.stride(0), targets.contiguous(), losses, count, logits.shape[1],
+            IGNORED, write_grad, BLOCK=8192, num_warps=32,
+        )  # fmt: skip
+    return losses
+
+
+# Product and kernel are one operator that mutates nothing: a compiler has no reason for a copy.
+@torch.library.custom_op("rekindle::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, want_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """→ the loss, and the gradient of the logits (N, V) if wanted, else an empty tensor."""
+    logits = hidden @ weight.T  # (N, V)
+    count = (targets != IGNORED).sum()
+    loss = _row_losses(logits, targets, count, want_grad).sum() / count
+    return loss, logits if want_grad else logits.new_empty(0)
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
+    shape = (hidden.shape[0], weight.shape[0]) if want_grad else (0,)
+    return hidden.new_empty((), dtype=torch.float32), hidden.new_empty(shape)
+
+
+def _save_for_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, _, _ = inputs
+    _, dlogits = output
+    ctx.mark_non_differentiable(dlogits)
+    ctx.set_materialize_grads(False)  # else autograd makes N × V zeros as the gradient of dlogits
+    ctx.save_for_backward(hidden, weight, dlogits)
+
+
+@once_differentiable
+def _cross_entropy_backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    hidden, weight, dlogits = ctx.saved_tensors
+    dhidden, dweight = dlogits @ weight, dlogits.T @ hidden
+    # In fp32, or the scalar is rounded to bf16; and here, where it costs less than on the logits.
+    return *((d.float() * dloss).to(d.dtype) for d in (dhidden, dweight)), None, None
+
+
+_linear_cross_entropy.register_autograd(
+    _cross_entropy_backward, setup_context=_save_for_cross_entropy
+)

@@ -1,0 +1,66 @@
+"""The shapes of a model's parameters, taken from the model itself, and a file's against them."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from rekindle.errors import UserError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skips `torch.nn.init`. On the meta device it has no effect but costs 2 s the first time,
+    because `normal_` there imports PyTorch's compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
+
+
+def on_meta(model_class: Callable[[Any], Module], config: Any) -> Module:
+    """`model_class(config)` on the meta device: parameters with shapes but without memory.
+
+    Raises `UserError` if PyTorch cannot have tensors of these sizes.
+    """
+    try:
+        with torch.device("meta"), _WithoutInit():
+            return model_class(config)
+    except (RuntimeError, TypeError) as error:  # the product of the sizes, or one, passes 2^63
+        raise UserError(f"a model of these sizes cannot be built: {config}") from error
+
+
+def expected_shapes(
+    model_class: Callable[[Any], nn.Module], config: Any, found: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the parameters of `model_class(config)`, for a file with tensors `found`.
+
+    Raises `UserError` before anything is built if the file has fewer tensors than `config.n_layer`:
+    a file may claim any number of layers.
+    """
+    if config.n_layer > len(found):
+        raise UserError(f"n_layer is {config.n_layer}, but there are only {len(found)} tensors")
+    model = on_meta(model_class, config)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def check_shapes(
+    found: Mapping[str, Iterable[int]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises `UserError` that names a tensor which is missing, unknown or of another shape."""
+    unknown = set(found)
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(f"not the weights of this GPT-2: {name} is missing or unknown")
+        if tuple(found[name]) != shape:
+            raise UserError(f"{name} has shape {tuple(found[name])}, not {shape}")
+        unknown.remove(name)
+    if unknown:
+        raise UserError(f"not the weights of this GPT-2: {min(unknown)} is missing or unknown")
