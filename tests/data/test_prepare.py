@@ -96,8 +96,8 @@ def contents(out: Path) -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests end processes, not machines; flushing the disk would only make them slow."""
-    monkeypatch.setattr(storage, "_flush", lambda descriptor: None)
-    monkeypatch.setattr(storage, "_flush_folder", lambda path: None)
+    monkeypatch.setattr(storage.files, "_flush", lambda descriptor: None)
+    monkeypatch.setattr(storage.files, "_flush_folder", lambda path: None)
 
 
 # The right tokens
@@ -279,13 +279,13 @@ def test_a_crash_at_any_write_changes_nothing(
         stops = 0
         while stops < 3:
             writes = 0
-            monkeypatch.setattr(storage.os, "replace", crash)
+            monkeypatch.setattr(os, "replace", crash)
             try:
                 run(ListSource(*documents), out, **settings)
                 break
             except Crash:
                 stops += 1
-        monkeypatch.setattr(storage.os, "replace", replace)
+        monkeypatch.setattr(os, "replace", replace)
         run(ListSource(*documents), out, **settings)
         assert contents(out) == expected
         if not stops:
@@ -302,7 +302,7 @@ from rekindle.data.prepare import prepare
 from rekindle.data.sources import from_arguments
 
 local.BLOCK_BYTES = 4000
-storage._flush = storage._flush_folder = lambda _: None
+storage.files._flush = storage.files._flush_folder = lambda _: None
 say = lambda line: print(line, flush=True)
 source = from_arguments(parquet=[sys.argv[1]])
 prepare(source, Path(sys.argv[2]), "bytes", shard_tokens=5000, val_tokens=10**6, say=say)
@@ -463,7 +463,8 @@ def test_a_full_disk_leaves_no_manifest_and_can_be_gone_on_from(
             raise OSError(28, "No space left on device", str(path))
         return write(path, chunks)
 
-    monkeypatch.setattr(storage, "write_file", full)
+    for place in (storage, storage.files):  # which calls it for JSON
+        monkeypatch.setattr(place, "write_file", full)
     with pytest.raises(UserError, match=r"No space left on device.*goes on where it stopped"):
         run(ListSource(documents), tmp_path / "full", shard_tokens=2000)
     assert not (tmp_path / "full" / "manifest.json").exists()

@@ -102,7 +102,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         assert opened.wait(30)
         return original(path, chunks)
 
-    monkeypatch.setattr(storage, "write_file", write)
+    monkeypatch.setattr(storage.files, "write_file", write)
     return opened
 
 
