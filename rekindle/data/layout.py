@@ -16,7 +16,7 @@ import numpy as np
 from rekindle.data import shards
 from rekindle.data.encoding import Encoded
 from rekindle.data.samples import Samples
-from rekindle.data.sources import Source
+from rekindle.data.sources.base import Source
 from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.errors import UserError
 

@@ -18,10 +18,10 @@ from rekindle.data import shards
 from rekindle.data.encoding import encoded_blocks
 from rekindle.data.layout import LAYOUTS, SPLITS, Pending
 from rekindle.data.progress import Progress, Say
-from rekindle.data.readymade import ReadyMade
 from rekindle.data.samples import Samples
 from rekindle.data.shards import Manifest, Shard
-from rekindle.data.sources import Source
+from rekindle.data.sources.base import Source
+from rekindle.data.sources.ready_made import ReadyMade
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
 

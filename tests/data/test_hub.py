@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rekindle.data import remote as module
 from rekindle.data import shards
 from rekindle.data.prepare import prepare
-from rekindle.data.remote import HubSource
 from rekindle.data.shards import Manifest
-from rekindle.data.sources import Block, from_arguments
+from rekindle.data.sources import from_arguments
+from rekindle.data.sources import hub as module
+from rekindle.data.sources.base import Block
+from rekindle.data.sources.hub import HubSource
 from rekindle.errors import UserError
 
 EDU = "HuggingFaceFW/fineweb-edu"
@@ -115,7 +116,7 @@ def test_a_stopped_preparation_keeps_its_revision(
 ) -> None:
     """Published changes in between neither break it nor get mixed in, and what was prepared is
     not downloaded again."""
-    monkeypatch.setattr("rekindle.data.local.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("rekindle.data.sources.local.BLOCK_BYTES", 2000)
     run("fineweb-edu-10bt", tmp_path / "whole", shard_tokens=2000)
     blocks, begun = module.parquet_blocks, hub.revision
 

@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle import storage
-from rekindle.data import local, shards
+from rekindle.data import shards
 from rekindle.data.encoding import Encoded
 from rekindle.data.layout import Lecture
 from rekindle.data.prepare import prepare
-from rekindle.data.sources import Block, SourceFile, from_arguments
+from rekindle.data.sources import from_arguments, local
+from rekindle.data.sources.base import Block, SourceFile
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
+from rekindle.storage import files as storage_files
 
 END = 256  # end of text of the byte tokenizer
 
@@ -59,8 +61,8 @@ def found_files(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.files, "_flush", lambda descriptor: None)
-    monkeypatch.setattr(storage.files, "_flush_folder", lambda path: None)
+    monkeypatch.setattr(storage_files, "_flush", lambda descriptor: None)
+    monkeypatch.setattr(storage_files, "_flush_folder", lambda path: None)
 
 
 @pytest.fixture
@@ -225,7 +227,7 @@ def test_a_crash_at_any_write_gives_the_same_bytes(
             raise Crash
 
         with monkeypatch.context() as patch:
-            for place in (storage, storage.files):  # which calls it for JSON
+            for place in (storage, storage_files):  # which calls it for JSON
                 patch.setattr(place, write, crash)
             while stops < 3:
                 writes = 0

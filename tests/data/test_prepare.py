@@ -23,9 +23,11 @@ from rekindle.data import prepare as module
 from rekindle.data.encoding import encoded_blocks, is_validation
 from rekindle.data.prepare import prepare
 from rekindle.data.shards import Manifest
-from rekindle.data.sources import Block, Source, SourceFile, from_arguments
+from rekindle.data.sources import from_arguments
+from rekindle.data.sources.base import Block, Source, SourceFile
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
+from rekindle.storage import files as storage_files
 
 ROOT = Path(__file__).parents[2]
 # Which of 300 texts are held out, if about a tenth is.
@@ -96,8 +98,8 @@ def contents(out: Path) -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests end processes, not machines; flushing the disk would only make them slow."""
-    monkeypatch.setattr(storage.files, "_flush", lambda descriptor: None)
-    monkeypatch.setattr(storage.files, "_flush_folder", lambda path: None)
+    monkeypatch.setattr(storage_files, "_flush", lambda descriptor: None)
+    monkeypatch.setattr(storage_files, "_flush_folder", lambda path: None)
 
 
 # The right tokens
@@ -297,9 +299,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from rekindle import storage
-from rekindle.data import local
 from rekindle.data.prepare import prepare
-from rekindle.data.sources import from_arguments
+from rekindle.data.sources import from_arguments, local
 
 local.BLOCK_BYTES = 4000
 storage.files._flush = storage.files._flush_folder = lambda _: None
@@ -463,7 +464,7 @@ def test_a_full_disk_leaves_no_manifest_and_can_be_gone_on_from(
             raise OSError(28, "No space left on device", str(path))
         return write(path, chunks)
 
-    for place in (storage, storage.files):  # which calls it for JSON
+    for place in (storage, storage_files):  # which calls it for JSON
         monkeypatch.setattr(place, "write_file", full)
     with pytest.raises(UserError, match=r"No space left on device.*goes on where it stopped"):
         run(ListSource(documents), tmp_path / "full", shard_tokens=2000)

@@ -25,6 +25,7 @@ from rekindle.runtime import checkpoint, saving
 from rekindle.runtime.checkpoint import Keep
 from rekindle.runtime.distributed import World
 from rekindle.runtime.saving import Saver
+from rekindle.storage import files as storage_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,7 +103,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         assert opened.wait(30)
         return original(path, chunks)
 
-    monkeypatch.setattr(storage.files, "write_file", write)
+    monkeypatch.setattr(storage_files, "write_file", write)
     return opened
 
 

@@ -1,23 +1,19 @@
-"""Where text comes from: Parquet, JSON Lines, text files, the embedded default, the hub.
+"""The contract of a source: documents in a fixed order, in files.
 
 A source is a fixed list of files, each a sequence of documents that is the same on every reading.
-So "go on from here" is two integers: the file, and how many of its documents are done.
+So a position to resume from is two integers: the file, and how many of its documents are done.
 """
 
-import difflib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rekindle.data.progress import Say
-from rekindle.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from rekindle.data.readymade import ReadyMade
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Block:
     done: float  # part of the file that has been read when this block ends, 0 to 1
 
 
-class Source(ABC):
+class Source(Protocol):
     """Documents in a fixed order, and what the manifest says of them.
 
     The name is known at once; all else only after `open`.
@@ -87,57 +83,8 @@ class Source(ABC):
         """Nothing more will be read."""
 
 
-def from_arguments(
-    dataset: str | None = None,
-    embedded: bool = False,
-    parquet: Sequence[Path | str] = (),
-    jsonl: Sequence[Path | str] = (),
-    text: Sequence[Path | str] = (),
-    shards: Path | str | None = None,
-) -> "Source | ReadyMade":
-    """The source that a command line names.
-
-    Raises `UserError` unless exactly one is named, and when it does not exist.
-    """
-    from rekindle.data import local
-
-    if sum(map(bool, (dataset, embedded, parquet, jsonl, text, shards))) != 1:
-        raise UserError(
-            "name exactly one source: a dataset (such as fineweb-edu-10bt), --embedded, "
-            "--parquet DIR, --jsonl FILES, --text FILES or --shards DIR"
-        )
-    if embedded:
-        from rekindle.data.embedded import EmbeddedSource
-
-        return EmbeddedSource()
-    if parquet:
-        return local.ParquetSource(parquet)
-    if jsonl:
-        return local.JsonLinesSource(jsonl)
-    if text:
-        return local.TextSource(text)
-    if shards:
-        from rekindle.data.readymade import ShardFolder
-
-        return ShardFolder(Path(shards))
-    assert dataset
-    return _dataset(dataset)
-
-
-def _dataset(name: str) -> "Source | ReadyMade":
-    """A source on the hub, by a short name or by `owner/name[:folder]`."""
-    from rekindle.data import readymade, remote
-
-    if name == readymade.DATASET:
-        return readymade.PublishedShards()
-    if name in remote.DATASETS:
-        return remote.HubSource(*remote.DATASETS[name])
-    if "/" in name:
-        repository, _, folder = name.partition(":")
-        return remote.HubSource(repository, folder)
-    known = [*remote.DATASETS, readymade.DATASET]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-    raise UserError(
-        f"unknown dataset {name!r}: did you mean {' or '.join(near)}? "
-        "(any dataset of the hub: owner/name; your own files: --parquet DIR)"
-    )
+def splits_of(names: Sequence[str]) -> list[str | None]:
+    """The split of each file of a set. Files named `val*` are validation, and then all others are
+    training; without one, each split is None: documents are split by their hash."""
+    held_out = [name.startswith("val") for name in names]
+    return [("val" if held else "train") if any(held_out) else None for held in held_out]

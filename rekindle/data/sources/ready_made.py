@@ -9,7 +9,7 @@ from typing import Any
 
 from rekindle import hub, storage
 from rekindle.data import shards
-from rekindle.data.encoding import usable_cores
+from rekindle.data.cores import usable_cores
 from rekindle.data.progress import Progress, Say
 from rekindle.data.shards import Manifest, Shard
 from rekindle.data.tokenizer import Tokenizer

@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rekindle import hub
-from rekindle.data.local import parquet_blocks
 from rekindle.data.progress import Progress, Say
-from rekindle.data.sources import Block, Source, SourceFile
+from rekindle.data.sources.base import Block, Source, SourceFile, splits_of
+from rekindle.data.sources.parquet import parquet_blocks
 from rekindle.errors import UserError
 
 # Short names: repository and the folder in it.
@@ -60,10 +60,9 @@ class HubSource(Source):
             raise UserError(f"{self.name} on the hub has no *.parquet file to train on")
         self._listing = dataclasses.replace(listing, files=tuple(kept))
         self.revision, self.licence = listing.revision, listing.licence
-        splits = ["val" if _base(file).startswith("val") else "train" for file in kept]
-        explicit = "val" in splits
+        splits = splits_of([_base(file) for file in kept])
         self.files = [
-            SourceFile(file.path, file.size, split if explicit else None)
+            SourceFile(file.path, file.size, split)
             for file, split in zip(kept, splits, strict=True)
         ]
         self._pool = ThreadPoolExecutor(1)
