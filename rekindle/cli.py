@@ -284,7 +284,10 @@ def _add_prepare(commands: Any) -> None:
     for name, (_, options) in SOURCES.items():
         source.add_argument(f"--{name}", **options)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards and manifest")
-    p.add_argument("--tokenizer", default="gpt2", choices=("gpt2", "bytes"))
+    p.add_argument(
+        "--tokenizer", default="gpt2", metavar="NAME",
+        help="such as gpt2, or bytes for tiny models (default: %(default)s)",
+    )  # fmt: skip
     p.add_argument(
         "--layout", default="documents", choices=("documents", "lecture"),
         help="documents: whole documents, some held out for validation by their hash; lecture: as "

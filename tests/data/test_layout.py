@@ -172,7 +172,7 @@ def test_any_documents_resumed_after_any_shard(
     documents = [[97 + i] * length for i, length in enumerate(lengths)]
     expected = lecture_script(documents, END, size)
     chosen = {"tokenizer": "bytes", "shard_tokens": size}
-    whole = Lecture(NoFiles(), chosen)  # type: ignore[arg-type]
+    whole = Lecture(NoFiles(), get_tokenizer("bytes"), chosen)  # type: ignore[arg-type]
     found = list(cut(documents, whole, block))
     assert [split for split, _ in found] == ["val", *["train"] * (len(expected) - 1)]
     assert [tokens.tolist() for _, tokens in found] == [tokens.tolist() for tokens in expected]
@@ -180,11 +180,11 @@ def test_any_documents_resumed_after_any_shard(
     if len(expected) == 1:
         return
     stop = 1 + stop % (len(expected) - 1)
-    stopped = Lecture(NoFiles(), chosen)  # type: ignore[arg-type]
+    stopped = Lecture(NoFiles(), get_tokenizer("bytes"), chosen)  # type: ignore[arg-type]
     shards_made = cut(documents, stopped, block)
     for _ in range(stop):
         next(shards_made)
-    resumed = Lecture(NoFiles(), chosen)  # type: ignore[arg-type]
+    resumed = Lecture(NoFiles(), get_tokenizer("bytes"), chosen)  # type: ignore[arg-type]
     state = {"cursor": stopped.cursor, "offset": stopped.offset, "pending": {}, "shards": [1]}
     resumed.restore(state, Path())
     rest = list(cut(documents, resumed, block))
