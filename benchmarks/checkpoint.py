@@ -22,7 +22,8 @@ import torch
 from benchmarks.common import environment, quantiles, write_result
 from rekindle import storage
 from rekindle.model.gpt2 import GPT2
-from rekindle.observe.metrics import Console, Metrics
+from rekindle.observe.console import Console
+from rekindle.observe.metrics import Metrics
 from rekindle.optim.adamw import make_adamw
 from rekindle.recipes import get_recipe
 from rekindle.runtime.checkpoint import Keep, Snapshot

@@ -140,7 +140,7 @@ def train(o: argparse.Namespace) -> None:
 
 def evaluate(o: argparse.Namespace) -> None:
     from rekindle.examine import examine_model
-    from rekindle.observe.metrics import Console
+    from rekindle.observe.console import Console
     from rekindle.runtime.distributed import place
 
     for flag, value in (("--tokens", o.tokens), ("--limit", o.limit)):

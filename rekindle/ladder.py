@@ -24,7 +24,7 @@ from rekindle.data import shards
 from rekindle.data.batches import Batches, Prefetcher, Split, Windows
 from rekindle.errors import UserError
 from rekindle.model.gpt2 import GPT2, Compute
-from rekindle.observe.metrics import duration
+from rekindle.observe.console import duration
 from rekindle.optim.adamw import make_adamw
 from rekindle.recipes import Recipe
 from rekindle.runtime.device import (

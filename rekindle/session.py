@@ -26,7 +26,8 @@ from rekindle.evaluate.loss import Forward
 from rekindle.evaluate.questions import Question, for_training
 from rekindle.examine import Examiner
 from rekindle.model.gpt2 import GPT2, Compute
-from rekindle.observe.metrics import Console, Metrics, duration
+from rekindle.observe.console import Console, duration
+from rekindle.observe.metrics import Metrics
 from rekindle.optim.adamw import make_adamw
 from rekindle.recipes import Recipe
 from rekindle.run import Run, RunOptions, is_begun, open_run

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rekindle.evaluate.loss import Forward
-from rekindle.observe.metrics import duration
+from rekindle.observe.console import duration
 from rekindle.optim.gradients import clip_gradients, grad_norm
 from rekindle.optim.schedule import learning_rate
 from rekindle.recipes import Recipe

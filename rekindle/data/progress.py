@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from rekindle.observe.metrics import duration
+from rekindle.observe.console import duration
 
 Say = Callable[[str], None]
 

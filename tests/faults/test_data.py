@@ -213,7 +213,9 @@ def test_windows_find_an_id_out_of_range(data: Path, token: int) -> None:
     others = np.setdiff1d(np.arange(len(windows)), holding)
     windows.read(others)
     for number in holding:
-        with pytest.raises(UserError, match=rf"train-0001\.bin holds the id 257 .* token {token}\),"):
+        with pytest.raises(
+            UserError, match=rf"train-0001\.bin holds the id 257 .* token {token}\),"
+        ):
             windows.read(np.append(others, number))
 
 

@@ -18,7 +18,8 @@ from rekindle import storage
 from rekindle.errors import UserError
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
-from rekindle.observe.metrics import Console, Metrics
+from rekindle.observe.console import Console
+from rekindle.observe.metrics import Metrics
 from rekindle.optim.adamw import make_adamw
 from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint, saving
@@ -177,7 +178,8 @@ from rekindle import storage
 from rekindle.model.config import GPT2Config
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
-from rekindle.observe.metrics import Console, Metrics
+from rekindle.observe.console import Console
+from rekindle.observe.metrics import Metrics
 from rekindle.optim.adamw import make_adamw
 from rekindle.runtime.checkpoint import Keep
 from rekindle.runtime.distributed import World
