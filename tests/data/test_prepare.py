@@ -473,6 +473,12 @@ def test_a_full_disk_leaves_no_manifest_and_can_be_gone_on_from(
     assert contents(tmp_path / "full") == contents(tmp_path / "whole")
 
 
+def test_an_unknown_tokenizer_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown tokenizer 'gpt3': use gpt2 or bytes"):
+        run(ListSource(["a"]), tmp_path / "out", tokenizer="gpt3")
+    assert not (tmp_path / "out").exists()
+
+
 def test_out_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
