@@ -18,13 +18,14 @@ from rekindle.data import shards
 from rekindle.data.earlier import compare_vocabulary, finished, saved_state
 from rekindle.data.encoding import encoded_blocks
 from rekindle.data.layout import LAYOUTS, Pending
-from rekindle.data.progress import Progress, Say
+from rekindle.data.progress import Progress
 from rekindle.data.samples import Samples
 from rekindle.data.shards import Manifest, Shard
 from rekindle.data.sources.base import Source
 from rekindle.data.sources.ready_made import ReadyMade
 from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
 
 VAL_TOKENS = 10_485_760  # validation loss is taken over 20 batches of 524,288, as in the lecture
 SHARD_TOKENS = 100_000_000  # the lecture's, and llm.c's
@@ -37,7 +38,7 @@ def prepare(
     tokenizer: str | Tokenizer = "gpt2",
     val_tokens: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
-    say: Say = print,
+    console: Console | None = None,
     layout: str = "documents",
 ) -> Manifest:
     """Make `out` a folder of shards with the documents of `source`; return its manifest.
@@ -51,6 +52,7 @@ def prepare(
     """
     if isinstance(tokenizer, str):
         tokenizer = get_tokenizer(tokenizer)
+    console = console or Console()
     settings = _settings(tokenizer.name, layout, val_tokens, shard_tokens)
     if isinstance(source, ReadyMade) and layout != "documents":
         raise UserError(f"ready-made shards are taken as they are: leave out --layout {layout}")
@@ -58,8 +60,8 @@ def prepare(
     try:
         with storage.Lock(out) as lock:
             if isinstance(source, ReadyMade):
-                return source.take(out, tokenizer, say, lock)
-            return _prepare(source, out, tokenizer, settings, say, lock)
+                return source.take(out, tokenizer, console, lock)
+            return _prepare(source, out, tokenizer, settings, console, lock)
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: {error.strerror or error}; mend that and run the same "
@@ -94,12 +96,12 @@ def _prepare(
     out: Path,
     tokenizer: Tokenizer,
     settings: dict[str, Any],
-    say: Say,
+    console: Console,
     lock: storage.Lock,
 ) -> Manifest:
     if manifest := finished(source, out, settings, lock):
         compare_vocabulary(out, manifest.tokenizer_sha256, tokenizer)
-        say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
+        console.say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
         return manifest
     lock.take(create=False)
     state = saved_state(source, out, settings)
@@ -111,10 +113,10 @@ def _prepare(
     storage.remove_unfinished(out)
     storage.remove_unfinished(folder)
     try:
-        source.open(folder / "downloads", say)
-        preparation = _Preparation(source, out, tokenizer, settings, say)
+        source.open(folder / "downloads", console)
+        preparation = _Preparation(source, out, tokenizer, settings, console)
         if state:
-            say(f"going on in {out} after {len(state['shards'])} finished shards")
+            console.say(f"going on in {out} after {len(state['shards'])} finished shards")
             preparation.restore(state)
         return preparation.run()
     finally:
@@ -126,7 +128,12 @@ class _Preparation:
     more thread writes, so that the disk does not hold up the rest."""
 
     def __init__(
-        self, source: Source, out: Path, tokenizer: Tokenizer, settings: dict[str, Any], say: Say
+        self,
+        source: Source,
+        out: Path,
+        tokenizer: Tokenizer,
+        settings: dict[str, Any],
+        console: Console,
     ) -> None:
         self.source, self.out, self.folder = source, out, out / shards.UNFINISHED
         self.tokenizer = tokenizer
@@ -135,7 +142,7 @@ class _Preparation:
         self.sizes = np.cumsum([0, *(file.size for file in source.files)])
         self.shards: list[Shard] = []
         self.tokens = 0  # made by this call
-        self.progress = Progress(say, "tokens")
+        self.console, self.progress = console, Progress(console, "tokens")
         self.disk = ThreadPoolExecutor(1)
         self.writing: Future[Shard] | None = None
 
@@ -202,7 +209,7 @@ class _Preparation:
         """Wait for the shard that is being written, if one is, and raise what went wrong."""
         if self.writing:
             shard, self.writing = self.writing.result(), None
-            self.progress.say(f"{shard.name}: {shard.tokens:,} tokens")
+            self.console.say(f"{shard.name}: {shard.tokens:,} tokens")
 
     def _write_shard(self, split: str, pending: Pending) -> Shard:
         number = sum(shard.split == split for shard in self.shards)
@@ -229,7 +236,7 @@ class _Preparation:
         )
         manifest.write(self.out)
         storage.remove_folder(self.folder)
-        self.progress.say(f"{self.out}: {manifest.summary()} ({self.progress.summary()})")
+        self.console.say(f"{self.out}: {manifest.summary()} ({self.progress.summary()})")
         if self.layout.fraction and not manifest.tokens("val"):
-            self.progress.say("no document fell to validation: there will be no validation loss")
+            self.console.say("no document fell to validation: there will be no validation loss")
         return manifest

@@ -30,7 +30,7 @@ class Console:
         self._stream = stream or sys.stdout
         self._quiet = quiet
         self._live = self._stream.isatty()
-        self._pending = False  # a progress line is on the screen, without its end of line
+        self._pending = ""  # ends the progress line that is on the screen, if one is
         self._next = 0.0  # when the next progress line is due
         self._lock = threading.Lock()
 
@@ -42,26 +42,30 @@ class Console:
             self._end_line()
             self._print(text + "\n")
 
-    def progress(self, text: str, *, important: bool = False) -> None:
-        """Show where things stand; `important` lines are shown in any case, and stay."""
-        now = time.monotonic()
-        if self._quiet or (now < self._next and not important):
+    def progress(self, text: str, *, important: bool = False, passing: bool = False) -> None:
+        """Show where things stand; `important` lines are shown in any case, and stay. On a terminal
+        the next line that is said takes the place of a `passing` one."""
+        if self._quiet or (time.monotonic() < self._next and not important):
             return
-        self._next = now + (0.2 if self._live else 10.0)
+        self.postpone()
         with self._lock:
             if not self._live:
                 self._print(text + "\n")
                 return
             text = text[: shutil.get_terminal_size().columns - 1]  # wrapped, it would stay
             self._print(f"\r\033[K{text}")
-            self._pending = True
+            self._pending = "\r\033[K" if passing else "\n"
             if important:
                 self._end_line()
 
+    def postpone(self) -> None:
+        """Show the next progress line only when the usual time has passed."""
+        self._next = time.monotonic() + (0.2 if self._live else 10.0)
+
     def _end_line(self) -> None:
         if self._pending:
-            self._print("\n")
-            self._pending = False
+            self._print(self._pending)
+            self._pending = ""
 
     def _print(self, text: str) -> None:
         """Nobody who reads, or no room where it goes: that is no reason for a training to end."""

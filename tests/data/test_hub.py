@@ -16,17 +16,14 @@ from rekindle.data.sources import hub as module
 from rekindle.data.sources.base import Block
 from rekindle.data.sources.hub import HubSource
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
 
 EDU = "HuggingFaceFW/fineweb-edu"
 SHARDS = "kjj0/fineweb10B-gpt2"
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def run(dataset: str, out: Path, **settings: Any) -> Manifest:
-    settings = {"say": quiet, "tokenizer": "bytes"} | settings
+    settings = {"console": Console(quiet=True), "tokenizer": "bytes"} | settings
     return prepare(from_arguments(dataset=dataset), out, **settings)
 
 
@@ -98,7 +95,7 @@ def test_the_next_file_comes_while_one_is_read_and_read_files_go(
 
     monkeypatch.setattr(module, "parquet_blocks", watched)
     source = HubSource(EDU, "sample/10BT")
-    source.open(tmp_path, quiet)
+    source.open(tmp_path, Console(quiet=True))
     list(source.blocks(0))
     source._coming[1].result()  # was asked for by reading the first
     assert len(hub.downloads) == 2
@@ -167,7 +164,7 @@ def test_a_partial_download_of_a_killed_run_is_removed(
     left.parent.mkdir(parents=True)
     left.write_bytes(bytes(1000))
     source = HubSource(EDU, "sample/10BT")
-    source.open(tmp_path / ".progress" / "downloads", quiet)
+    source.open(tmp_path / ".progress" / "downloads", Console(quiet=True))
     assert not left.exists()
     source.close()
 

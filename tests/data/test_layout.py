@@ -20,7 +20,9 @@ from rekindle.data.sources import from_arguments, local
 from rekindle.data.sources.base import Block, SourceFile
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
 from rekindle.storage import files as storage_files
+from tests.data.listening import listen
 
 END = 256  # end of text of the byte tokenizer
 
@@ -80,7 +82,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
 
 
 def run(source: Any, out: Path, **changes: Any) -> shards.Manifest:
-    chosen = {"tokenizer": "bytes", "layout": "lecture", "say": lambda line: None} | changes
+    chosen = {"tokenizer": "bytes", "layout": "lecture", "console": Console(quiet=True)} | changes
     return prepare(source, out, **chosen)
 
 
@@ -302,7 +304,7 @@ def test_what_was_prepared_before_there_were_layouts(
     with pytest.raises(UserError, match="was prepared with layout documents, not lecture"):
         run(made, out, layout="lecture", shard_tokens=2000)
     said: list[str] = []
-    run(made, out, layout="documents", shard_tokens=2000, say=said.append)
+    run(made, out, layout="documents", shard_tokens=2000, console=listen(said))
     assert ("nothing to do" if finished else "going on") in said[0]
     assert found_files(out) == found_files(whole)
 

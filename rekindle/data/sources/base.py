@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rekindle.data.progress import Say
+from rekindle.observe.console import Console
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,7 +73,7 @@ class Source(Protocol):
         """Whether `record`, from an earlier run, is of this source."""
         return record.get("fingerprint") == self.fingerprint
 
-    def open(self, folder: Path, say: Say) -> None:
+    def open(self, folder: Path, console: Console) -> None:
         """Find out which files there are. `folder` is lent for downloads until `close`."""
 
     def release(self, file: int) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rekindle import hub
-from rekindle.data.progress import Progress, Say
+from rekindle.data.progress import Progress
 from rekindle.data.sources.base import Block, Source, SourceFile, splits_of
 from rekindle.data.sources.parquet import parquet_blocks
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
 
 # Short names: repository and the folder in it.
 DATASETS = {
@@ -49,9 +50,9 @@ class HubSource(Source):
         self._pinned = record["revision"]
         return True
 
-    def open(self, folder: Path, say: Say) -> None:
+    def open(self, folder: Path, console: Console) -> None:
         hub.remove_partial(folder)
-        self._downloads, self._say = folder, say
+        self._downloads, self._console = folder, console
         listing = hub.list_files(
             self._repository, self._folder, ".parquet", self._pinned, instead=INSTEAD
         )
@@ -99,8 +100,8 @@ class HubSource(Source):
         coming, remote = self._coming[file], self._listing.files[file]
         if coming.done():
             return coming.result()
-        progress = Progress(self._say, "bytes")
-        progress.say(f"downloading {remote.path} ({remote.size:,} bytes)")
+        progress = Progress(self._console, "bytes")
+        self._console.say(f"downloading {remote.path} ({remote.size:,} bytes)")
         before = self._received
         while not coming.done():
             received = self._received - before
