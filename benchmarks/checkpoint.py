@@ -23,7 +23,8 @@ import torch
 from benchmarks.common import environment, quantiles, write_result
 from rekindle import storage
 from rekindle.model.gpt2 import GPT2
-from rekindle.observe.metrics import Console, Metrics
+from rekindle.observe.console import Console
+from rekindle.observe.metrics import Metrics
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.recipes import get_recipe

@@ -106,13 +106,11 @@ def _may_be_made(folder: Path) -> bool:
 
 
 def prepare(o: argparse.Namespace) -> None:
-    from rekindle.data import sources
     from rekindle.data.prepare import prepare
+    from rekindle.data.sources import SOURCES, from_arguments
 
-    source = sources.from_arguments(
-        dataset=o.dataset, embedded=o.embedded, parquet=o.parquet, jsonl=o.jsonl, text=o.text,
-        shards=o.shards,
-    )  # fmt: skip
+    flags = {name: getattr(o, name) for name in SOURCES}
+    source = from_arguments(o.dataset, **flags)
     out = o.out or (o.shards if o.shards else None)
     if out is None:
         raise UserError("say where the shards go: --out DIR")
@@ -143,7 +141,7 @@ def train(o: argparse.Namespace) -> None:
 
 def evaluate(o: argparse.Namespace) -> None:
     from rekindle.examine import examine_model
-    from rekindle.observe.metrics import Console
+    from rekindle.observe.console import Console
     from rekindle.runtime.distributed import place
 
     for flag, value in (("--tokens", o.tokens), ("--limit", o.limit)):
@@ -268,6 +266,8 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_prepare(commands: Any) -> None:
+    from rekindle.data.sources import SOURCES
+
     p = _add(
         commands, "prepare", prepare, "turn text into shards of tokens",
         "examples:\n"
@@ -282,18 +282,13 @@ def _add_prepare(commands: Any) -> None:
         help="fineweb-edu-10bt, fineweb-10bt, fineweb-10bt-tokenized, or any data set of the hub "
         "as OWNER/NAME or OWNER/NAME:FOLDER",
     )  # fmt: skip
-    source.add_argument("--embedded", action="store_true", help="Python's own manual: no network")
-    source.add_argument(
-        "--parquet", type=Path, nargs="+", metavar="DIR",
-        help="Parquet files, or folders of them, with a column `text`; val*.parquet is validation",
-    )  # fmt: skip
-    source.add_argument("--jsonl", type=Path, nargs="+", metavar="FILE", help="JSON lines, `text`")
-    source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="plain text files")
-    source.add_argument(
-        "--shards", type=Path, metavar="DIR", help="ready-made shards (llm.c, modded-nanogpt)"
-    )
+    for name, (_, options) in SOURCES.items():
+        source.add_argument(f"--{name}", **options)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards and manifest")
-    p.add_argument("--tokenizer", default="gpt2", choices=("gpt2", "bytes"))
+    p.add_argument(
+        "--tokenizer", default="gpt2", metavar="NAME",
+        help="such as gpt2, or bytes for tiny models (default: %(default)s)",
+    )  # fmt: skip
     p.add_argument(
         "--layout", default="documents", choices=("documents", "lecture"),
         help="documents: whole documents, some held out for validation by their hash; lecture: as "

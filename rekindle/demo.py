@@ -8,7 +8,7 @@ from rekindle import recipes, storage
 from rekindle.data.prepare import prepare
 from rekindle.data.shards import read_manifest
 from rekindle.data.sources import from_arguments
-from rekindle.observe.metrics import duration
+from rekindle.observe.console import duration
 from rekindle.run import RunOptions
 from rekindle.runtime.device import get_device
 from rekindle.train import train

@@ -18,7 +18,8 @@ from rekindle.evaluate.questions import locate, read_questions
 from rekindle.generate.sampling import cut_at_end, generate
 from rekindle.load import Loaded, load
 from rekindle.model.gpt2 import GPT2
-from rekindle.observe.metrics import Console, Metrics
+from rekindle.observe.console import Console
+from rekindle.observe.metrics import Metrics
 from rekindle.recipes import Recipe
 from rekindle.run import Run
 from rekindle.runtime import distributed

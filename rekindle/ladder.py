@@ -27,7 +27,7 @@ from rekindle.errors import UserError
 from rekindle.model.compute import Compute
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.shapes import on_meta
-from rekindle.observe.metrics import duration
+from rekindle.observe.console import duration
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.recipes import Recipe

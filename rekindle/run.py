@@ -19,7 +19,8 @@ from rekindle.data.batches import Split
 from rekindle.data.shards import Manifest
 from rekindle.errors import UserError
 from rekindle.model.gpt2 import GPT2
-from rekindle.observe.metrics import RECORD, Console, Metrics
+from rekindle.observe.console import Console
+from rekindle.observe.metrics import RECORD, Metrics
 from rekindle.optim import Optimizer
 from rekindle.recipes import Recipe
 from rekindle.runtime import checkpoint

@@ -28,7 +28,8 @@ from rekindle.evaluate.questions import Question, for_training
 from rekindle.examine import Examiner
 from rekindle.model.compute import Compute
 from rekindle.model.gpt2 import GPT2
-from rekindle.observe.metrics import Console, Metrics, duration
+from rekindle.observe.console import Console, duration
+from rekindle.observe.metrics import Metrics
 from rekindle.optim import Optimizer
 from rekindle.optim.adamw import AdamW
 from rekindle.recipes import Recipe

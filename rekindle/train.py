@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rekindle.evaluate.loss import Forward
-from rekindle.observe.metrics import duration
+from rekindle.observe.console import duration
 from rekindle.optim import Optimizer
 from rekindle.optim.gradients import clip_gradients, grad_norm, zero_gradients
 from rekindle.optim.schedule import learning_rate

@@ -28,7 +28,7 @@ EXPLAINED: dict[str, str] = {
     "runtime.fit.: 16 => 17 in 1 / 16": "a measured number that any near it would do for",
     "data.batches.Prefetcher._put: 0.1 => 0.2": "how often it looks whether to stop",
     "evaluate.loss.validation_loss: True => False #2": "on a CPU no copy is asynchronous",
-    "data.prepare._Preparation.__init__: 0 => 1 #4": "one token more in a line that rounds it",
+    "data.prepare._Preparation.__init__: 0 => 1 #2": "one token more in a line that rounds it",
 }
 
 
@@ -62,7 +62,8 @@ HAND = [
     ("peak of one rank", "run", "Run.open_metrics", "peak * world.size if", "peak if"),
     ("waiting pieces unchecked", "data.prepare", "_Preparation._commit",
      "samples.check(str(self.folder / name))", "pass"),
-    ("set aside, not flushed", "storage", "set_aside", "_flush_folder(folder.parent)", "pass"),
+    ("set aside, not flushed", "storage.files", "set_aside",
+     "_flush_folder(folder.parent)", "pass"),
     ("bf16 softmax", "model.attention", "attend_once",
      "(k @ q.transpose(-2, -1)).float()", "(k @ q.transpose(-2, -1))"),
     ("half a Feistel round", "data.batches", "_feistel", "low_bits = high_bits", "pass"),

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 import threading
 import time
@@ -323,7 +324,7 @@ def test_a_folder_is_absent_if_the_process_dies_before_the_rename(
 ) -> None:
     with monkeypatch.context() as patch:
         kill_in(patch, function)
-        patch.setattr(storage.shutil, "rmtree", lambda *a, **b: None)  # nobody tidies up
+        patch.setattr(shutil, "rmtree", lambda *a, **b: None)  # nobody tidies up
         with pytest.raises(Killed):
             write_folder(tmp_path / "folder")
     assert [p.name for p in tmp_path.iterdir()] == [".tmp-folder"]
@@ -349,7 +350,7 @@ def test_a_folder_is_never_half_removed(tmp_path: Path, monkeypatch: pytest.Monk
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage.shutil, "rmtree", killed)
+        patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(Killed):
             storage.remove_folder(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()

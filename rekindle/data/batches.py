@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rekindle.data.shards import check_ids
 from rekindle.errors import UserError
 
 ROUNDS = 6  # of the Feistel network; even, so that its halves end where they began
@@ -95,7 +96,7 @@ class Windows:
         if out.size and out.max() >= self.vocab_size:
             row = int(np.argmax(out.max(1) >= self.vocab_size))
             shard, start = self._locate(int(numbers[row]))
-            check_ids(out[row], self.shards[shard], start, self.vocab_size)
+            _check_ids(out[row], self.shards[shard], start, self.vocab_size)
         return out
 
     def _locate(self, number: int) -> tuple[int, int]:
@@ -104,16 +105,10 @@ class Windows:
         return shard, (number - (int(self._ends[shard - 1]) if shard else 0)) * self.T
 
 
-def check_ids(tokens: np.ndarray, shard: np.ndarray, start: int, vocab_size: int) -> None:
-    """Raises `UserError` if `tokens`, those of `shard` from `start` on, hold an id beyond the
-    vocabulary, and names the file and the place."""
-    if tokens.max(initial=0) >= vocab_size:
-        place = int(np.argmax(tokens >= vocab_size))
-        raise UserError(
-            f"{getattr(shard, 'filename', 'a shard')} holds the id {tokens[place]} beyond the "
-            f"vocabulary of {vocab_size} at token {start + place}, and did not when it was "
-            "checked: prepare it again"
-        )
+def _check_ids(tokens: np.ndarray, shard: np.ndarray, start: int, vocab_size: int) -> None:
+    """Check `tokens`, those of `shard` from `start` on, again: the run checked them first."""
+    note = ", and did not when it was checked"
+    check_ids(tokens, vocab_size, getattr(shard, "filename", "a shard"), start, note)
 
 
 @dataclass(frozen=True)
@@ -200,7 +195,7 @@ def validation_batches(
         mine = spans[first + rank * rows : first + (rank + 1) * rows]
         for row, (number, start, size) in enumerate(mine):
             tokens = shards[number][start : start + size + 1]
-            check_ids(tokens, shards[number], start, vocab_size)
+            _check_ids(tokens, shards[number], start, vocab_size)
             x[row, :size], y[row, :size] = tokens[:-1], tokens[1:]
         yield x, y
 

@@ -1,7 +1,6 @@
 """Blocks of documents → blocks of tokens, in order, on every core."""
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rekindle.data.sources import Block, Source
+from rekindle.data.cores import usable_cores
+from rekindle.data.sources.base import Block, Source
 from rekindle.data.tokenizer import Tokenizer, string_buffers
 
 if TYPE_CHECKING:
@@ -51,13 +51,6 @@ def encoded_blocks(
         finally:
             for future in under_way:
                 future.cancel()
-
-
-def usable_cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _blocks(source: Source, cursor: tuple[int, int]) -> Iterator[Block]:

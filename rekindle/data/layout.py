@@ -16,13 +16,12 @@ import numpy as np
 from rekindle.data import shards
 from rekindle.data.encoding import Encoded
 from rekindle.data.samples import Samples
-from rekindle.data.sources import Source
-from rekindle.data.tokenizer import Tokenizer, get_tokenizer
+from rekindle.data.sources.base import Source
+from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 
 VAL_MARGIN = 1.15  # how much text there is was only estimated, and fewer would cut that short
 MOST_VALIDATION = 0.1  # of all documents, so that small data is not swallowed
-BYTES_PER_TOKEN = {"gpt2": 4.6, "bytes": 1.0}  # of English web text; only the estimate needs it
 SPLITS = ("train", "val")
 
 
@@ -47,12 +46,12 @@ class Layout(ABC):
 
     fraction = 0.0  # of all documents that a hash puts into validation
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+        self.tokenizer = tokenizer
         self.shard_tokens: int = settings["shard_tokens"]
         self.cursor = (0, 0)  # file, and how many of its documents are done
         self.offset = 0  # tokens of the document at the cursor that are done
-        self.tokenizer = get_tokenizer(settings["tokenizer"])
-        self.pending = {split: Pending(self.tokenizer) for split in SPLITS}
+        self.pending = {split: Pending(tokenizer) for split in SPLITS}
 
     @abstractmethod
     def add(self, encoded: Encoded) -> Iterator[str]:
@@ -83,9 +82,9 @@ class Layout(ABC):
 class Documents(Layout):
     """Whole documents: each in the split that its hash, or its file, says."""
 
-    def __init__(self, source: Source, settings: dict[str, Any]) -> None:
-        super().__init__(settings)
-        self.fraction = _validation_fraction(source, settings)
+    def __init__(self, source: Source, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+        super().__init__(tokenizer, settings)
+        self.fraction = _validation_fraction(source, tokenizer, settings["val_tokens"])
 
     def add(self, encoded: Encoded) -> Iterator[str]:
         documents, start = len(encoded.validation), 0
@@ -132,8 +131,8 @@ class Lecture(Layout):
     Nothing of a cut document is saved: a resumed call encodes it again and skips what is done.
     """
 
-    def __init__(self, source: Source, settings: dict[str, Any]) -> None:
-        super().__init__(settings)
+    def __init__(self, source: Source, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+        super().__init__(tokenizer, settings)
         self.split = "val"  # of the shard that is being filled
         if named := [file.name for file in source.files if file.split == "val"]:
             raise UserError(
@@ -179,9 +178,9 @@ class Lecture(Layout):
 LAYOUTS = {"documents": Documents, "lecture": Lecture}
 
 
-def _validation_fraction(source: Source, settings: dict[str, Any]) -> float:
+def _validation_fraction(source: Source, tokenizer: Tokenizer, val_tokens: int) -> float:
     """The part of all documents that gives `val_tokens` tokens or some more."""
     if any(file.split for file in source.files):
         return 0.0
-    tokens = source.text_bytes / BYTES_PER_TOKEN[settings["tokenizer"]]
-    return min(MOST_VALIDATION, VAL_MARGIN * settings["val_tokens"] / max(1.0, tokens))
+    tokens = source.text_bytes / tokenizer.bytes_per_token
+    return min(MOST_VALIDATION, VAL_MARGIN * val_tokens / max(1.0, tokens))

@@ -15,51 +15,53 @@ import numpy as np
 
 from rekindle import storage
 from rekindle.data import shards
+from rekindle.data.earlier import compare_vocabulary, finished, saved_state
 from rekindle.data.encoding import encoded_blocks
-from rekindle.data.layout import LAYOUTS, SPLITS, Pending
-from rekindle.data.progress import Progress, Say
-from rekindle.data.readymade import ReadyMade
+from rekindle.data.layout import LAYOUTS, Pending
+from rekindle.data.progress import Progress
 from rekindle.data.samples import Samples
 from rekindle.data.shards import Manifest, Shard
-from rekindle.data.sources import Source
-from rekindle.data.tokenizer import get_tokenizer
+from rekindle.data.sources.base import Source
+from rekindle.data.sources.ready_made import ReadyMade
+from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
 
 VAL_TOKENS = 10_485_760  # validation loss is taken over 20 batches of 524,288, as in the lecture
 SHARD_TOKENS = 100_000_000  # the lecture's, and llm.c's
 LARGEST_SHARD = 1_000_000_000  # the header's count is an int32, and the last document adds to it
-PENDING = {"documents": int, "pieces": [str]}
-FORM = {  # of what `_Preparation` saves; one of the splits is pending
-    "source": dict, "cursor": [int], "offset?": int, "shards": [shards.SHARD],
-    "pending": tuple({split: PENDING} for split in SPLITS),
-}  # fmt: skip
 
 
 def prepare(
     source: Source | ReadyMade,
     out: Path,
-    tokenizer: str = "gpt2",
+    tokenizer: str | Tokenizer = "gpt2",
     val_tokens: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
-    say: Say = print,
+    console: Console | None = None,
     layout: str = "documents",
 ) -> Manifest:
     """Make `out` a folder of shards with the documents of `source`; return its manifest.
+
+    `tokenizer` is one, or the name of one in `TOKENIZERS`.
 
     Does nothing when that is there already, and resumes where an earlier call was stopped. About
     `val_tokens` tokens (None: `VAL_TOKENS`) become validation, unless the source says itself which
     files are, or the layout is `lecture`, whose first shard is validation. Raises `UserError`, and
     leaves no manifest, when the source or the folder will not do.
     """
-    settings = _settings(tokenizer, layout, val_tokens, shard_tokens)
+    if isinstance(tokenizer, str):
+        tokenizer = get_tokenizer(tokenizer)
+    console = console or Console()
+    settings = _settings(tokenizer.name, layout, val_tokens, shard_tokens)
     if isinstance(source, ReadyMade) and layout != "documents":
         raise UserError(f"ready-made shards are taken as they are: leave out --layout {layout}")
     out = Path(out)
     try:
         with storage.Lock(out) as lock:
             if isinstance(source, ReadyMade):
-                return source.take(out, get_tokenizer(tokenizer), say, lock)
-            return _prepare(source, out, settings, say, lock)
+                return source.take(out, tokenizer, console, lock)
+            return _prepare(source, out, tokenizer, settings, console, lock)
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: {error.strerror or error}; mend that and run the same "
@@ -90,96 +92,57 @@ def _settings(
 
 
 def _prepare(
-    source: Source, out: Path, settings: dict[str, Any], say: Say, lock: storage.Lock
+    source: Source,
+    out: Path,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    console: Console,
+    lock: storage.Lock,
 ) -> Manifest:
-    if finished := _finished(source, out, settings, lock):
-        say(f"{out} is prepared already: {finished.summary()}; nothing to do")
-        return finished
+    if manifest := finished(source, out, settings, lock):
+        compare_vocabulary(out, manifest.tokenizer_sha256, tokenizer)
+        console.say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
+        return manifest
     lock.take(create=False)
-    state = _saved_state(source, out, settings)
+    state = saved_state(source, out, settings)
+    if state:
+        compare_vocabulary(out, state.get("tokenizer_sha256", tokenizer.sha256), tokenizer)
     folder = out / shards.UNFINISHED
     folder.mkdir(parents=True, exist_ok=True)
     lock.take()
     storage.remove_unfinished(out)
     storage.remove_unfinished(folder)
     try:
-        source.open(folder / "downloads", say)
-        preparation = _Preparation(source, out, settings, say)
+        source.open(folder / "downloads", console)
+        preparation = _Preparation(source, out, tokenizer, settings, console)
         if state:
-            say(f"going on in {out} after {len(state['shards'])} finished shards")
+            console.say(f"going on in {out} after {len(state['shards'])} finished shards")
             preparation.restore(state)
         return preparation.run()
     finally:
         source.close()
 
 
-def _finished(
-    source: Source, out: Path, settings: dict[str, Any], lock: storage.Lock
-) -> Manifest | None:
-    """The manifest in `out` if it is of this source and these settings; None if there is none."""
-    if not (out / shards.MANIFEST).exists():
-        return None
-    manifest = shards.read_manifest(out)
-    _compare(out, source, manifest.source, settings)
-    shards.check_sizes(out, manifest)
-    if (out / shards.UNFINISHED).exists():  # killed between the manifest and this
-        lock.take()
-        storage.remove_folder(out / shards.UNFINISHED)
-    if storage.has_unfinished(out):  # or while that was removed
-        lock.take()
-        storage.remove_unfinished(out)
-    return manifest
-
-
-def _saved_state(source: Source, out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Where an earlier call was stopped; None for a fresh start."""
-    path = out / shards.UNFINISHED / shards.STATE
-    if not path.exists():
-        return None
-    state = storage.read_json(path, FORM)
-    pieces = [name for entry in state["pending"].values() for name in entry["pieces"]]
-    names = [*(entry["name"] for entry in state["shards"]), *pieces]
-    if not all(map(shards.is_name, names)):  # pieces are removed when they are in a shard
-        raise UserError(f"{path} names files of other folders: remove {out} and prepare again")
-    _compare(out, source, state["source"], settings)
-    for entry in state["shards"]:
-        if len(shards.open_shard(out / entry["name"])) != entry["tokens"]:
-            raise UserError(
-                f"{out / entry['name']} has changed since it was made: "
-                f"remove the folder {out} and prepare again"
-            )
-    return state
-
-
-def _compare(out: Path, source: Source, record: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise `UserError` unless `record`, found in `out`, is of this source and these settings."""
-    earlier = {"layout": "documents"} | record.get("settings", {})  # older ones name no layout
-    for key, value in settings.items():
-        if earlier.get(key) != value:
-            raise UserError(
-                f"{out} was prepared with {key} {earlier.get(key)}, not {value}: "
-                "give another --out, or remove it"
-            )
-    if not source.is_same(record):
-        raise UserError(
-            f"{out} was prepared from {record.get('name')!r} (revision {record.get('revision')}), "
-            f"and {source.name!r} is not the same text: give another --out, or remove it"
-        )
-
-
 class _Preparation:
     """One call's work. This thread reads the documents and lays them out; a pool encodes them; one
     more thread writes, so that the disk does not hold up the rest."""
 
-    def __init__(self, source: Source, out: Path, settings: dict[str, Any], say: Say) -> None:
+    def __init__(
+        self,
+        source: Source,
+        out: Path,
+        tokenizer: Tokenizer,
+        settings: dict[str, Any],
+        console: Console,
+    ) -> None:
         self.source, self.out, self.folder = source, out, out / shards.UNFINISHED
-        self.tokenizer = get_tokenizer(settings["tokenizer"])
+        self.tokenizer = tokenizer
         self.record = source.record() | {"settings": settings}
-        self.layout = LAYOUTS[settings["layout"]](source, settings)
+        self.layout = LAYOUTS[settings["layout"]](source, tokenizer, settings)
         self.sizes = np.cumsum([0, *(file.size for file in source.files)])
         self.shards: list[Shard] = []
         self.tokens = 0  # made by this call
-        self.progress = Progress(say, "tokens")
+        self.console, self.progress = console, Progress(console, "tokens")
         self.disk = ThreadPoolExecutor(1)
         self.writing: Future[Shard] | None = None
 
@@ -220,6 +183,7 @@ class _Preparation:
         saved = [*rest.saved, name] if pieces else rest.saved
         state = {
             "source": self.record,
+            "tokenizer_sha256": self.tokenizer.sha256,
             "cursor": self.layout.cursor,
             "offset": self.layout.offset,
             "pending": {other: {"documents": rest.documents, "pieces": saved}},
@@ -245,7 +209,7 @@ class _Preparation:
         """Wait for the shard that is being written, if one is, and raise what went wrong."""
         if self.writing:
             shard, self.writing = self.writing.result(), None
-            self.progress.say(f"{shard.name}: {shard.tokens:,} tokens")
+            self.console.say(f"{shard.name}: {shard.tokens:,} tokens")
 
     def _write_shard(self, split: str, pending: Pending) -> Shard:
         number = sum(shard.split == split for shard in self.shards)
@@ -272,7 +236,7 @@ class _Preparation:
         )
         manifest.write(self.out)
         storage.remove_folder(self.folder)
-        self.progress.say(f"{self.out}: {manifest.summary()} ({self.progress.summary()})")
+        self.console.say(f"{self.out}: {manifest.summary()} ({self.progress.summary()})")
         if self.layout.fraction and not manifest.tokens("val"):
-            self.progress.say("no document fell to validation: there will be no validation loss")
+            self.console.say("no document fell to validation: there will be no validation loss")
         return manifest

@@ -1,48 +1,27 @@
-"""What a person sees while data are prepared: how far, how fast, how long still."""
+"""How far, how fast and how long still, while data are prepared."""
 
-import shutil
-import sys
 import time
-from collections.abc import Callable
 
-from rekindle.observe.metrics import duration
-
-Say = Callable[[str], None]
+from rekindle.observe.console import Console, duration
 
 
 class Progress:
-    """A progress line: rewritten in place on a terminal, a plain line now and then elsewhere."""
+    """The progress line of a preparation or a download. The first comes after the usual time."""
 
-    def __init__(self, say: Say, unit: str) -> None:
-        self._say = say
-        self._unit = unit
-        self._in_place = say is print and sys.stdout.isatty()
-        self._every = 0.2 if self._in_place else 10.0
-        self._start = self._last = time.monotonic()
+    def __init__(self, console: Console, unit: str) -> None:
+        self._console, self._unit = console, unit
+        self._start = time.monotonic()
         self._part_before: float | None = None  # done by earlier runs: it took none of our time
         self._count = 0
+        console.postpone()
 
     def update(self, count: int, part: float) -> None:
         """`count` units were made by this run so far; `part` (0 to 1) of all input is read."""
         self._count = count
         if self._part_before is None:
             self._part_before = part if count == 0 else 0.0
-        now = time.monotonic()
-        if now - self._last < self._every:
-            return
-        self._last = now
         line = f"{count:,} {self._unit} · {self._rate()} · {min(part, 1.0):.0%}{self._left(part)}"
-        if self._in_place:
-            width = shutil.get_terminal_size().columns - 1
-            print("\r" + line[:width].ljust(width), end="", flush=True)
-        else:
-            self._say(line)
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        if self._in_place:
-            print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
-        self._say(line)
+        self._console.progress(line, passing=True)
 
     def summary(self) -> str:
         return f"{duration(self._elapsed())}, {self._rate()}"

@@ -195,7 +195,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
         tokens = open_shard(path)
         if len(tokens) != shard.tokens:
             raise UserError(f"{path} holds {len(tokens)} tokens, its manifest says {shard.tokens}")
-        _check_ids(path, tokens, manifest.vocab_size)
+        check_ids(tokens, manifest.vocab_size, path)
         if storage.file_sha256(path) != shard.sha256:
             where = _first_difference(path, shard)
             raise UserError(
@@ -246,7 +246,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 def describe_shard(path: Path, split: str, end_of_text: int, vocab_size: int) -> Shard:
     """A manifest entry for a shard made elsewhere, read from the file itself and checked."""
     tokens = open_shard(path)
-    _check_ids(path, tokens, vocab_size)
+    check_ids(tokens, vocab_size, path)
     documents = int(np.count_nonzero(tokens == end_of_text))
     content = np.memmap(path, np.uint8, "r")
     return Shard(
@@ -254,10 +254,14 @@ def describe_shard(path: Path, split: str, end_of_text: int, vocab_size: int) ->
     )
 
 
-def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    if len(tokens) and (largest := int(tokens.max())) >= vocab_size:
-        offset = int(np.argmax(tokens >= vocab_size))
+def check_ids(
+    tokens: np.ndarray, vocab_size: int, where: object, first: int = 0, note: str = ""
+) -> None:
+    """Raises `UserError` if `tokens`, those of the file `where` from its token `first` on, hold an
+    id beyond the vocabulary, and names the first one's place."""
+    if tokens.max(initial=0) >= vocab_size:
+        place = int(np.argmax(tokens >= vocab_size))
         raise UserError(
-            f"{path} holds the id {largest} beyond the vocabulary of {vocab_size} "
-            f"(first at token {offset}): prepare it again"
+            f"{where} holds the id {tokens[place]} beyond the vocabulary of {vocab_size} "
+            f"(first at token {first + place}){note}: prepare it again"
         )

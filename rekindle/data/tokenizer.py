@@ -9,7 +9,7 @@ import json
 import tempfile
 import threading
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +39,7 @@ class Tokenizer(Protocol):
     vocab_size: int  # number of real ids; a model may pad its table beyond
     end_of_text: int  # id that leads every document
     sha256: str  # identifies the vocabulary in manifests and checkpoints
+    bytes_per_token: float  # of English web text; only estimates need it
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`; special tokens in it are treated as ordinary text."""
@@ -67,6 +68,7 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_text = 256
     sha256 = hashlib.sha256(b"256 bytes, then end of text").hexdigest()
+    bytes_per_token = 1.0
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -94,6 +96,7 @@ class GPT2Tokenizer:
     vocab_size = 50257
     end_of_text = 50256
     sha256 = ENCODER
+    bytes_per_token = 4.6
 
     def __init__(self) -> None:
         import tiktoken
@@ -145,13 +148,16 @@ class GPT2Tokenizer:
         return lengths
 
 
+# A new tokenizer is a new file and its line here.
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}
+
+
 @cache
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`, `gpt2` or `bytes`. Raises `UserError` for any other."""
-    kinds = {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}
-    if name not in kinds:
-        raise UserError(f"unknown tokenizer {name!r}: use gpt2 or bytes")
-    return kinds[name]()
+    """The tokenizer called `name`. Raises `UserError` for one that is not in `TOKENIZERS`."""
+    if name not in TOKENIZERS:
+        raise UserError(f"unknown tokenizer {name!r}: use {' or '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]()
 
 
 def string_buffers(texts: "pa.StringArray") -> tuple[np.ndarray, np.ndarray]:

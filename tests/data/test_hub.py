@@ -8,24 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rekindle.data import remote as module
 from rekindle.data import shards
 from rekindle.data.prepare import prepare
-from rekindle.data.remote import HubSource
 from rekindle.data.shards import Manifest
-from rekindle.data.sources import Block, from_arguments
+from rekindle.data.sources import from_arguments
+from rekindle.data.sources import hub as module
+from rekindle.data.sources.base import Block
+from rekindle.data.sources.hub import HubSource
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
 
 EDU = "HuggingFaceFW/fineweb-edu"
 SHARDS = "kjj0/fineweb10B-gpt2"
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def run(dataset: str, out: Path, **settings: Any) -> Manifest:
-    settings = {"say": quiet, "tokenizer": "bytes"} | settings
+    settings = {"console": Console(quiet=True), "tokenizer": "bytes"} | settings
     return prepare(from_arguments(dataset=dataset), out, **settings)
 
 
@@ -97,7 +95,7 @@ def test_the_next_file_comes_while_one_is_read_and_read_files_go(
 
     monkeypatch.setattr(module, "parquet_blocks", watched)
     source = HubSource(EDU, "sample/10BT")
-    source.open(tmp_path, quiet)
+    source.open(tmp_path, Console(quiet=True))
     list(source.blocks(0))
     source._coming[1].result()  # was asked for by reading the first
     assert len(hub.downloads) == 2
@@ -115,7 +113,7 @@ def test_a_stopped_preparation_keeps_its_revision(
 ) -> None:
     """Published changes in between neither break it nor get mixed in, and what was prepared is
     not downloaded again."""
-    monkeypatch.setattr("rekindle.data.local.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("rekindle.data.sources.local.BLOCK_BYTES", 2000)
     run("fineweb-edu-10bt", tmp_path / "whole", shard_tokens=2000)
     blocks, begun = module.parquet_blocks, hub.revision
 
@@ -166,7 +164,7 @@ def test_a_partial_download_of_a_killed_run_is_removed(
     left.parent.mkdir(parents=True)
     left.write_bytes(bytes(1000))
     source = HubSource(EDU, "sample/10BT")
-    source.open(tmp_path / ".progress" / "downloads", quiet)
+    source.open(tmp_path / ".progress" / "downloads", Console(quiet=True))
     assert not left.exists()
     source.close()
 

@@ -12,13 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle import storage
-from rekindle.data import local, shards
+from rekindle.data import shards
 from rekindle.data.encoding import Encoded
 from rekindle.data.layout import Lecture
 from rekindle.data.prepare import prepare
-from rekindle.data.sources import Block, SourceFile, from_arguments
+from rekindle.data.sources import from_arguments, local
+from rekindle.data.sources.base import Block, SourceFile
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
+from rekindle.storage import files as storage_files
+from tests.data.listening import listen
 
 END = 256  # end of text of the byte tokenizer
 
@@ -59,8 +63,8 @@ def found_files(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_flush", lambda descriptor: None)
-    monkeypatch.setattr(storage, "_flush_folder", lambda path: None)
+    monkeypatch.setattr(storage_files, "_flush", lambda descriptor: None)
+    monkeypatch.setattr(storage_files, "_flush_folder", lambda path: None)
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
 
 
 def run(source: Any, out: Path, **changes: Any) -> shards.Manifest:
-    chosen = {"tokenizer": "bytes", "layout": "lecture", "say": lambda line: None} | changes
+    chosen = {"tokenizer": "bytes", "layout": "lecture", "console": Console(quiet=True)} | changes
     return prepare(source, out, **chosen)
 
 
@@ -170,7 +174,7 @@ def test_any_documents_resumed_after_any_shard(
     documents = [[97 + i] * length for i, length in enumerate(lengths)]
     expected = lecture_script(documents, END, size)
     chosen = {"tokenizer": "bytes", "shard_tokens": size}
-    whole = Lecture(NoFiles(), chosen)  # type: ignore[arg-type]
+    whole = Lecture(NoFiles(), get_tokenizer("bytes"), chosen)  # type: ignore[arg-type]
     found = list(cut(documents, whole, block))
     assert [split for split, _ in found] == ["val", *["train"] * (len(expected) - 1)]
     assert [tokens.tolist() for _, tokens in found] == [tokens.tolist() for tokens in expected]
@@ -178,11 +182,11 @@ def test_any_documents_resumed_after_any_shard(
     if len(expected) == 1:
         return
     stop = 1 + stop % (len(expected) - 1)
-    stopped = Lecture(NoFiles(), chosen)  # type: ignore[arg-type]
+    stopped = Lecture(NoFiles(), get_tokenizer("bytes"), chosen)  # type: ignore[arg-type]
     shards_made = cut(documents, stopped, block)
     for _ in range(stop):
         next(shards_made)
-    resumed = Lecture(NoFiles(), chosen)  # type: ignore[arg-type]
+    resumed = Lecture(NoFiles(), get_tokenizer("bytes"), chosen)  # type: ignore[arg-type]
     state = {"cursor": stopped.cursor, "offset": stopped.offset, "pending": {}, "shards": [1]}
     resumed.restore(state, Path())
     rest = list(cut(documents, resumed, block))
@@ -225,7 +229,8 @@ def test_a_crash_at_any_write_gives_the_same_bytes(
             raise Crash
 
         with monkeypatch.context() as patch:
-            patch.setattr(storage, write, crash)
+            for place in (storage, storage_files):  # which calls it for JSON
+                patch.setattr(place, write, crash)
             while stops < 3:
                 writes = 0
                 try:
@@ -299,7 +304,7 @@ def test_what_was_prepared_before_there_were_layouts(
     with pytest.raises(UserError, match="was prepared with layout documents, not lecture"):
         run(made, out, layout="lecture", shard_tokens=2000)
     said: list[str] = []
-    run(made, out, layout="documents", shard_tokens=2000, say=said.append)
+    run(made, out, layout="documents", shard_tokens=2000, console=listen(said))
     assert ("nothing to do" if finished else "going on") in said[0]
     assert found_files(out) == found_files(whole)
 

@@ -22,10 +22,15 @@ from rekindle.data import encoding, samples, shards
 from rekindle.data import prepare as module
 from rekindle.data.encoding import encoded_blocks, is_validation
 from rekindle.data.prepare import prepare
+from rekindle.data.progress import Progress
 from rekindle.data.shards import Manifest
-from rekindle.data.sources import Block, Source, SourceFile, from_arguments
+from rekindle.data.sources import from_arguments
+from rekindle.data.sources.base import Block, Source, SourceFile
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
+from rekindle.storage import files as storage_files
+from tests.data.listening import listen
 
 ROOT = Path(__file__).parents[2]
 # Which of 300 texts are held out, if about a tenth is.
@@ -63,12 +68,10 @@ class ListSource(Source):
             yield Block(pa.array(some, pa.string()), file, i, (i + len(some)) / len(texts))
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def run(source: Any, out: Path, **settings: Any) -> Manifest:
-    return prepare(source, out, **({"say": quiet, "tokenizer": "bytes"} | settings))
+    return prepare(
+        source, out, **({"console": Console(quiet=True), "tokenizer": "bytes"} | settings)
+    )
 
 
 def read_documents(out: Path, split: str) -> list[list[int]]:
@@ -96,8 +99,8 @@ def contents(out: Path) -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests end processes, not machines; flushing the disk would only make them slow."""
-    monkeypatch.setattr(storage, "_flush", lambda descriptor: None)
-    monkeypatch.setattr(storage, "_flush_folder", lambda path: None)
+    monkeypatch.setattr(storage_files, "_flush", lambda descriptor: None)
+    monkeypatch.setattr(storage_files, "_flush_folder", lambda path: None)
 
 
 # The right tokens
@@ -141,7 +144,7 @@ def test_a_source_that_says_its_split_is_believed(
     """Though all of it is one split: neither is anything held out, nor trained on instead."""
     said: list[str] = []
     source = ListSource(texts(9), splits=split)
-    manifest = run(source, tmp_path, val_tokens=10**9, say=said.append)
+    manifest = run(source, tmp_path, val_tokens=10**9, console=listen(said))
     assert {shard.split for shard in manifest.shards} == {split}
     assert not any("no document fell to validation" in line for line in said)
 
@@ -239,7 +242,7 @@ def test_nothing_is_done_twice(tmp_path: Path, texts: Callable[..., list[str]]) 
         def blocks(self, file: int, skip: int = 0) -> Iterator[Block]:
             raise AssertionError("it was read again")
 
-    assert run(Unreadable(documents), tmp_path, say=said.append) == first
+    assert run(Unreadable(documents), tmp_path, console=listen(said)) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     assert len(said) == 1
     assert "nothing to do" in said[0]
@@ -279,13 +282,13 @@ def test_a_crash_at_any_write_changes_nothing(
         stops = 0
         while stops < 3:
             writes = 0
-            monkeypatch.setattr(storage.os, "replace", crash)
+            monkeypatch.setattr(os, "replace", crash)
             try:
                 run(ListSource(*documents), out, **settings)
                 break
             except Crash:
                 stops += 1
-        monkeypatch.setattr(storage.os, "replace", replace)
+        monkeypatch.setattr(os, "replace", replace)
         run(ListSource(*documents), out, **settings)
         assert contents(out) == expected
         if not stops:
@@ -297,15 +300,13 @@ KILLED = """
 import sys
 from pathlib import Path
 from rekindle import storage
-from rekindle.data import local
 from rekindle.data.prepare import prepare
-from rekindle.data.sources import from_arguments
+from rekindle.data.sources import from_arguments, local
 
 local.BLOCK_BYTES = 4000
-storage._flush = storage._flush_folder = lambda _: None
-say = lambda line: print(line, flush=True)
+storage.files._flush = storage.files._flush_folder = lambda _: None
 source = from_arguments(parquet=[sys.argv[1]])
-prepare(source, Path(sys.argv[2]), "bytes", shard_tokens=5000, val_tokens=10**6, say=say)
+prepare(source, Path(sys.argv[2]), "bytes", shard_tokens=5000, val_tokens=10**6)
 """
 
 
@@ -375,7 +376,7 @@ def test_only_what_is_missing_is_read_again(
             return super().blocks(file, skip)
 
     said: list[str] = []
-    run(Watched(documents), tmp_path, shard_tokens=2000, say=said.append)
+    run(Watched(documents), tmp_path, shard_tokens=2000, console=listen(said))
     assert seen[0] > 100
     assert "going on" in said[0]
     assert len(read_documents(tmp_path, "train") + read_documents(tmp_path, "val")) == 300
@@ -463,12 +464,19 @@ def test_a_full_disk_leaves_no_manifest_and_can_be_gone_on_from(
             raise OSError(28, "No space left on device", str(path))
         return write(path, chunks)
 
-    monkeypatch.setattr(storage, "write_file", full)
+    for place in (storage, storage_files):  # which calls it for JSON
+        monkeypatch.setattr(place, "write_file", full)
     with pytest.raises(UserError, match=r"No space left on device.*goes on where it stopped"):
         run(ListSource(documents), tmp_path / "full", shard_tokens=2000)
     assert not (tmp_path / "full" / "manifest.json").exists()
     run(ListSource(documents), tmp_path / "full", shard_tokens=2000)
     assert contents(tmp_path / "full") == contents(tmp_path / "whole")
+
+
+def test_an_unknown_tokenizer_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown tokenizer 'gpt3': use gpt2 or bytes"):
+        run(ListSource(["a"]), tmp_path / "out", tokenizer="gpt3")
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_is_a_file(tmp_path: Path) -> None:
@@ -611,7 +619,7 @@ def test_progress_lines(
     said: list[str] = []
     ticks = iter(range(100_000))
     monkeypatch.setattr("rekindle.data.progress.time.monotonic", lambda: next(ticks) * 11.0)
-    run(ListSource(documents), tmp_path, shard_tokens=2000, say=said.append)
+    run(ListSource(documents), tmp_path, shard_tokens=2000, console=listen(said))
     text = "\n".join(said)
     assert "tokens/s · " in text
     assert "left" in text
@@ -621,20 +629,22 @@ def test_progress_lines(
     assert "tokens to train on" in said[-1]
 
 
-def test_progress_in_place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    from rekindle.data.progress import Progress
-
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    progress = Progress(print, "tokens")
-    progress._every = 0.0
+def test_progress_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first line comes after a while; what is said takes the place of a progress line."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    said: list[str] = []
+    console = listen(said, terminal=True)
+    progress = Progress(console, "tokens")
     progress.update(0, 0.0)
-    time.sleep(0.001)
+    assert said == []
+    now[0] += 2
     progress.update(1000, 0.5)
-    progress.say("done")
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    assert "1,000 tokens" in out
-    assert out.endswith("\rdone\n")
+    progress.update(1001, 0.5)
+    console.say("done")
+    console.say("and over")
+    progress_line = "1,000 tokens · 500 tokens/s · 50% · 2.0 s left"
+    assert "".join(said) == f"\r\033[K{progress_line}\r\033[Kdone\nand over\n"
 
 
 # Ready-made shards in a folder
@@ -650,14 +660,14 @@ def test_a_folder_of_shards_gets_its_manifest(tmp_path: Path) -> None:
     (tmp_path / ".tmp-fineweb_train_000002.bin").write_bytes(b"a download under way")
     said: list[str] = []
     source = from_arguments(shards=tmp_path)
-    manifest = run(source, tmp_path, tokenizer="gpt2", say=said.append)
+    manifest = run(source, tmp_path, tokenizer="gpt2", console=listen(said))
     assert manifest == shards.read_manifest(tmp_path)
     assert [(s.split, s.tokens, s.documents) for s in manifest.shards] == [
         ("train", 5, 2),
         ("val", 5, 2),
     ]
     shards.verify(tmp_path, manifest)
-    assert run(from_arguments(shards=tmp_path), tmp_path, tokenizer="gpt2", say=said.append)
+    assert run(from_arguments(shards=tmp_path), tmp_path, tokenizer="gpt2", console=listen(said))
     assert "nothing to do" in said[-1]
 
 

@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rekindle.data import local, sources
-from rekindle.data.sources import Source, from_arguments
+from rekindle.data import sources
+from rekindle.data.sources import from_arguments, local
+from rekindle.data.sources.base import Source
+from rekindle.data.sources.ready_made import ReadyMade
 from rekindle.errors import UserError
 
 
@@ -38,7 +40,7 @@ def all_documents(source: Source) -> list[str]:
 
 def local_source(**arguments: object) -> Source:
     source = from_arguments(**arguments)  # type: ignore[arg-type]
-    assert isinstance(source, Source)
+    assert not isinstance(source, ReadyMade)
     return source
 
 

@@ -147,8 +147,8 @@ def test_an_id_out_of_range_is_named(
     outcome = rekindle(*command(tmp_path / "run"), "--data", data, *flags)
     assert outcome.status == 2
     assert (
-        f"{data / name} holds the id 60000 beyond the vocabulary of 257 at token {token}, and did "
-        "not when it was checked"
+        f"{data / name} holds the id 60000 beyond the vocabulary of 257 (first at token {token}), "
+        "and did not when it was checked"
     ) in outcome.err
     found = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
     assert all(path.name < "step-000020" for path in found)
@@ -213,7 +213,9 @@ def test_windows_find_an_id_out_of_range(data: Path, token: int) -> None:
     others = np.setdiff1d(np.arange(len(windows)), holding)
     windows.read(others)
     for number in holding:
-        with pytest.raises(UserError, match=rf"train-0001\.bin holds the id 257 .* token {token},"):
+        with pytest.raises(
+            UserError, match=rf"train-0001\.bin holds the id 257 .* token {token}\),"
+        ):
             windows.read(np.append(others, number))
 
 
@@ -232,5 +234,5 @@ def test_the_largest_id_is_in_range(tmp_path: Path, write_shards: WriteShards) -
 def test_validation_finds_an_id_out_of_range(data: Path) -> None:
     spoil(data / "val-0001.bin", 42, 300)
     found = shards.open_split(data, shards.read_manifest(data), "val")
-    with pytest.raises(UserError, match=r"val-0001\.bin holds the id 300 .* at token 42,"):
+    with pytest.raises(UserError, match=r"val-0001\.bin holds the id 300 .* at token 42\),"):
         list(validation_batches(found, 16, 10**6, 4, vocab_size=257))

@@ -13,7 +13,7 @@ import pytest
 from rekindle import session, storage
 from rekindle import train as rekindle_train
 from rekindle.data import prepare as rekindle_prepare
-from rekindle.data.readymade import PublishedShards, ShardFolder
+from rekindle.data.sources.ready_made import PublishedShards, ShardFolder
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
 from rekindle.runtime import checkpoint

@@ -19,7 +19,7 @@ from rekindle.evaluate.questions import Question
 from rekindle.generate.sampling import generate
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
-from rekindle.observe.metrics import Console
+from rekindle.observe.console import Console
 from rekindle.runtime.device import Device, why_not_compile
 
 # Inductor runs a C++ compiler for each kernel: on a busy machine that takes minutes.

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from rekindle import storage
-from rekindle.observe import metrics as module
-from rekindle.observe.metrics import Console, Metrics, duration
+from rekindle.observe import console as module
+from rekindle.observe.console import Console, duration
+from rekindle.observe.metrics import Metrics
 from rekindle.storage import JsonLines
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from rekindle import session
 from rekindle.errors import UserError
 from rekindle.evaluate.questions import Question
-from rekindle.observe.metrics import Console
+from rekindle.observe.console import Console
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World, reason
 

@@ -18,7 +18,8 @@ from rekindle import storage
 from rekindle.errors import UserError
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
-from rekindle.observe.metrics import Console, Metrics
+from rekindle.observe.console import Console
+from rekindle.observe.metrics import Metrics
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.recipes import Recipe
@@ -26,6 +27,7 @@ from rekindle.runtime import checkpoint, saving
 from rekindle.runtime.checkpoint import Keep
 from rekindle.runtime.distributed import World
 from rekindle.runtime.saving import Saver
+from rekindle.storage import files as storage_files
 from tests.conftest import updates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,7 +104,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         assert opened.wait(30)
         return original(path, chunks)
 
-    monkeypatch.setattr(storage, "write_file", write)
+    monkeypatch.setattr(storage_files, "write_file", write)
     return opened
 
 
@@ -176,9 +178,10 @@ from rekindle import storage
 from rekindle.model.gpt2_config import GPT2Config
 from rekindle.model.gpt2_config import GPT2Config
 from rekindle.model.gpt2 import GPT2
-from rekindle.observe.metrics import Console, Metrics
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
+from rekindle.observe.console import Console
+from rekindle.observe.metrics import Metrics
 from rekindle.runtime.checkpoint import Keep
 from rekindle.runtime.distributed import World
 from rekindle.runtime.saving import Saver

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from rekindle.data.sources import Block, Source, SourceFile
+from rekindle.data.sources.base import Block, Source, SourceFile
 from rekindle.errors import UserError
 
 # Tests, other programs, and packages that are the user's rather than Python's.
@@ -24,7 +24,7 @@ SKIPPED = frozenset({
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-class EmbeddedSource(Source):
+class PythonDocs(Source):
     """The Python manual's topics, then the docstrings of each standard module."""
 
     name = "Python's own documentation"

@@ -13,10 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rekindle import hub
-from rekindle.data.local import parquet_blocks
-from rekindle.data.progress import Progress, Say
-from rekindle.data.sources import Block, Source, SourceFile
+from rekindle.data.progress import Progress
+from rekindle.data.sources.base import Block, Source, SourceFile, splits_of
+from rekindle.data.sources.parquet import parquet_blocks
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
 
 # Short names: repository and the folder in it.
 DATASETS = {
@@ -49,9 +50,9 @@ class HubSource(Source):
         self._pinned = record["revision"]
         return True
 
-    def open(self, folder: Path, say: Say) -> None:
+    def open(self, folder: Path, console: Console) -> None:
         hub.remove_partial(folder)
-        self._downloads, self._say = folder, say
+        self._downloads, self._console = folder, console
         listing = hub.list_files(
             self._repository, self._folder, ".parquet", self._pinned, instead=INSTEAD
         )
@@ -60,10 +61,9 @@ class HubSource(Source):
             raise UserError(f"{self.name} on the hub has no *.parquet file to train on")
         self._listing = dataclasses.replace(listing, files=tuple(kept))
         self.revision, self.licence = listing.revision, listing.licence
-        splits = ["val" if _base(file).startswith("val") else "train" for file in kept]
-        explicit = "val" in splits
+        splits = splits_of([_base(file) for file in kept])
         self.files = [
-            SourceFile(file.path, file.size, split if explicit else None)
+            SourceFile(file.path, file.size, split)
             for file, split in zip(kept, splits, strict=True)
         ]
         self._pool = ThreadPoolExecutor(1)
@@ -100,8 +100,8 @@ class HubSource(Source):
         coming, remote = self._coming[file], self._listing.files[file]
         if coming.done():
             return coming.result()
-        progress = Progress(self._say, "bytes")
-        progress.say(f"downloading {remote.path} ({remote.size:,} bytes)")
+        progress = Progress(self._console, "bytes")
+        self._console.say(f"downloading {remote.path} ({remote.size:,} bytes)")
         before = self._received
         while not coming.done():
             received = self._received - before

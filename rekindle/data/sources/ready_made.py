@@ -9,11 +9,12 @@ from typing import Any
 
 from rekindle import hub, storage
 from rekindle.data import shards
-from rekindle.data.encoding import usable_cores
-from rekindle.data.progress import Progress, Say
+from rekindle.data.cores import usable_cores
+from rekindle.data.progress import Progress
 from rekindle.data.shards import Manifest, Shard
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
 
 DATASET = "fineweb-10bt-tokenized"
 REPOSITORY = "kjj0/fineweb10B-gpt2"  # modded-nanogpt's tokens of FineWeb's 10BT sample
@@ -25,7 +26,9 @@ class ReadyMade(ABC):
     """A set of shards that needs no encoding."""
 
     @abstractmethod
-    def take(self, out: Path, tokenizer: Tokenizer, say: Say, lock: storage.Lock) -> Manifest:
+    def take(
+        self, out: Path, tokenizer: Tokenizer, console: Console, lock: storage.Lock
+    ) -> Manifest:
         """Make `out` a folder of these shards. Does nothing when it is one already;
         otherwise nobody else may write there meanwhile."""
 
@@ -41,7 +44,9 @@ class ShardFolder(ReadyMade):
         if not self.paths:
             raise UserError(f"{folder} holds no shards (*.bin)")
 
-    def take(self, out: Path, tokenizer: Tokenizer, say: Say, lock: storage.Lock) -> Manifest:
+    def take(
+        self, out: Path, tokenizer: Tokenizer, console: Console, lock: storage.Lock
+    ) -> Manifest:
         if out.resolve() != self.folder.resolve():
             raise UserError(f"ready-made shards stay where they are: give --out {self.folder}")
         if (out / shards.MANIFEST).exists():
@@ -49,7 +54,7 @@ class ShardFolder(ReadyMade):
             shards.check_sizes(out, manifest)
             if {shard.name for shard in manifest.shards} != {path.name for path in self.paths}:
                 raise UserError(f"{out / shards.MANIFEST} names other shards: remove it first")
-            say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
+            console.say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
             return manifest
         lock.take()
         with ThreadPoolExecutor(usable_cores()) as pool:
@@ -59,7 +64,7 @@ class ShardFolder(ReadyMade):
             "revision": "local",
             "licence": "unknown",
         }
-        return _write_manifest(out, tokenizer, source, entries, say)
+        return _write_manifest(out, tokenizer, source, entries, console)
 
 
 class PublishedShards(ReadyMade):
@@ -68,7 +73,9 @@ class PublishedShards(ReadyMade):
     def __init__(self, repository: str = REPOSITORY) -> None:
         self.repository = repository
 
-    def take(self, out: Path, tokenizer: Tokenizer, say: Say, lock: storage.Lock) -> Manifest:
+    def take(
+        self, out: Path, tokenizer: Tokenizer, console: Console, lock: storage.Lock
+    ) -> Manifest:
         if tokenizer.name != "gpt2":
             raise UserError(f"{self.repository} holds GPT-2's tokens: use --tokenizer gpt2")
         out.mkdir(parents=True, exist_ok=True)
@@ -76,11 +83,11 @@ class PublishedShards(ReadyMade):
             manifest = shards.read_manifest(out)
             self._check_origin(out, manifest.source)
             shards.check_sizes(out, manifest)
-            say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
+            console.say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
             return manifest
         lock.take()
-        source, entries = _Fetch(self, out, tokenizer, say).run()
-        manifest = _write_manifest(out, tokenizer, source, entries, say)
+        source, entries = _Fetch(self, out, tokenizer, console).run()
+        manifest = _write_manifest(out, tokenizer, source, entries, console)
         storage.remove_folder(out / shards.UNFINISHED)
         return manifest
 
@@ -105,7 +112,7 @@ class _Fetch:
     """One call's downloads. Each shard is checked before it gets its name in the folder."""
 
     def __init__(
-        self, published: PublishedShards, out: Path, tokenizer: Tokenizer, say: Say
+        self, published: PublishedShards, out: Path, tokenizer: Tokenizer, console: Console
     ) -> None:
         self.out, self.tokenizer = out, tokenizer
         self.folder = out / shards.UNFINISHED
@@ -125,7 +132,7 @@ class _Fetch:
             "licence": listing.licence,
             "fingerprint": listing.fingerprint,
         }
-        self.progress = Progress(say, "bytes")
+        self.console, self.progress = console, Progress(console, "bytes")
         self.total = max(1, sum(file.size for file in self.files))
         self.received = self.before = 0
         self.cancelled = False
@@ -141,7 +148,7 @@ class _Fetch:
                 finished = [asdict(entry) for entry in self.entries.values()]
                 state = {"source": self.source, "shards": finished}
                 storage.write_json(self.folder / shards.STATE, state)
-                self.progress.say(f"{shard.name}: {shard.tokens:,} tokens")
+                self.console.say(f"{shard.name}: {shard.tokens:,} tokens")
         finally:
             self.cancelled = True  # of use only when one has failed: the others need not go on
             pool.shutdown(cancel_futures=True)
@@ -173,10 +180,14 @@ def _describe(path: Path, tokenizer: Tokenizer) -> Shard:
 
 
 def _write_manifest(
-    out: Path, tokenizer: Tokenizer, source: dict[str, Any], entries: Sequence[Shard], say: Say
+    out: Path,
+    tokenizer: Tokenizer,
+    source: dict[str, Any],
+    entries: Sequence[Shard],
+    console: Console,
 ) -> Manifest:
     ordered = tuple(sorted(entries, key=lambda shard: (shard.split, shard.name)))
     manifest = Manifest(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, source, ordered)
     manifest.write(out)
-    say(f"{out}: {manifest.summary()}")
+    console.say(f"{out}: {manifest.summary()}")
     return manifest

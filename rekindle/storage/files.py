@@ -1,0 +1,212 @@
+"""Files and folders that appear whole or not at all."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from rekindle.errors import UserError
+from rekindle.schema import mismatch
+from rekindle.storage.lock import LOCK
+
+TEMPORARY = ".tmp-"  # names that start so are unfinished and may be removed by whoever comes next
+SAFETENSORS = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}  # what the format calls NumPy's types
+
+
+def write_file(path: Path, chunks: Iterable[Any]) -> str:
+    """Write `chunks` (anything with the buffer protocol) to `path`; return the SHA-256 as hex.
+
+    A thread hashes the same memory while it is being written and flushed, each of which takes about
+    as long as the other: nobody may change it before this returns.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    views = [memoryview(chunk).cast("B") for chunk in chunks]
+    digest = hashlib.sha256()
+
+    def hash_all() -> None:
+        for view in views:
+            digest.update(view)
+
+    hashing = threading.Thread(target=hash_all)
+    hashing.start()
+    try:
+        with open(temporary, "wb") as file:
+            for view in views:
+                file.write(view)
+            _flush(file)
+    finally:
+        hashing.join()
+    os.replace(temporary, path)
+    _flush_folder(path.parent)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> str:
+    """Write `value` as indented JSON; return the SHA-256 of the file."""
+    return write_file(path, [json.dumps(value, indent=2).encode() + b"\n"])
+
+
+def read_json(path: Path, form: Any = object) -> Any:
+    """Read a JSON file. Raises `UserError` when it is missing, damaged, or not of this `form`."""
+    try:
+        return parse_json(path.read_bytes(), form)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it or make it again") from None
+
+
+def parse_json(text: bytes, form: Any = object) -> Any:
+    """The value in `text`. Raises `ValueError` if there is none, or not one of this `form`."""
+    try:
+        value = json.loads(text.decode())
+        if b"\\ud" in text.lower():  # half a surrogate pair is no text: nothing could print it
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if wrong := mismatch(value, form):
+        raise ValueError(wrong)
+    return value
+
+
+def move_file(source: Path, path: Path) -> None:
+    """Give a finished file, on the same disk, its lasting name, once its content is on disk."""
+    with open(source, "rb+") as file:
+        _flush(file)
+    os.replace(source, path)
+    _flush_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if they are not there, so that they stay."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _flush_folder(made.parent)
+
+
+class Folder:
+    """A folder being written; `new_folder` renames it into place when all of it is on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: dict[str, dict[str, Any]] = {}  # name -> {"sha256", "bytes"}
+
+    def write_tensors(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write `arrays` as safetensors, straight from the memory they are in."""
+        ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))  # aligned
+        header, end = {}, 0
+        for key, array in ordered:
+            start, end = end, end + array.nbytes
+            header[key] = {
+                "dtype": SAFETENSORS[array.dtype.str],
+                "shape": list(array.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        flat = [array.reshape(-1) for _, array in ordered]
+        self._note(
+            name, write_file(self.path / name, [len(text).to_bytes(8, "little"), text, *flat])
+        )
+
+    def write_json(self, name: str, value: Any) -> None:
+        self._note(name, write_json(self.path / name, value))
+
+    def _note(self, name: str, sha256: str) -> None:
+        self.files[name] = {"sha256": sha256, "bytes": (self.path / name).stat().st_size}
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Folder]:
+    """Write a folder that appears at `path` whole, or not at all if the body raises."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield Folder(temporary)
+        _flush_folder(temporary)
+        if path.exists():  # only ever a copy of the same step: the newer one takes its place
+            remove_folder(path)
+        os.rename(temporary, path)
+        _flush_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is never seen half-removed: rename first, then delete. Of a link,
+    only the link."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged folder a name under which nobody takes it for a whole one; return it."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    _flush_folder(folder.parent)
+    return aside
+
+
+def spelled(path: Path | str) -> str:
+    """A path as JSON can hold it: bytes that are no UTF-8 are written out."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a process left that was killed at its beginning."""
+    return all(p.name == LOCK or p.name.startswith(TEMPORARY) for p in folder.iterdir())
+
+
+def has_unfinished(folder: Path) -> bool:
+    """Whether there is anything that `remove_unfinished` would remove."""
+    return any(folder.glob(f"{TEMPORARY}*"))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left under temporary names."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(file: IO[bytes]) -> None:
+    """What was written to `file` is on the disk, not in Python's buffer and not in the system's."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder; its renames are journalled
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network disks know no flushing of folders
+            raise
+    finally:
+        os.close(descriptor)

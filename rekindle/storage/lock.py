@@ -1,0 +1,83 @@
+"""One process at a time in a folder."""
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+from rekindle.errors import UserError
+
+LOCK = ".lock"
+
+
+class Lock:
+    """Keeps a folder for one process. The system takes the lock back when the process ends, however
+    it ends; the file only says who it was. Entered, it is not taken yet; left, it is given back."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
+        self._descriptor: int | None = None
+        self._named = False
+
+    @property
+    def held(self) -> bool:
+        """Whether it is ours."""
+        return self._descriptor is not None
+
+    def take(self, *, create: bool = True) -> None:
+        """Take the lock, if it is not ours already; without `create`, only if its file is there,
+        and without writing to it.
+
+        Raises `UserError` that names the process which has it.
+        """
+        if self._descriptor is None and (create or self._path.exists()):
+            self._descriptor = self._open()
+        if self._descriptor and create and not self._named and os.name != "nt":
+            who = f"process {os.getpid()} on {socket.gethostname()}".encode()
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, who, 0)
+            self._named = True
+
+    def _open(self) -> int:
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"{self._path.parent} may not be written to ({error.strerror}): give another --out"
+            ) from None
+        if not _lock_file(descriptor):
+            holder = (
+                os.pread(descriptor, 200, 0).decode(errors="replace") if os.name != "nt" else ""
+            )
+            os.close(descriptor)
+            raise UserError(
+                f"{self._path.parent} is in use by {holder or 'another process'}: wait until that "
+                "is done, or give another --out"
+            )
+        return descriptor
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the lock back, if it was taken."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _lock_file(descriptor: int) -> bool:
+    """Lock an open file; False if another process has. Some file systems of clusters have no locks:
+    there everybody gets one."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+    return True

@@ -1,0 +1,112 @@
+"""A logger that the package does not know gets what `metrics.jsonl` gets; one that fails harms
+nobody."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rekindle.errors import UserError
+from rekindle.observe.console import Console
+from rekindle.observe.json_lines import JsonLinesLogger
+from rekindle.observe.metrics import Logger, Metrics
+from rekindle.storage import JsonLines, read_json_lines
+from tests.extension.memory_logger import MemoryLogger
+
+STEP: dict[str, Any] = {"loss": 3.0, "lr": 6e-4, "norm": 1.5, "data_wait": 0.0, "seconds": 1.0}
+
+
+def make_metrics(*loggers: Logger) -> tuple[Metrics, io.StringIO]:
+    printed = io.StringIO()
+    metrics = Metrics(
+        loggers, Console(stream=printed), steps=100, tokens_per_step=10, flops_per_token=1,
+        peak_flops=None,
+    )  # fmt: skip
+    return metrics, printed
+
+
+def test_it_receives_what_the_file_receives(tmp_path: Path) -> None:
+    path, memory = tmp_path / "metrics.jsonl", MemoryLogger()
+    metrics, _ = make_metrics(memory, JsonLinesLogger(JsonLines(path), pytest.fail))
+    for step in range(5):
+        metrics.step(step, **STEP)
+    metrics.record("validation", 5, loss=float("nan"), tokens=12)
+    assert memory[-1] == {"kind": "validation", "step": 5, "loss": None, "tokens": 12}
+    assert memory == read_json_lines(path)
+    metrics.rewind(lambda record: record["step"] < 3)
+    assert [record["step"] for record in memory] == [0, 1, 2]
+    assert memory == read_json_lines(path)
+    metrics.record("return", 3, next_batch=7)
+    metrics.step(3, **STEP)
+    metrics.close()
+    assert [record["kind"] for record in memory[3:]] == ["return", "train"]
+    assert memory == read_json_lines(path)
+    assert memory.closed
+
+
+class BrokenLogger(MemoryLogger):
+    """Fails as long as `error` is set, whatever it is asked to do."""
+
+    error: Exception | None = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.error:
+            raise self.error
+        super().write(record)
+
+    def rewind(self, keep: Any) -> None:
+        if self.error:
+            raise self.error
+        super().rewind(keep)
+
+    def close(self) -> None:
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route"), UserError("no route")])
+def test_one_that_fails_ends_nothing(error: Exception) -> None:
+    broken, memory = BrokenLogger(), MemoryLogger()
+    metrics, printed = make_metrics(broken, memory)
+    metrics.record("samples", 0)
+    broken.error = error
+    metrics.record("samples", 1)
+    metrics.record("samples", 2)
+    name = type(error).__name__
+    assert printed.getvalue() == f"BrokenLogger failed and misses records ({name}: no route)\n"
+    broken.error = None
+    metrics.record("samples", 3)
+    assert printed.getvalue().endswith("\nBrokenLogger works again; what it missed is lost\n")
+    broken.error = error
+    metrics.close()
+    assert printed.getvalue().count("BrokenLogger failed") == 2
+    assert [record["step"] for record in broken] == [0, 3]
+    assert [record["step"] for record in memory] == [0, 1, 2, 3]
+    assert memory.closed
+
+
+def test_a_file_that_cannot_be_rewound_ends_the_run() -> None:
+    """It would hold the same steps twice; any other failure is of less weight."""
+    broken, memory = BrokenLogger(), MemoryLogger()
+    metrics, _ = make_metrics(broken, memory)
+    metrics.record("samples", 5)
+    broken.error = OSError("gone")
+    metrics.rewind(lambda record: False)
+    assert (len(broken), len(memory)) == (1, 0)
+    broken.error = UserError("make room")
+    with pytest.raises(UserError, match="make room"):
+        metrics.rewind(lambda record: False)
+
+
+def test_records_are_not_shared() -> None:
+    """A logger may change what it is given."""
+
+    class Clearing(MemoryLogger):
+        def write(self, record: dict[str, Any]) -> None:
+            record.clear()
+
+    memory = MemoryLogger()
+    metrics, _ = make_metrics(Clearing(), memory)
+    metrics.record("samples", 1)
+    assert memory == [{"kind": "samples", "step": 1}]
