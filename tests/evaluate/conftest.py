@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rekindle.data.tokenizer import ByteTokenizer
-from rekindle.evaluate.questions import Question
+from rekindle.evaluate.tasks.hellaswag import Question
 from rekindle.model.config import GPT2Config
 from rekindle.model.gpt2 import GPT2
 from rekindle.runtime.device import Device

@@ -29,7 +29,7 @@ from rekindle import load, run, storage
 from rekindle.data import shards
 from rekindle.data.prepare import _saved_state
 from rekindle.errors import UserError
-from rekindle.evaluate.questions import read_questions
+from rekindle.evaluate.tasks.hellaswag import read_questions
 from rekindle.interop.huggingface import GPT2
 from rekindle.observe.report import draw_loss
 from rekindle.runtime import checkpoint
