@@ -1,6 +1,7 @@
 """Evaluation of a model while it trains: validation loss, tasks, samples."""
 
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -144,10 +145,16 @@ def load_for_training(
             if items:
                 say(f"{task.title} is left out: another rank has no items")
             continue
-        advice = f"give every host the same --{name}"
-        world.agree(len(items), f"the number of {task.title}'s items is", advice, device.torch)
+        meaning, advice = f"{task.title} has the checksum", f"give every host the same --{name}"
+        world.agree(_checksum(items), meaning, advice, device.torch)
         found.append((task, items))
     return found
+
+
+def _checksum(items: Sequence[Item]) -> int:
+    """Of all that the ranks' sums depend on: labels, and how long the texts are."""
+    shapes = [(item.label, len(item.context), *map(len, item.candidates)) for item in items]
+    return zlib.crc32(repr(shapes).encode())
 
 
 def _load_or_leave_out(

@@ -2,7 +2,7 @@
 
 The context is computed once: an item is one row, its context and then its candidates. Each
 candidate takes the positions from the context's end on, and a mask keeps it from seeing the others.
-`pack` makes the rows once, `score` scores them as often as wanted.
+`pack` makes the rows once, `evaluate` scores them as often as wanted.
 """
 
 from collections import Counter
@@ -42,7 +42,7 @@ class Packed:
 
     task: Task
     items: Sequence[Item]  # all of them, on every rank
-    batches: list[Batch]  # one for each rank's share, ready to be scored
+    batches: list[Batch]  # of this rank's share
     world: World  # the ranks that share the items
 
 

@@ -83,16 +83,31 @@ def test_a_task_is_evaluated_on_all_ranks_or_on_none(
         return fewest
 
     def agree(count: int, meaning: str, advice: str, device: torch.device) -> None:
-        calls.append(f"{count} {meaning} {advice}")
+        calls.append(f"{meaning} {advice}")
 
     said: list[str] = []
     work = load(where, cpu, said, SimpleNamespace(min=least, agree=agree))
     assert sum(len(items) for _, items in work) == found
     assert calls[0] == "min"
-    same = "3 the number of Colours's items is give every host the same --colours"
+    same = "Colours has the checksum give every host the same --colours"
     assert calls[1:] == ([same] if fewest else [])
     left_out = where == "two" and not fewest
     assert said == (["Colours is left out: another rank has no items"] if left_out else [])
+
+
+def test_ranks_compare_more_than_the_number_of_items(
+    monkeypatch: pytest.MonkeyPatch, colours: Colours, cpu: Device
+) -> None:
+    """A sum over ranks needs the same candidates everywhere."""
+    others = [Item([1], [[2], [3]], 1), Item([1, 1], [[2], [3]]), Item([1], [[2]])]
+    others += [Item([1], [[2], [3, 3]])]
+    checksums: list[int] = []
+    world = SimpleNamespace(min=lambda count, _: count, agree=lambda n, *_: checksums.append(n))
+    for item in [ITEM, *others, ITEM]:
+        monkeypatch.setattr(colours, "load", lambda *_, item=item: [item] * 3)
+        load("file", cpu, [], world)
+    assert checksums[0] == checksums[-1]
+    assert len(set(checksums)) == 5
 
 
 def test_what_is_logged_and_said_of_a_task(

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+from torch import Tensor
 
 from rekindle.data.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Task(Protocol):
     def score(
         self,
         items: Sequence[Item],
-        sums: "Sequence[Tensor]",
-        counts: "Sequence[Tensor]",
-        greedy: "Sequence[Tensor] | None",
+        sums: Sequence[Tensor],
+        counts: Sequence[Tensor],
+        greedy: Sequence[Tensor] | None,
     ) -> dict[str, float]:
         """Metrics as floats, counts as ints; a key that starts with "acc" is a share of the items.
 

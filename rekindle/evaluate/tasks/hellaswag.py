@@ -7,16 +7,16 @@ As in the lecture, context and ending are one text, and the loss counts on the e
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from rekindle import hub
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 from rekindle.evaluate.tasks.base import Item
 from rekindle.storage import parse_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # The hub converts every data set to Parquet under this revision.
 HUB = {"repo": "Rowan/hellaswag", "file": "default/validation/0000.parquet",
@@ -52,12 +52,10 @@ class HellaSwag:
     def score(
         self,
         items: Sequence[Item],
-        sums: "Sequence[Tensor]",
-        counts: "Sequence[Tensor]",
-        greedy: "Sequence[Tensor] | None",
+        sums: Sequence[Tensor],
+        counts: Sequence[Tensor],
+        greedy: Sequence[Tensor] | None,
     ) -> dict[str, float]:
-        import torch  # the command line reads this module's names without it
-
         labels = torch.tensor([item.label for item in items])
         losses, tokens = torch.stack(list(sums)), torch.stack(list(counts))  # (Q, 4)
         correct = int((losses.argmin(1) == labels).sum())
