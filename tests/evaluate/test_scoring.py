@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.evaluate.scoring import Packed, candidate_losses, evaluate, pack
+from rekindle.evaluate.tasks import Item
 from rekindle.evaluate.tasks.hellaswag import HellaSwag, Question, tokenize
 from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.runtime.device import Device
@@ -257,7 +258,32 @@ def test_a_text_longer_than_the_context_loses_its_beginning(model: GPT2) -> None
     assert (other - expected).abs().min() > 1e-3
 
 
-def test_progress_is_told(model: GPT2, asked: Any) -> None:
-    said: list[str] = []
-    evaluate(model, packed(model, [*asked.questions, *LONG]), CPU, say=said.append)
-    assert said[-1] == "HellaSwag: 188 of 188 endings scored"
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_progress_is_of_a_ranks_own_share(
+    model: GPT2,
+    asked: Any,
+    ranks: int,
+    on_ranks: Callable[[int, Callable[[World], Any]], list[Any]],
+) -> None:
+    said: list[list[str]] = [[], []]
+
+    def work(world: World) -> None:
+        share = packed(model, [*asked.questions, *LONG], world=world)
+        evaluate(model, share, CPU, say=said[world.rank].append)
+
+    on_ranks(ranks, work)
+    last = [lines[-1] for lines in said[:ranks]]
+    shares = [188] if ranks == 1 else [96, 92]
+    assert last == [f"HellaSwag: {n} of {n} endings scored" for n in shares]
+
+
+def test_all_tasks_share_the_shapes_of_a_compiled_model(model: GPT2) -> None:
+    """torch.compile counts the graphs of a function, whichever task they are for."""
+    task = HellaSwag()
+    work = [
+        (task, [Item([1] * n, [[2], [3]]) for n in lengths])
+        for lengths in (range(1, 120, 3), range(120, 250, 3), [5, 250])
+    ]
+    tasks = pack(work, model.config.block_size, CPU, compiled=True)
+    assert [len(made.items) for made in tasks] == [40, 44, 2]
+    assert len({batch.idx.shape for made in tasks for batch in made.batches}) <= 7

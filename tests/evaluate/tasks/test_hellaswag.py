@@ -120,7 +120,9 @@ def test_limit_takes_the_first_questions(
     for limit, total in (("7", 7), ("99", 40)):
         outcome = rekindle(*arguments, "--limit", limit)
         assert outcome.status == 0, outcome.err
-        score = json.loads(outcome.out)["hellaswag"]
+        results = json.loads(outcome.out)
+        assert results.keys() == {"model", "hellaswag"}
+        score = results["hellaswag"]
         assert score["total"] == total
         assert score["acc"] == score["correct"] / total
         assert score["acc_norm"] == score["correct_norm"] / total
