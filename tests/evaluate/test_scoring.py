@@ -284,6 +284,6 @@ def test_all_tasks_share_the_shapes_of_a_compiled_model(model: GPT2) -> None:
         (task, [Item([1] * n, [[2], [3]]) for n in lengths])
         for lengths in (range(1, 120, 3), range(120, 250, 3), [5, 250])
     ]
-    tasks = pack(work, model.config.block_size, CPU, compiled=True)
+    tasks = pack(work, model.config.block_size, CPU, compiled=True, tokens_per_batch=1)
     assert [len(made.items) for made in tasks] == [40, 44, 2]
     assert len({batch.idx.shape for made in tasks for batch in made.batches}) <= 7
