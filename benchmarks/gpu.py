@@ -158,28 +158,27 @@ def sizes(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None
 def hellaswag(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
     """Seconds for all questions, after one pass that compiles and warms up."""
     from rekindle.data.tokenizer import get_tokenizer
-    from rekindle.evaluate import hellaswag
-    from rekindle.evaluate.questions import locate, read_questions
+    from rekindle.evaluate.scoring import evaluate, pack
+    from rekindle.evaluate.tasks.hellaswag import HellaSwag
     from rekindle.runtime.fit import choose_compute
 
-    questions = read_questions(locate(str(o.file) if o.file else "hub"))[: o.limit]
     device = get_device(o.device)
     model = GPT2(recipes.get_recipe(o.recipe).model.for_training()).to(device.torch)
     model.use(choose_compute(device, model.config.block_size))
+    task, tokenizer = HellaSwag(), get_tokenizer("gpt2")
     began = time.perf_counter()
-    packed = hellaswag.pack(
-        questions, get_tokenizer("gpt2"), model.config.block_size, device, compiled=True
-    )
+    items = task.load(str(o.file) if o.file else "hub", tokenizer)[: o.limit]
+    (packed,) = pack([(task, items)], model.config.block_size, device, compiled=True)
     packing = time.perf_counter() - began
     body = torch.compile(model.transformer, fullgraph=True, dynamic=False)
     seconds = []
     for _ in range(4):
         began = time.perf_counter()
-        hellaswag.evaluate(model, packed, device, transformer=body)
+        evaluate(model, packed, device, body=body)
         seconds.append(time.perf_counter() - began)
         print(f"{seconds[-1]:.2f} s", flush=True)
         if len(seconds) > 2:
-            result = {"questions": len(questions), "packing_s": packing, "first_pass_s": seconds[0]}
+            result = {"questions": len(items), "packing_s": packing, "first_pass_s": seconds[0]}
             save({**result, "seconds": quantiles(seconds[1:])})
 
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from benchmarks.common import environment, write_result
 from rekindle.data.tokenizer import get_tokenizer
-from rekindle.evaluate.hellaswag import CPU_TOKENS, ending_losses, pack
-from rekindle.evaluate.questions import Question, read_questions
+from rekindle.evaluate.scoring import CPU_TOKENS, candidate_losses, pack
+from rekindle.evaluate.tasks.hellaswag import HellaSwag, Question, read_questions, tokenize
 from rekindle.model.gpt2 import GPT2
 from rekindle.recipes import SIZES
 from rekindle.runtime.device import Device
@@ -84,17 +84,15 @@ def compare(questions: list[Question], rounds: int) -> dict[str, Any]:
     tokenizer, cpu = get_tokenizer("gpt2"), Device(torch.device("cpu"), "CPU", "fp32")
     model = GPT2(SIZES["gpt2"])
     model.use(choose_compute(cpu, model.config.block_size))
-    texts = [
-        (tokenizer.encode(q.context), [tokenizer.encode(" " + e) for e in q.endings])
-        for q in questions
-    ]
     began = time.perf_counter()
-    packed = pack(questions, tokenizer, model.config.block_size, cpu)
+    items = [tokenize(question, tokenizer) for question in questions]
+    (packed,) = pack([(HellaSwag(), items)], model.config.block_size, cpu)
     packing = time.perf_counter() - began
+    texts = [(item.context, item.candidates) for item in items]
     ways: dict[str, Callable[[], Tensor]] = {
         "lecture": lambda: lecture(model, texts),
         "row_by_row": lambda: row_by_row(model, texts),
-        "packed": lambda: ending_losses(model, packed, cpu)[0],
+        "packed": lambda: torch.stack(list(candidate_losses(model, packed, cpu).sums)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     apart = 0.0

@@ -140,7 +140,7 @@ def train(o: argparse.Namespace) -> None:
 
 
 def evaluate(o: argparse.Namespace) -> None:
-    from rekindle.examine import examine_model
+    from rekindle.evaluate.command import evaluate_model
     from rekindle.observe.console import Console
     from rekindle.runtime.distributed import place
 
@@ -148,8 +148,9 @@ def evaluate(o: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, but is {value}")
     console = Console(quiet=o.json or not place().is_main)
-    results = examine_model(
-        o.model, data=o.data, questions=o.hellaswag, tokens=o.tokens, limit=o.limit,
+    tasks = {} if o.hellaswag is None else {"hellaswag": o.hellaswag}
+    results = evaluate_model(
+        o.model, data=o.data, tasks=tasks, tokens=o.tokens, limit=o.limit,
         device=o.device, precision=o.precision, console=console,
     )  # fmt: skip
     if o.json and place().is_main:

@@ -33,7 +33,7 @@ from rekindle.runtime.saving import Saver
 # What everybody may rely on in run.json.
 FORM = {key: checkpoint.FORM[key] for key in ("recipe", "data", "tokenizer", "forked_from")}
 SHARE = "give a folder that all hosts share"
-EXAMINATIONS = ("validation", "hellaswag", "samples")
+OF_STEPS = ("train", "return")  # records of steps; those of other kinds come after one
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Run:
     def is_past(self, record: dict[str, Any]) -> bool:
         """Whether a record describes what the checkpoint already contains."""
         done = self.step
-        if record["kind"] == "checkpoint" or (record["kind"] in EXAMINATIONS and self.examined):
+        if record["kind"] == "checkpoint" or (record["kind"] not in OF_STEPS and self.examined):
             done += 1
         return record["step"] < done  # a step is numbered from 0, what comes after it from 1
 

@@ -22,10 +22,10 @@ from rekindle.data import shards
 from rekindle.data.batches import Batches, Prefetcher, Split, Windows
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import Stopped, UserError
-from rekindle.evaluate import hellaswag
+from rekindle.evaluate import evaluator
+from rekindle.evaluate.evaluator import Evaluator
 from rekindle.evaluate.loss import Forward
-from rekindle.evaluate.questions import Question, for_training
-from rekindle.examine import Examiner
+from rekindle.evaluate.scoring import pack
 from rekindle.model.compute import Compute
 from rekindle.model.gpt2 import GPT2
 from rekindle.observe.console import Console, duration
@@ -64,7 +64,7 @@ class Session:
     split: Split
     metrics: Metrics
     saver: Saver
-    examiner: Examiner
+    evaluator: Evaluator
     watch: Watchdog
     validation: float | None = None  # loss of the last examination
     # To the checkpoint of each step. Whoever goes on from there goes through the same again.
@@ -118,7 +118,7 @@ class Session:
     def examine(self, step: int) -> None:
         self.watch.at(f"the evaluation after step {step}")
         self.unchanged.check()
-        self.validation = self.examiner(step)
+        self.validation = self.evaluator(step)
         self.unchanged.check()
 
     def examine_saved(self) -> None:
@@ -216,7 +216,9 @@ def start(
     unchanged = shards.Unchanged(data, manifest)  # from before the hashes are checked
     verify_data(data, manifest, world, console)
     batches, validation = open_data(run, data, manifest)
-    questions = find_questions(options.hellaswag, device, world, console)
+    tokenizer = get_tokenizer(manifest.tokenizer)
+    wanted = {"hellaswag": options.hellaswag}
+    work = evaluator.load_for_training(wanted, tokenizer, device, world, console.say)
 
     compute = choose_compute(device, run.recipe.batch.length, kernels=run.kernels)
     model = make_model(run, compute, device, world)
@@ -229,26 +231,23 @@ def start(
     model.use(dataclasses.replace(compute, recompute=recompute))
     micro = run.micro or choose_micro(model, batches.rows, batches.windows.T, device, world)
     split = Split.of(batches.rows, micro, world.rank, world.size)
-    compiled, transformer = compile_model(model, run, device, console)
+    compiled, body = compile_model(model, run, device, console)
     forward = compiled if is_sharded(model) else data_parallel(compiled, world, device.torch)
 
     run.begin(model, device, split, compiled=compiled is not model, console=console, lock=lock)
     metrics = run.open_metrics(model, device, console, world)
     saver = run.open_saver(model, optimizer, metrics, world)
-    tokenizer = get_tokenizer(manifest.tokenizer)
-    packed = hellaswag.pack(
-        questions, tokenizer, model.config.block_size, device, world,
-        compiled=compiled is not model,
+    tasks = pack(
+        work, model.config.block_size, device, world, compiled=compiled is not model,
+        sharded=is_sharded(model),
     )  # fmt: skip
-    if is_sharded(model):
-        packed = hellaswag.keep_step(packed, device)
-    examiner = Examiner(
-        run, model, compiled, transformer, validation, packed, tokenizer, split.micro, device,
-        world, metrics,
+    evaluate = Evaluator(
+        model, compiled, body, run.recipe, validation, tasks, tokenizer, split.micro, device,
+        world, metrics, console,
     )  # fmt: skip
     return Session(
         run, world, device, model, forward, optimizer, guard, batches, unchanged, split,
-        metrics, saver, examiner, watch,
+        metrics, saver, evaluate, watch,
     )  # fmt: skip
 
 
@@ -281,18 +280,6 @@ def verify_data(data: Path, manifest: shards.Manifest, world: World, console: Co
         f"data: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation "
         f"tokens, every hash checked in {time.perf_counter() - began:.1f} s"
     )
-
-
-def find_questions(wanted: str, device: Device, world: World, console: Console) -> list[Question]:
-    """HellaSwag's questions, the same on every rank; none if a rank could not reach the hub."""
-    questions = for_training(wanted, device, console.say)
-    if not world.min(len(questions), device.torch):
-        if questions:
-            console.say("HellaSwag is left out: another rank has no questions")
-        return []
-    advice = "give every host the same --hellaswag"
-    world.agree(len(questions), "the number of HellaSwag's questions is", advice, device.torch)
-    return questions
 
 
 def make_deterministic(device: Device, *, on_gpu: bool = False) -> None:

@@ -70,7 +70,7 @@ class Metrics:
         )
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """Log one object: `kind` is train, validation, hellaswag, samples, checkpoint or return."""
+        """Log one object: `kind` is train, validation, samples, checkpoint, return or a task."""
         for name, value in values.items():  # JSON knows no NaN
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None

@@ -30,10 +30,10 @@ WORK = """
 import json, sys, torch
 from rekindle import session, train
 from rekindle.cli import main
-from rekindle.evaluate import hellaswag
+from rekindle.evaluate import scoring
 
 train.World.close = lambda self: None  # gloo cannot meet twice under one torchrun
-hellaswag.CPU_TOKENS = 1  # a batch for each question: one rank has two, the other one
+scoring.CPU_TOKENS = 1  # a batch for each question: one rank has two, the other one
 facts = []
 begin, clip, step = train.start, train.clip_gradients, train.train_step
 

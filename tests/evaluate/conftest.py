@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rekindle.data.tokenizer import ByteTokenizer
-from rekindle.evaluate.questions import Question
+from rekindle.evaluate.tasks.hellaswag import Question
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
 from rekindle.runtime.device import Device
@@ -27,8 +27,7 @@ def cpu() -> Device:
     return Device(torch.device("cpu"), "CPU", "fp32")
 
 
-@pytest.fixture(scope="session")
-def model() -> GPT2:
+def tiny_model() -> GPT2:
     """Two layers, a padded vocabulary, and weights so large that no two losses are near."""
     torch.manual_seed(0)
     config = GPT2Config(
@@ -39,6 +38,11 @@ def model() -> GPT2:
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.15)
     return model
+
+
+@pytest.fixture(scope="session")
+def model() -> GPT2:
+    return tiny_model()
 
 
 def plain_losses(model: GPT2, question: Question) -> tuple[list[float], list[float]]:
@@ -138,26 +142,26 @@ class ThreadWorld(World):
         self.meeting.sum_(self.rank, tensors)
 
 
+def work_on_ranks(size: int, work: Callable[[World], Any]) -> list[Any]:
+    """`work(world)` on each of `size` ranks at once; returns what each returned."""
+    meeting = Meeting(size)
+    results: list[Any] = [None] * size
+
+    def rank(number: int) -> None:
+        try:
+            results[number] = work(ThreadWorld(number, size, number, meeting=meeting))
+        except BaseException:
+            meeting.abort()  # nobody waits for a rank that has failed
+            raise
+
+    threads = [threading.Thread(target=rank, args=(n,)) for n in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
 @pytest.fixture
 def on_ranks() -> Callable[[int, Callable[[World], Any]], list[Any]]:
-    """`on_ranks(3, work)`: `work(world)` on each of 3 ranks at once; returns what each returned."""
-
-    def run(size: int, work: Callable[[World], Any]) -> list[Any]:
-        meeting = Meeting(size)
-        results: list[Any] = [None] * size
-
-        def rank(number: int) -> None:
-            try:
-                results[number] = work(ThreadWorld(number, size, number, meeting=meeting))
-            except BaseException:
-                meeting.abort()  # nobody waits for a rank that has failed
-                raise
-
-        threads = [threading.Thread(target=rank, args=(n,)) for n in range(size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-    return run
+    return work_on_ranks

@@ -29,7 +29,7 @@ from rekindle import load, run, storage
 from rekindle.data import shards
 from rekindle.data.earlier import saved_state
 from rekindle.errors import UserError
-from rekindle.evaluate.questions import read_questions
+from rekindle.evaluate.tasks.hellaswag import read_questions
 from rekindle.interop import huggingface
 from rekindle.observe.report import draw_loss
 from rekindle.optim.adamw import AdamW

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rekindle import session
 from rekindle.data.tokenizer import ByteTokenizer
-from rekindle.evaluate import hellaswag
+from rekindle.evaluate import scoring
 from rekindle.evaluate.loss import Forward, validation_loss
-from rekindle.evaluate.questions import Question
+from rekindle.evaluate.tasks import Item
+from rekindle.evaluate.tasks.hellaswag import HellaSwag, Question, tokenize
 from rekindle.generate.sampling import generate
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
@@ -71,17 +72,18 @@ def batch() -> tuple[Tensor, Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def questions(count: int, longest: int) -> list[Question]:
-    """Of all lengths up to `longest` tokens, with the ending."""
+def questions(count: int, longest: int) -> list[Item]:
+    """HellaSwag's, of all lengths up to `longest` tokens, with the ending."""
     random = np.random.default_rng(2)
 
     def text(length: int) -> str:
         return "".join(random.choice(list("abcdefgh ")) for _ in range(length))
 
     lengths = np.linspace(8, longest - 9, count).astype(int)
-    return [
+    asked = [
         Question(text(n), tuple(text(8) for _ in range(4)), i % 4) for i, n in enumerate(lengths)
     ]
+    return [tokenize(question, ByteTokenizer()) for question in asked]
 
 
 def test_losses_and_gradients_are_eagers(inductor: Compiled, batch: tuple[Tensor, Tensor]) -> None:
@@ -101,15 +103,14 @@ def test_losses_and_gradients_are_eagers(inductor: Compiled, batch: tuple[Tensor
 
 
 def test_hellaswag_and_validation_are_eagers(inductor: Compiled) -> None:
-    asked = hellaswag.pack(
-        questions(3, CONFIG.block_size), ByteTokenizer(), CONFIG.block_size, CPU, compiled=True,
-        tokens_per_batch=256,
-    )  # fmt: skip
+    work = [(HellaSwag(), questions(3, CONFIG.block_size))]
+    (asked,) = scoring.pack(work, CONFIG.block_size, CPU, compiled=True, tokens_per_batch=256)
     assert len({batch.idx.shape for batch in asked.batches}) == 2
     tokens = np.random.default_rng(3).integers(0, 257, 200).astype(np.uint16)
     endings, losses = [], []
     for forward, transformer in ((inductor.model, None), inductor[1:]):
-        endings.append(hellaswag.ending_losses(inductor.model, asked, CPU, transformer=transformer))
+        found = scoring.candidate_losses(inductor.model, asked, CPU, body=transformer)
+        endings.append(torch.cat([*found.sums, *found.counts]))
         losses.append(
             validation_loss(
                 forward, [tokens], ByteTokenizer().token_bytes(), T=T, tokens=10**6, rows=ROWS,
@@ -137,7 +138,7 @@ def test_evaluation_compiles_a_few_graphs_once(
     monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, Tensor]
 ) -> None:
     """Questions of all lengths up to GPT-2's context: one graph for training, one for validation,
-    and no more for HellaSwag than torch.compile keeps of one function."""
+    and no more for all tasks than torch.compile keeps of one function."""
     graphs: list[torch.fx.GraphModule] = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -151,7 +152,8 @@ def test_evaluation_compiles_a_few_graphs_once(
         n_layer=1, n_head=1, n_embd=8, block_size=1024, vocab_size=257, padded_vocab_size=384
     )
     model, forward, transformer = compiled(make_model(wide))
-    asked = hellaswag.pack(questions(40, 1024), ByteTokenizer(), 1024, CPU, compiled=True)
+    work = [(HellaSwag(), questions(40, 1024)), (HellaSwag(), questions(9, 500))]
+    tasks = scoring.pack(work, 1024, CPU, compiled=True)
     tokens = np.zeros(3 * ROWS * T + 9, np.uint16)  # batches that are full, and one that is not
 
     def one_round() -> int:
@@ -160,11 +162,12 @@ def test_evaluation_compiles_a_few_graphs_once(
         loss.backward()
         bytes_ = ByteTokenizer().token_bytes()
         validation_loss(forward, [tokens], bytes_, T=T, tokens=10**6, rows=ROWS, device=CPU)
-        hellaswag.evaluate(model, asked, CPU, transformer=transformer)
+        for packed in tasks:
+            scoring.evaluate(model, packed, CPU, body=transformer)
         generate(model, [1, 2, 3], 5)
         return len(graphs)
 
     first = one_round()
-    assert first == 2 + hellaswag.SHAPES < 2 + torch._dynamo.config.recompile_limit
+    assert first == 2 + scoring.SHAPES < 2 + torch._dynamo.config.recompile_limit
     assert one_round() == first
     torch._dynamo.reset()

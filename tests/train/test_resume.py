@@ -17,7 +17,7 @@ import torch
 import rekindle.train
 from rekindle import storage
 from rekindle import train as rekindle_train
-from rekindle.examine import Examiner
+from rekindle.evaluate.evaluator import Evaluator
 from rekindle.runtime import checkpoint
 from tests.conftest import updates
 
@@ -452,13 +452,13 @@ def test_the_best_is_kept_though_the_run_was_stopped_before_it_was_examined(
 ) -> None:  # fmt: skip
     """It is examined when the run goes on, and its checkpoint says so from then on."""
     flags = ["--eval-every", 2, "--checkpoint-every", 2, "--keep-best", 1, "--keep-checkpoints", 1]
-    best, call = 6, Examiner.__call__
+    best, call = 6, Evaluator.__call__
 
-    def judge(examiner: Examiner, step: int) -> float:
-        call(examiner, step)
+    def judge(evaluator: Evaluator, step: int) -> float:
+        call(evaluator, step)
         return 1.0 + abs(step - best)
 
-    monkeypatch.setattr(Examiner, "__call__", judge)
+    monkeypatch.setattr(Evaluator, "__call__", judge)
     train(tmp_path / "straight", *flags)
     original = rekindle_train.learning_rate
 

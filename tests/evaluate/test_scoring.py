@@ -1,8 +1,8 @@
-"""HellaSwag: packed questions give what a row at a time gives, on any number of ranks."""
+"""Scoring: packed items give what a row at a time gives, on any number of ranks."""
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rekindle.data.tokenizer import ByteTokenizer
-from rekindle.evaluate.hellaswag import Packed, Score, ending_losses, evaluate, pack
-from rekindle.evaluate.questions import Question
+from rekindle.evaluate.scoring import Packed, candidate_losses, evaluate, pack
+from rekindle.evaluate.tasks import Item
+from rekindle.evaluate.tasks.hellaswag import HellaSwag, Question, tokenize
 from rekindle.model.gpt2 import GPT2, Compute
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
@@ -22,11 +23,20 @@ Plain = Callable[[GPT2, Question], tuple[list[float], list[float]]]
 
 
 def packed(model: GPT2, questions: Sequence[Question], **how: Any) -> Packed:
-    return pack(questions, ByteTokenizer(), model.config.block_size, CPU, **how)
+    items = [tokenize(question, ByteTokenizer()) for question in questions]
+    (made,) = pack([(HellaSwag(), items)], model.config.block_size, CPU, **how)
+    return made
+
+
+def losses_of(model: GPT2, made: Packed, **how: Any) -> tuple[Tensor, Tensor]:
+    """Sum and mean of the losses of each ending, (Q, 4)."""
+    found = candidate_losses(model, made, CPU, **how)
+    sums, counts = torch.stack(list(found.sums)), torch.stack(list(found.counts))
+    return sums, sums / counts.clamp(min=1)
 
 
 def losses(model: GPT2, questions: Sequence[Question], **how: Any) -> tuple[Tensor, Tensor]:
-    return ending_losses(model, packed(model, questions, **how), CPU)
+    return losses_of(model, packed(model, questions, **how))
 
 
 # The model has 256 positions.
@@ -71,7 +81,7 @@ def test_choices_are_those_of_a_question_at_a_time(model: GPT2, asked: Any) -> N
     for labels in both:
         score = evaluate(model, packed(model, asked.labelled(labels)), CPU)
         expected = [sum(a == b for a, b in zip(labels, by, strict=True)) for by in both]
-        assert score == Score(40, *expected)
+        assert [score["total"], score["correct"], score["correct_norm"]] == [40, *expected]
         assert 40 in expected
         assert min(expected) < 30
 
@@ -129,12 +139,12 @@ def test_padding_changes_nothing_and_stays_finite(model: GPT2, asked: Any) -> No
     assert padding > 500
     hidden: list[Tensor] = []
 
-    def transformer(idx: Tensor, **how: Tensor) -> Tensor:
+    def body(idx: Tensor, **how: Tensor) -> Tensor:
         hidden.append(model.transformer(idx, **how))
         return hidden[-1]
 
-    clean = ending_losses(model, made, CPU)
-    dirty = ending_losses(model, replace(made, batches=soiled), CPU, transformer=transformer)
+    clean = losses_of(model, made)
+    dirty = losses_of(model, replace(made, batches=soiled), body=body)
     assert all(bool(h.isfinite().all()) for h in hidden)
     torch.testing.assert_close(clean, dirty, rtol=0, atol=1e-6)
 
@@ -170,15 +180,16 @@ def test_any_number_of_ranks_gives_the_score_of_one(
     questions = [*asked.labelled(asked.by_mean), *LONG]
     alone = evaluate(model, packed(model, questions), CPU)
 
-    def work(world: World) -> tuple[Score, int]:
+    def work(world: World) -> tuple[dict[str, float], int]:
         share = packed(model, questions, world=world)
-        return evaluate(model, share, CPU), len(share.labels)
+        owners = torch.cat([torch.zeros(0, dtype=torch.long), *(b.owners for b in share.batches)])
+        return evaluate(model, share, CPU), len((owners // 4).unique())
 
     scores, shares = zip(*on_ranks(ranks, work), strict=True)
     assert list(scores) == [alone] * ranks
-    assert alone.total == sum(shares) == 47
+    assert alone["total"] == sum(shares) == 47
     assert max(shares) - min(shares) <= 1
-    assert 40 <= alone.correct_norm < 47
+    assert 40 <= alone["correct_norm"] < 47
 
 
 def test_logits_are_float32_in_the_loss(model: GPT2, asked: Any) -> None:
@@ -187,31 +198,11 @@ def test_logits_are_float32_in_the_loss(model: GPT2, asked: Any) -> None:
     made = packed(model, one_token)
     model.use(Compute(dtype=torch.bfloat16))
     try:
-        sums, _ = ending_losses(model, made, CPU)
+        sums, _ = losses_of(model, made)
     finally:
         model.use(Compute())
     assert (sums == sums.bfloat16().double()).float().mean() < 0.1
-    torch.testing.assert_close(sums, ending_losses(model, made, CPU)[0], rtol=0.1, atol=0.1)
-
-
-class CountingTokenizer(ByteTokenizer):
-    """Remembers what it was asked for."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def encode(self, text: str) -> list[int]:
-        self.texts.append(text)
-        return super().encode(text)
-
-
-def test_a_text_is_tokenized_once(model: GPT2, asked: Any) -> None:
-    tokenizer = CountingTokenizer()
-    made = pack(asked.questions, tokenizer, model.config.block_size, CPU)
-    expected = [t for q in asked.questions for t in (q.context, *(f" {e}" for e in q.endings))]
-    assert tokenizer.texts == expected
-    assert evaluate(model, made, CPU) == evaluate(model, made, CPU)
-    assert tokenizer.texts == expected
+    torch.testing.assert_close(sums, losses_of(model, made)[0], rtol=0.1, atol=0.1)
 
 
 def test_a_training_run_tokenizes_once(
@@ -244,12 +235,12 @@ def test_a_training_run_packs_for_what_it_compiled(
 
     asked: list[bool] = []
 
-    def spy(*arguments: Any, **how: Any) -> Packed:
+    def spy(*arguments: Any, **how: Any) -> list[Packed]:
         asked.append(how["compiled"])
         return pack(*arguments, **how)
 
     monkeypatch.setattr(module, "compile_model", compile_model)
-    monkeypatch.setattr(module.hellaswag, "pack", spy)
+    monkeypatch.setattr(module, "pack", spy)
     train(tmp_path / "run", "--steps", 1)
     assert asked == [compiled]
 
@@ -267,30 +258,32 @@ def test_a_text_longer_than_the_context_loses_its_beginning(model: GPT2) -> None
     assert (other - expected).abs().min() > 1e-3
 
 
-def test_progress_is_told(model: GPT2, asked: Any) -> None:
-    said: list[str] = []
-    evaluate(model, packed(model, [*asked.questions, *LONG]), CPU, say=said.append)
-    assert said[-1] == "HellaSwag: 188 of 188 endings scored"
-
-
-def test_limit_takes_the_first_questions(
-    tmp_path: Path, train: Callable[..., Any], rekindle: Callable[..., Any], asked: Any
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_progress_is_of_a_ranks_own_share(
+    model: GPT2,
+    asked: Any,
+    ranks: int,
+    on_ranks: Callable[[int, Callable[[World], Any]], list[Any]],
 ) -> None:
-    file = tmp_path / "questions.jsonl"
-    rows = [{"ctx": q.context, "endings": list(q.endings), "label": 0} for q in asked.questions]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train(tmp_path / "run", "--steps", 1)
-    arguments = ("eval", tmp_path / "run", "--hellaswag", file, "--device", "cpu", "--json")
-    for limit, total in (("7", 7), ("99", 40)):
-        outcome = rekindle(*arguments, "--limit", limit)
-        assert outcome.status == 0, outcome.err
-        score = json.loads(outcome.out)["hellaswag"]
-        assert score["total"] == total
-        assert score["acc"] == score["correct"] / total
-        assert score["acc_norm"] == score["correct_norm"] / total
+    said: list[list[str]] = [[], []]
+
+    def work(world: World) -> None:
+        share = packed(model, [*asked.questions, *LONG], world=world)
+        evaluate(model, share, CPU, say=said[world.rank].append)
+
+    on_ranks(ranks, work)
+    last = [lines[-1] for lines in said[:ranks]]
+    shares = [188] if ranks == 1 else [96, 92]
+    assert last == [f"HellaSwag: {n} of {n} endings scored" for n in shares]
 
 
-def test_accuracy_is_a_share_of_all() -> None:
-    score = Score(total=8, correct=2, correct_norm=6)
-    assert (score.acc, score.acc_norm) == (0.25, 0.75)
-    assert asdict(score) == {"total": 8, "correct": 2, "correct_norm": 6}
+def test_all_tasks_share_the_shapes_of_a_compiled_model(model: GPT2) -> None:
+    """torch.compile counts the graphs of a function, whichever task they are for."""
+    task = HellaSwag()
+    work = [
+        (task, [Item([1] * n, [[2], [3]]) for n in lengths])
+        for lengths in (range(1, 120, 3), range(120, 250, 3), [5, 250])
+    ]
+    tasks = pack(work, model.config.block_size, CPU, compiled=True, tokens_per_batch=1)
+    assert [len(made.items) for made in tasks] == [40, 44, 2]
+    assert len({batch.idx.shape for made in tasks for batch in made.batches}) <= 7

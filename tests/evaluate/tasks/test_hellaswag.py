@@ -1,6 +1,7 @@
-"""HellaSwag's questions: read from a file or the hub, and what is none is named."""
+"""HellaSwag: its questions, read from a file or the hub, and its score."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from rekindle import hub
+from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.errors import UserError
-from rekindle.evaluate.questions import Question, for_training, read_questions
-from rekindle.runtime.device import Device
+from rekindle.evaluate.tasks import Item
+from rekindle.evaluate.tasks.hellaswag import HellaSwag, Question, read_questions, tokenize
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -79,28 +81,48 @@ def test_files_that_hold_nothing_to_ask(tmp_path: Path) -> None:
         read_questions(tmp_path / "cut.parquet")
 
 
-def test_which_questions_a_training_run_asks(
-    tmp_path: Path, cpu: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = write(tmp_path / "q.jsonl", [row()])
+def test_the_hub_is_asked_for_hellaswag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    gpu = Device(torch.device("cuda"), "GPU", "autocast")
 
-    def unreachable(**wanted: Any) -> Path:
+    def download(**wanted: Any) -> Path:
         asked.append(wanted["repo"])
-        raise UserError("no network")
+        return write(tmp_path / "q.jsonl", [row()])
 
-    monkeypatch.setattr(hub, "download", unreachable)
-    said: list[str] = []
-    assert for_training(str(file), cpu, said.append) == [EXPECTED]
-    assert for_training("none", gpu, said.append) == []
-    assert for_training("auto", cpu, said.append) == []
-    assert not asked
-    assert not said
-    assert for_training("auto", gpu, said.append) == []  # the training goes on without
+    monkeypatch.setattr(hub, "download", download)
+    items = HellaSwag().load("hub", ByteTokenizer())
     assert asked == ["Rowan/hellaswag"]
-    assert said == ["HellaSwag is left out: no network"]
-    with pytest.raises(UserError, match="no network"):
-        for_training("hub", cpu, said.append)
-    monkeypatch.setattr(hub, "download", lambda **wanted: file)
-    assert for_training("auto", gpu, said.append) == [EXPECTED]
+    assert items == HellaSwag().load(str(tmp_path / "q.jsonl"), ByteTokenizer())
+    assert items == [tokenize(EXPECTED, ByteTokenizer())]
+
+
+def test_an_ending_begins_with_its_space() -> None:
+    endings = [[32, letter] for letter in b"abcd"]
+    assert tokenize(EXPECTED, ByteTokenizer()) == Item(list(b"A man"), endings, 2)
+
+
+def test_the_score_by_hand() -> None:
+    """The lowest sum against the lowest mean; a token that nothing precedes leaves a count of 0."""
+    sums = torch.tensor([[4.0, 3.0, 9.0, 9.0], [5.0, 6.0, 7.0, 8.0], [3.0, 2.0, 0.0, 1.0]])
+    counts = torch.tensor([[4.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 8.0], [1.0, 1.0, 0.0, 1.0]])
+    items = [Item([], [[1]] * 4, label) for label in (0, 3, 2)]
+    score = HellaSwag().score(items, sums.double().unbind(), counts.double().unbind(), None)
+    assert score == {"total": 3, "correct": 1, "correct_norm": 3, "acc": 1 / 3, "acc_norm": 1.0}
+
+
+def test_limit_takes_the_first_questions(
+    tmp_path: Path, train: Callable[..., Any], rekindle: Callable[..., Any], asked: Any
+) -> None:
+    file = tmp_path / "questions.jsonl"
+    rows = [{"ctx": q.context, "endings": list(q.endings), "label": 0} for q in asked.questions]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(tmp_path / "run", "--steps", 1)
+    arguments = ("eval", tmp_path / "run", "--hellaswag", file, "--device", "cpu", "--json")
+    for limit, total in (("7", 7), ("99", 40)):
+        outcome = rekindle(*arguments, "--limit", limit)
+        assert outcome.status == 0, outcome.err
+        results = json.loads(outcome.out)
+        assert results.keys() == {"model", "hellaswag"}
+        score = results["hellaswag"]
+        assert score["total"] == total
+        assert score["acc"] == score["correct"] / total
+        assert score["acc_norm"] == score["correct_norm"] / total

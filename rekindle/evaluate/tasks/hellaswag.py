@@ -1,13 +1,21 @@
-"""HellaSwag's questions: from a file, or from the hub."""
+"""HellaSwag, completion style: which of four endings does the model find most likely?
 
-from collections.abc import Callable, Iterator
+As in the lecture, context and ending are one text, and the loss counts on the ending's tokens.
+`acc` takes the ending with the lowest sum, `acc_norm` the one with the lowest mean per token.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rekindle import hub
+from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
-from rekindle.runtime.device import Device
+from rekindle.evaluate.tasks.base import Item
 from rekindle.storage import parse_json
 
 # The hub converts every data set to Parquet under this revision.
@@ -22,6 +30,51 @@ class Question:
     context: str
     endings: tuple[str, ...]
     label: int
+
+
+class HellaSwag:
+    """The task."""
+
+    name = "hellaswag"
+    title = "HellaSwag"
+    metric = "acc_norm"
+    chance = 0.25
+    needs_greedy = False
+
+    def load(self, where: str, tokenizer: Tokenizer) -> list[Item]:
+        """Items from `where`: JSON lines, the hub's Parquet file, or "hub" to download that."""
+        if where == "hub":
+            path = hub.download(**HUB, instead="give a local copy with --hellaswag FILE")
+        else:
+            path = Path(where)
+        return [tokenize(question, tokenizer) for question in read_questions(path)]
+
+    def score(
+        self,
+        items: Sequence[Item],
+        sums: Sequence[Tensor],
+        counts: Sequence[Tensor],
+        greedy: Sequence[Tensor] | None,
+    ) -> dict[str, float]:
+        labels = torch.tensor([item.label for item in items])
+        losses, tokens = torch.stack(list(sums)), torch.stack(list(counts))  # (Q, 4)
+        correct = int((losses.argmin(1) == labels).sum())
+        correct_norm = int(((losses / tokens.clamp(min=1)).argmin(1) == labels).sum())
+        total = len(items)
+        return {
+            "total": total,
+            "correct": correct,
+            "correct_norm": correct_norm,
+            "acc": correct / total,
+            "acc_norm": correct_norm / total,
+        }
+
+
+def tokenize(question: Question, tokenizer: Tokenizer) -> Item:
+    """A question as the model reads it: GPT-2's words begin with their space."""
+    context = tokenizer.encode(question.context)
+    endings = [tokenizer.encode(" " + ending) for ending in question.endings]
+    return Item(context, endings, question.label)
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -44,30 +97,6 @@ def read_questions(path: Path) -> list[Question]:
     if not questions:
         raise UserError(f"{path} holds no questions")
     return questions
-
-
-def for_training(wanted: str, device: Device, say: Callable[[str], None]) -> list[Question]:
-    """The questions that a training run scores itself on, or none.
-
-    `wanted` is a file, `hub`, `none`, or `auto`: from the hub on a GPU, while on a CPU they would
-    take longer than the training. That the hub cannot be reached does not stop a training.
-    """
-    if wanted == "none" or (wanted == "auto" and device.torch.type == "cpu"):
-        return []
-    try:
-        return read_questions(locate(wanted))
-    except UserError as error:
-        if wanted != "auto":
-            raise
-        say(f"HellaSwag is left out: {error}")
-        return []
-
-
-def locate(wanted: str) -> Path:
-    """The file that `wanted` names, downloaded from the hub for `hub` and `auto`."""
-    if wanted not in ("hub", "auto"):
-        return Path(wanted)
-    return hub.download(**HUB, instead="give a local copy with --hellaswag FILE")
 
 
 def _read_rows(path: Path) -> Iterator[Any]:

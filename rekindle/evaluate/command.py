@@ -1,0 +1,111 @@
+"""`rekindle eval`: validation loss and tasks of any model that can be named."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rekindle.data import shards
+from rekindle.errors import UserError
+from rekindle.evaluate import scoring
+from rekindle.evaluate.evaluator import metrics_of
+from rekindle.evaluate.loss import validation_loss
+from rekindle.evaluate.tasks import TASKS, Task
+from rekindle.load import Loaded, load
+from rekindle.observe.console import Console
+from rekindle.recipes import Recipe
+from rekindle.runtime import distributed
+from rekindle.runtime.device import Device, get_device, keep_freed_memory
+from rekindle.runtime.distributed import World
+from rekindle.runtime.fit import rows_for
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A model, and what it is evaluated on."""
+
+    loaded: Loaded
+    device: Device
+    world: World
+    console: Console
+
+    def validate(self, data: Path, tokens: int | None) -> dict[str, Any]:
+        """Loss of the validation split of `data`, of at most `tokens` tokens."""
+        loaded, device = self.loaded, self.device
+        manifest = shards.read_manifest(data)
+        if manifest.tokenizer_sha256 != loaded.tokenizer.sha256:
+            known = loaded.tokenizer.name
+            raise UserError(
+                f"{data} was prepared with the tokenizer {manifest.tokenizer}, {loaded.name} knows "
+                f"{known}: prepare the text with --tokenizer {known}"
+            )
+        if self.world.local_rank == 0:
+            shards.verify(data, manifest)
+        recipe = loaded.run["recipe"] if loaded.run else {}
+        T = recipe.get("batch.length", loaded.model.config.block_size)
+        loss = validation_loss(
+            loaded.model,
+            shards.open_split(data, manifest, "val"),
+            loaded.tokenizer.token_bytes(),
+            T=T,
+            tokens=tokens or recipe.get("eval_tokens", Recipe.eval_tokens),
+            rows=rows_for(loaded.model.config, T, device),
+            device=device,
+            world=self.world,
+        )
+        self.console.say(
+            f"validation loss {loss.nats:.4f} nats/token, {loss.bits_per_byte:.4f} bits/byte "
+            f"over {loss.tokens:,} tokens of {data}"
+        )
+        values = {"loss": loss.nats, "bits_per_byte": loss.bits_per_byte, "tokens": loss.tokens}
+        return {"data": str(data), **values}
+
+    def score(self, task: Task, where: str, limit: int | None) -> dict[str, float]:
+        """Scores of the first `limit` items of a task."""
+        loaded, device = self.loaded, self.device
+        items = task.load(where, loaded.tokenizer)[:limit]
+        block_size = loaded.model.config.block_size
+        (packed,) = scoring.pack([(task, items)], block_size, device, self.world)
+        scores = scoring.evaluate(loaded.model, packed, device, say=self.console.progress)
+        shown = [
+            f"{name} {value:.4f}"
+            + (f" ({round(value * len(items))}/{len(items)})" if name.startswith("acc") else "")
+            for name, value in metrics_of(task, scores).items()
+        ]
+        self.console.say(f"{task.title} {', '.join(shown)}")
+        return scores
+
+
+def evaluate_model(
+    name: str,
+    *,
+    data: Path | None,
+    tasks: Mapping[str, str],
+    tokens: int | None,
+    limit: int | None,
+    device: str,
+    precision: str,
+    console: Console,
+) -> dict[str, Any]:
+    """Validation loss and tasks of a run or model, also under torchrun.
+
+    `tasks`: for a task's name, the file its items are read from, or "hub". A run without `data` and
+    without tasks is scored on its own data. Raises `UserError` if there is nothing to score.
+    """
+    world = distributed.place()
+    chosen = get_device(device, precision, world.local_rank)
+    keep_freed_memory(chosen)
+    loaded = load(name, chosen)
+    if data is None and loaded.run and not tasks:
+        data = Path(loaded.run["data"]["path"])
+    if data is None and not tasks:
+        raise UserError("nothing to evaluate: give --data DIR, --hellaswag FILE, or both")
+    distributed.connect(world, chosen.torch)
+    evaluation = _Evaluation(loaded, chosen, world, console)
+    results: dict[str, Any] = {"model": loaded.name}
+    if data is not None:
+        results["validation"] = evaluation.validate(data, tokens)
+    for task, where in tasks.items():
+        results[task] = evaluation.score(TASKS[task](), where, limit)
+    world.close()
+    return results

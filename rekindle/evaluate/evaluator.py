@@ -1,0 +1,172 @@
+"""Evaluation of a model while it trains: validation loss, tasks, samples."""
+
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from rekindle.data.tokenizer import Tokenizer
+from rekindle.errors import UserError
+from rekindle.evaluate import scoring
+from rekindle.evaluate.loss import Forward, validation_loss
+from rekindle.evaluate.scoring import Packed
+from rekindle.evaluate.tasks import TASKS, Item, Task
+from rekindle.generate.sampling import cut_at_end, generate
+from rekindle.model.gpt2 import GPT2
+from rekindle.observe.console import Console
+from rekindle.recipes import Recipe
+from rekindle.runtime.device import Device
+from rekindle.runtime.distributed import World
+from rekindle.runtime.sharding import is_sharded, parts_callable
+
+
+class Logger(Protocol):
+    """What the evaluator asks of a log."""
+
+    def record(self, kind: str, step: int, **values: Any) -> None: ...
+
+
+@dataclass
+class Evaluator:
+    """Evaluates a model in training. `evaluator(step)` does all of it, on every rank together."""
+
+    model: GPT2
+    forward: Forward  # the model or its compiled form: for the validation loss
+    body: Callable[..., Tensor] | None  # the compiled form of the model's body, if there is one
+    recipe: Recipe  # says batch.length, eval_tokens and prompt
+    validation: Sequence[np.ndarray]  # shards; may be empty
+    tasks: Sequence[Packed]
+    tokenizer: Tokenizer
+    micro_batch: int  # rows of a forward pass
+    device: Device
+    world: World
+    logger: Logger
+    console: Console
+    token_bytes: np.ndarray = field(init=False)  # (vocab_size,)
+
+    def __post_init__(self) -> None:
+        self.token_bytes = self.tokenizer.token_bytes()
+
+    def __call__(self, step: int) -> float | None:
+        """Evaluate; return the validation loss in nats per token if there are validation shards."""
+        loss = self.validate(step) if self.validation else None
+        with parts_callable(self.model):
+            for packed in self.tasks:
+                self.score(packed, step)
+            if step:  # samples of an untrained model are noise
+                self.sample(step)
+        return loss
+
+    def validate(self, step: int) -> float:
+        """Log the validation loss and return it, in nats per token."""
+        began = time.perf_counter()
+        loss = validation_loss(
+            self.forward,
+            self.validation,
+            self.token_bytes,
+            T=self.recipe.batch.length,
+            tokens=self.recipe.eval_tokens,
+            rows=self.micro_batch,
+            device=self.device,
+            world=self.world,
+        )
+        seconds = time.perf_counter() - began
+        values = {"loss": loss.nats, "bits_per_byte": loss.bits_per_byte, "tokens": loss.tokens}
+        self.logger.record("validation", step, **values, seconds=seconds)
+        self.console.say(
+            f"step {step:>5} | validation loss {loss.nats:.4f} nats/token, "
+            f"{loss.bits_per_byte:.4f} bits/byte over {loss.tokens:,} tokens ({seconds:.1f} s)"
+        )
+        return loss.nats
+
+    def score(self, packed: Packed, step: int) -> None:
+        """Log a task's metrics."""
+        began = time.perf_counter()
+        scores = scoring.evaluate(self.model, packed, self.device, body=self.body)
+        seconds = time.perf_counter() - began
+        task, total = packed.task, len(packed.items)
+        metrics = metrics_of(task, scores)
+        self.logger.record(task.name, step, **metrics, total=total, seconds=seconds)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        correct = round(metrics[task.metric] * total)
+        self.console.say(
+            f"step {step:>5} | {task.title} {shown} ({correct}/{total}, {seconds:.1f} s)"
+        )
+
+    def sample(self, step: int) -> None:
+        """Log two continuations of the recipe's prompt, made by the main rank."""
+        if not (self.world.is_main or is_sharded(self.model)):
+            return
+        prompt = self.tokenizer.encode(self.recipe.prompt)
+        wanted = 96 if self.tokenizer.name == "bytes" else 32  # about as much text
+        room = min(wanted, self.model.config.block_size - len(prompt))
+        if not prompt or room < 1:
+            return
+        try:
+            with self.device.autocast():
+                ids = generate(self.model, prompt, room, num=2, seed=42)
+        except UserError as error:  # the training loop says what to do about broken weights
+            self.console.say(f"step {step:>5} | no samples: {error}")
+            return
+        end = self.tokenizer.end_of_text
+        texts = [self.tokenizer.decode(cut_at_end(row, end)) for row in ids.tolist()]
+        self.logger.record("samples", step, texts=texts)
+        for text in texts:
+            self.console.say(f"step {step:>5} | {text!r}")
+
+
+def metrics_of(task: Task, scores: Mapping[str, float]) -> dict[str, float]:
+    """`scores` without its counts, the task's own metric first."""
+    metrics = {name: value for name, value in scores.items() if isinstance(value, float)}
+    return {task.metric: metrics.pop(task.metric), **metrics}
+
+
+def load_for_training(
+    wanted: Mapping[str, str],
+    tokenizer: Tokenizer,
+    device: Device,
+    world: World,
+    say: Callable[[str], None],
+) -> list[tuple[Task, list[Item]]]:
+    """The tasks that a training run evaluates, with their items: the same on every rank.
+
+    `wanted` says for a task's name where its items are: a file, `hub`, `none`, or `auto`: from the
+    hub on a GPU, nowhere on a CPU, where scoring would take longer than the training.
+    """
+    found = []
+    for name, where in wanted.items():
+        task = TASKS[name]()
+        items = _load_or_leave_out(task, where, tokenizer, device, say)
+        if not world.min(len(items), device.torch):
+            if items:
+                say(f"{task.title} is left out: another rank has no items")
+            continue
+        meaning, advice = f"{task.title} has the checksum", f"give every host the same --{name}"
+        world.agree(_checksum(items), meaning, advice, device.torch)
+        found.append((task, items))
+    return found
+
+
+def _checksum(items: Sequence[Item]) -> int:
+    """Of all that the ranks' sums depend on: labels, and how long the texts are."""
+    shapes = [(item.label, len(item.context), *map(len, item.candidates)) for item in items]
+    return zlib.crc32(repr(shapes).encode())
+
+
+def _load_or_leave_out(
+    task: Task, where: str, tokenizer: Tokenizer, device: Device, say: Callable[[str], None]
+) -> list[Item]:
+    """A task's items, or none. An unreachable hub does not stop a training that did not ask."""
+    if where == "none" or (where == "auto" and device.torch.type == "cpu"):
+        return []
+    try:
+        return task.load("hub" if where == "auto" else where, tokenizer)
+    except UserError as error:
+        if where != "auto":
+            raise
+        say(f"{task.title} is left out: {error}")
+        return []

@@ -1,0 +1,235 @@
+"""Losses of candidates: how likely does a model find each text that may continue a context?
+
+The context is computed once: an item is one row, its context and then its candidates. Each
+candidate takes the positions from the context's end on, and a mask keeps it from seeing the others.
+`pack` makes the rows once, `evaluate` scores them as often as wanted.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rekindle.evaluate.tasks.base import Item, Task
+from rekindle.model.gpt2 import GPT2
+from rekindle.runtime.device import Device
+from rekindle.runtime.distributed import World
+
+SHAPES = 7  # torch.compile gives a function up after 8 graphs
+TOKENS, CPU_TOKENS = 16_384, 2_048  # of a batch; on a CPU more is not faster
+HEAD_TOKENS = 2_048  # that the head is applied to at once: their logits take 0.4 GB in float32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of similar length, on the device."""
+
+    idx: Tensor  # (B, T) token ids
+    positions: Tensor  # (B, T): position of each token in its own text
+    segments: Tensor  # (B, T): 0 in a context and in padding, n in the row's nth candidate
+    predictors: Tensor  # (N,): which of the B·T tokens predict one whose loss counts
+    targets: Tensor  # (N,): the tokens to predict
+    owners: Tensor  # (N,) on the CPU: the candidate each target belongs to, counted over all items
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A task's items, and the rows of this rank's share of them."""
+
+    task: Task
+    items: Sequence[Item]  # all of them, on every rank
+    batches: list[Batch]  # of this rank's share
+    world: World  # the ranks that share the items
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A context, and candidates each of which continues it: as tokens."""
+
+    context: list[int]
+    candidates: dict[int, list[int]]  # by the candidate's number
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(map(len, self.candidates.values()))
+
+
+def pack(
+    work: Sequence[tuple[Task, Sequence[Item]]],
+    limit: int,
+    device: Device,
+    world: World | None = None,
+    *,
+    compiled: bool = False,
+    sharded: bool = False,
+    tokens_per_batch: int | None = None,
+) -> list[Packed]:
+    """Lay out this rank's share of each task's items, for a model of `limit` positions, in rows of
+    similar length on the device.
+
+    For a compiled model, and on a GPU, all tasks together have at most `SHAPES` shapes (B, T).
+    `sharded`: every rank gets the same number of batches, since all call the model together; then
+    every rank must call this.
+    """
+    world = world or World()
+    rows = [_share(items, limit, world) for _, items in work]
+    eager_cpu = device.torch.type == "cpu" and not compiled
+    lengths = _padded_lengths([r for rs in rows for r in rs], most=None if eager_cpu else SHAPES)
+    tokens = tokens_per_batch or (CPU_TOKENS if device.torch.type == "cpu" else TOKENS)
+    packed = []
+    for (task, items), left in zip(work, rows, strict=True):
+        batches = []
+        while left:
+            T = next(T for T in lengths if len(left[0]) <= T)
+            B = max(1, tokens // T)
+            chosen, left = left[:B], left[B:]
+            batches.append(_batch(chosen, len(chosen) if eager_cpu else B, T, device.torch))
+        if sharded:
+            missing = world.max(len(batches), device.torch) - len(batches)
+            batches += [_batch([], 1, 8, device.torch)] * missing
+        packed.append(Packed(task, items, batches, world))
+    return packed
+
+
+def _share(items: Sequence[Item], limit: int, world: World) -> list[_Row]:
+    """This rank's rows, the longest first: the memory they need is known at once."""
+    numbers = [0, *accumulate(len(item.candidates) for item in items)]
+    rows = [
+        row
+        for i in range(world.rank, len(items), world.size)
+        for row in _rows(items[i], numbers[i], limit)
+    ]
+    return sorted(rows, key=len, reverse=True)
+
+
+def _rows(item: Item, number: int, limit: int) -> list[_Row]:
+    """An item, whose first candidate has this `number`, as one row. If a text of its is longer than
+    `limit` each candidate gets its own row, since each drops another part of the context."""
+    context, candidates = item.context, dict(enumerate(item.candidates, number))
+    if len(context) + max(map(len, candidates.values())) <= limit:
+        return [_Row(context, candidates)]
+    return [
+        _Row(context[max(0, len(context) + len(tokens) - limit) :], {n: tokens[-limit:]})
+        for n, tokens in candidates.items()
+    ]
+
+
+def _padded_lengths(rows: list[_Row], most: int | None) -> list[int]:
+    """The lengths T to which rows are padded: multiples of 8, at most so many of them."""
+    counts = Counter(-(-len(row) // 8) * 8 for row in rows)
+    while most and len(counts) > most:  # give up the length whose loss costs the least padding
+        pairs = pairwise(sorted(counts))
+        short, longer = min(pairs, key=lambda pair: counts[pair[0]] * (pair[1] - pair[0]))
+        counts[longer] += counts.pop(short)
+    return sorted(counts)
+
+
+def _batch(rows: list[_Row], B: int, T: int, device: torch.device) -> Batch:
+    """`rows`, and rows of padding up to B. Padding stands last and counts as context: it sees
+    itself, as softmax demands, and no candidate sees it."""
+    idx, positions, segments = torch.zeros(3, B, T, dtype=torch.long)
+    predictors, targets, owners = [], [], []
+    for i, row in enumerate(rows):
+        C = len(row.context)
+        tokens, places, parts = list(row.context), list(range(C)), [0] * C
+        for n, (owner, candidate) in enumerate(row.candidates.items(), 1):
+            start = i * T + len(tokens)
+            before = [i * T + C - 1] if C else []  # the context's last token predicts the first
+            before += range(start, start + len(candidate) - 1)
+            predictors += before
+            targets += candidate[len(candidate) - len(before) :]
+            owners += [owner] * len(before)
+            tokens += candidate
+            places += range(C, C + len(candidate))
+            parts += [n] * len(candidate)
+        for tensor, values in ((idx, tokens), (positions, places), (segments, parts)):
+            tensor[i, : len(row)] = torch.tensor(values)
+    scored = torch.tensor([predictors, targets, owners], dtype=torch.long)
+    return Batch(
+        idx.to(device), positions.to(device), segments.to(device),
+        scored[0].to(device), scored[1].to(device), scored[2],
+    )  # fmt: skip
+
+
+def tree_mask(segments: Tensor) -> Tensor:
+    """(B, T) → (B, 1, T, T): a token sees the context and its own segment, up to itself."""
+    query, key = segments[:, None, :, None], segments[:, None, None, :]
+    return ((key == 0) | (key == query)).tril()
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a model makes of each candidate: for each item a tensor with one value per candidate."""
+
+    sums: Sequence[Tensor]  # losses of its scored tokens in nats, float64
+    counts: Sequence[Tensor]  # scored tokens, float64
+    greedy: Sequence[Tensor] | None  # whether each of them was the model's first choice
+
+
+def evaluate(
+    model: GPT2,
+    packed: Packed,
+    device: Device,
+    *,
+    body: Callable[..., Tensor] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """Score all items of a task, each rank its share; returns the task's scores on every rank.
+
+    `body` is the compiled form of the model's body, if there is one. `say` gets lines of progress.
+    """
+    losses = candidate_losses(model, packed, device, body=body, say=say)
+    return packed.task.score(packed.items, losses.sums, losses.counts, losses.greedy)
+
+
+@torch.no_grad()
+def candidate_losses(
+    model: GPT2,
+    packed: Packed,
+    device: Device,
+    *,
+    body: Callable[..., Tensor] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Losses:
+    """Score the candidates of all items, each rank its share; returns those of all ranks."""
+    body = model.transformer if body is None else body  # a compiled one has no bool
+    world, sizes = packed.world, [len(item.candidates) for item in packed.items]
+    mine = sum(sizes[world.rank :: world.size])
+    found, done = [], 0
+    for batch in packed.batches:  # nothing in here waits for a GPU
+        found.append(_score_tokens(model, body, batch, device, greedy=packed.task.needs_greedy))
+        done += len(batch.owners.unique())
+        if say:
+            say(f"{packed.task.title}: {done:,} of {mine:,} endings scored")
+    totals = torch.zeros(3, sum(sizes), dtype=torch.float64)
+    for batch, (losses, hits) in zip(packed.batches, found, strict=True):
+        totals[0].index_add_(0, batch.owners, losses.cpu().double())
+        totals[1] += batch.owners.bincount(minlength=totals.shape[1])
+        totals[2].index_add_(0, batch.owners, hits.cpu().double())
+    if world.size > 1:  # each rank has zeros for the candidates of others: the sum is exact
+        totals = torch.tensor(world.totals(totals.to(device.torch)), dtype=torch.float64)
+    sums, counts, hits = totals
+    greedy = (hits == counts).split(sizes) if packed.task.needs_greedy else None
+    return Losses(sums.split(sizes), counts.split(sizes), greedy)
+
+
+def _score_tokens(
+    model: GPT2, body: Callable[..., Tensor], batch: Batch, device: Device, *, greedy: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss of every scored token of `batch`, (N,) float32, and whether the token was the
+    model's first choice, (N,) bool: False if `greedy` is."""
+    losses, hits = [], []
+    with device.autocast():
+        hidden = body(batch.idx, positions=batch.positions, mask=tree_mask(batch.segments))
+        predictors = hidden.flatten(0, 1)[batch.predictors]  # (N, C): no others need the head
+        parts = zip(predictors.split(HEAD_TOKENS), batch.targets.split(HEAD_TOKENS), strict=True)
+        for x, y in parts:
+            logits = model.lm_head(x)  # (n, V), padding rows included
+            losses.append(F.cross_entropy(logits.float(), y, reduction="none"))
+            if greedy:
+                hits.append(logits[:, : model.config.vocab_size].argmax(1) == y)
+    found = torch.cat(losses)
+    return found, torch.cat(hits) if greedy else torch.zeros_like(found, dtype=torch.bool)
