@@ -304,12 +304,12 @@ def compile_model(
         reason = reason or "the model is sharded"
     if reason:
         console.say(f"running without torch.compile: {reason}")
-        return model, model.transformer
+        return model, model.body
     # It warns of a CUDA toolkit without a GPU, which is nothing to a CPU's user.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     console.say(f"compiling the model (kept in {cache}): the first steps take longer")
     return (
         cast(nn.Module, torch.compile(model, fullgraph=True, dynamic=False)),
-        torch.compile(model.transformer, fullgraph=True, dynamic=False),
+        torch.compile(model.body, fullgraph=True, dynamic=False),
     )

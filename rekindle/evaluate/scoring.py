@@ -195,7 +195,7 @@ def candidate_losses(
     say: Callable[[str], None] | None = None,
 ) -> Losses:
     """Score the candidates of all items, each rank its share; returns those of all ranks."""
-    body = model.transformer if body is None else body  # a compiled one has no bool
+    body = model.body if body is None else body
     world, sizes = packed.world, [len(item.candidates) for item in packed.items]
     mine = sum(sizes[world.rank :: world.size])
     found, done = [], 0
@@ -227,7 +227,7 @@ def _score_tokens(
         predictors = hidden.flatten(0, 1)[batch.predictors]  # (N, C): no others need the head
         parts = zip(predictors.split(HEAD_TOKENS), batch.targets.split(HEAD_TOKENS), strict=True)
         for x, y in parts:
-            logits = model.lm_head(x)  # (n, V), padding rows included
+            logits = model.head(x)  # (n, V), padding rows included
             losses.append(F.cross_entropy(logits.float(), y, reduction="none"))
             if greedy:
                 hits.append(logits[:, : model.config.vocab_size].argmax(1) == y)

@@ -51,6 +51,8 @@ for command in commands:
         assert (run / "checkpoints" / "step-000012").is_dir()
 from rekindle.runtime.distributed import place
 torch.save(gradients, f"{out}-{place().rank}.pt")
+dist.barrier()  # gloo's threads end a process whose peer is gone
+dist.destroy_process_group()
 """
 
 
