@@ -627,6 +627,9 @@ def test_progress_lines(
     for strange in ("nan", "inf", "-", "101%"):
         assert strange not in text.replace(str(tmp_path), "")
     assert "tokens to train on" in said[-1]
+    counted = [int(line.split(" tokens · ")[0].replace(",", "")) for line in said if " · " in line]
+    assert counted == sorted(counted)
+    assert 0 < counted[-1] < sum(map(len, documents)) + len(documents)  # of this call alone
 
 
 def test_progress_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

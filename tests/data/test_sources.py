@@ -75,6 +75,8 @@ def test_blocks_stay_small(parquet: Callable[..., Path], monkeypatch: pytest.Mon
     blocks = [block.texts for block in source.blocks(0)]
     assert [text for block in blocks for text in block.to_pylist()] == expected
     assert max(sum(map(len, block.to_pylist())) for block in blocks) <= 20_000
+    first = next(iter(source.blocks(0)))  # and few rows are read at a time
+    assert first.done == len(first.texts) / 600 < 0.1
     for skip in (1, 499, 517):
         assert documents(source, skip=skip) == expected[skip:]
 
