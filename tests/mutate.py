@@ -229,6 +229,7 @@ def run(mutants: list[Mutant]) -> int:
     """Plant all of `mutants`, and say what became of them."""
     began = time.perf_counter()
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(ROOT / ".cache" / "compiled")  # the copies share it
     for name in HEAVY:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
