@@ -28,6 +28,8 @@ EXPLAINED: dict[str, str] = {
     "runtime.fit.: 16 => 17 in 1 / 16": "a measured number that any near it would do for",
     "data.batches.Prefetcher._put: 0.1 => 0.2": "how often it looks whether to stop",
     "evaluate.loss.validation_loss: True => False #2": "on a CPU no copy is asynchronous",
+    "data.sources.hub.HubSource._wait: not coming.done() => coming.done()": "a progress line",
+    "data.sources.jsonl._lines: 1 => 2 in 1 << 20": "the size of a buffer",
     "storage.files.remove_unfinished: True => False #2": "only if another removes a file meanwhile",
     "data.prepare._Preparation.__init__: 0 => 1 #2": "one token more in a line that rounds it",
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rekindle.data.tokenizer import ByteTokenizer
+from rekindle.evaluate.evaluator import Evaluator
 from rekindle.evaluate.scoring import Packed, candidate_losses, evaluate, pack
 from rekindle.evaluate.tasks import Item
 from rekindle.evaluate.tasks.hellaswag import HellaSwag, Question, tokenize
@@ -239,8 +240,15 @@ def test_a_training_run_packs_for_what_it_compiled(
         asked.append(how["compiled"])
         return pack(*arguments, **how)
 
+    def evaluator(model: Any, forward: Any, body: Any, *rest: Any) -> Evaluator:
+        assert isinstance(model, GPT2)  # samples and scores: from the model itself
+        assert (forward is not model) == compiled  # the loss: as it is trained
+        assert body == model.transformer
+        return Evaluator(model, forward, body, *rest)
+
     monkeypatch.setattr(module, "compile_model", compile_model)
     monkeypatch.setattr(module, "pack", spy)
+    monkeypatch.setattr(module, "Evaluator", evaluator)
     train(tmp_path / "run", "--steps", 1)
     assert asked == [compiled]
 
