@@ -226,7 +226,7 @@ def test_a_training_run_tokenizes_once(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_training_run_packs_for_what_it_compiled(
+def test_a_training_run_packs_for_how_it_runs(
     tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
     from rekindle import session as module
