@@ -15,7 +15,7 @@ LARGE = ("--model.n-embd", 128, "--model.n-layer", 4, "--steps", 6, "--checkpoin
 
 @pytest.mark.parametrize(
     ("count", "compiled"),
-    [(2, False), (3, False), pytest.param(3, True, marks=pytest.mark.slow)],
+    [(2, False), (3, False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in (2, 3))],
 )
 def test_resumed_ranks_compute_the_same_bits(
     tmp_path: Path, ranks: Callable[..., End], records: Callable[..., list[dict[str, Any]]],
