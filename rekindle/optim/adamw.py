@@ -46,7 +46,7 @@ class AdamW:
     @torch.no_grad()
     def step(self, skip: Tensor) -> None:
         """Update the weights from their gradients; if `skip` (a scalar on the device) is true,
-        change nothing. The fused kernels read it there, so the host does not wait for the device."""
+        change nothing. The fused kernels read it there, so the host does not wait for it."""
         if not self._fused and skip:
             return
         self._adamw.found_inf = skip.float() if self._fused else None  # type: ignore[attr-defined]
