@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.common import environment, quantiles, write_result
 from rekindle.data import shards, sources
-from rekindle.data.batches import Batches, Split, Windows
+from rekindle.data.batches import Batches, Partition, Windows
 from rekindle.data.prepare import prepare
 
 RESULT = Path(__file__).parent / "results" / "batches.json"
@@ -27,7 +27,7 @@ FAST = 700_000  # tokens/s
 def measure(data: Path, steps: int) -> dict[str, Any]:
     windows = Windows(shards.open_split(data, shards.read_manifest(data), "train"), T)
     rows = min(TOKENS // T, len(windows))
-    split = Split.of(rows, next(m for m in range(MICRO, 0, -1) if rows % m == 0))
+    split = Partition.of(rows, next(m for m in range(MICRO, 0, -1) if rows % m == 0))
     figures: dict[str, Any] = {}
     for order in ("shuffled", "sequential"):
         batches, seconds = Batches(windows, rows, 1337, order), []

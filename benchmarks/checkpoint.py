@@ -1,4 +1,4 @@
-"""A checkpoint of GPT-2 124M with AdamW's moments against a plain write of the same bytes.
+"""A checkpoint of GPT-2 124M with AdamW's state against a plain write of the same bytes.
 
     python -m benchmarks.checkpoint [--out benchmarks/results/checkpoint.json]
 
@@ -8,7 +8,7 @@ trains on. The stall is how long the loop stands still when it begins a checkpoi
 """
 
 import argparse
-import math
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -18,60 +18,65 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.common import environment, quantiles, write_result
 from rekindle import storage
-from rekindle.model.gpt2 import GPT2
+from rekindle.checkpoint import Keep, Saver, Snapshot
+from rekindle.machine import MachineOptions, resolve
 from rekindle.observe.console import Console
+from rekindle.observe.json_lines import JsonLinesLogger
 from rekindle.observe.metrics import Metrics
-from rekindle.optim.adamw import AdamW
-from rekindle.optim.adamw_config import AdamWConfig
-from rekindle.recipes import get_recipe
-from rekindle.runtime.checkpoint import Keep, Snapshot
-from rekindle.runtime.device import get_device
-from rekindle.runtime.distributed import World
-from rekindle.runtime.saving import Saver
-from rekindle.train import train_step
+from rekindle.recipes import Batch, get_recipe
+from rekindle.trainer import build
 
 RESULT = Path(__file__).parent / "results" / "checkpoint.json"
 ROWS, T = 1, 64  # of the training step: a small one, so that a stall would show
 
 
 class Training:
-    """GPT-2 124M on the CPU, and what it takes to step and to save."""
+    """GPT-2 124M in training on the CPU, and what saves it."""
 
     def __init__(self, folder: Path) -> None:
-        self.device = get_device("cpu")
-        self.model = GPT2(get_recipe("gpt2-124m").model.for_training())
-        self.optimizer = AdamW(self.model, AdamWConfig(lr=6e-4))
-        self.tokens = torch.randint(0, self.model.config.vocab_size, (1, ROWS, T))
+        recipe = get_recipe("gpt2-124m")
+        random = np.random.default_rng(0)
+        tokens = random.integers(0, recipe.model.vocab_size, 64 * T, np.uint16)
+        recipe = dataclasses.replace(
+            recipe,
+            model=recipe.model.for_training(),
+            batch=Batch(tokens=ROWS * T, length=T),
+            steps=10**6,
+        )
+        machine = resolve(MachineOptions(device="cpu", compile=False, micro_batch=ROWS))
+        self.trainer = build(recipe, [tokens], machine)
         self.checkpoints, self.log = folder / "checkpoints", folder / "metrics.jsonl"
         metrics = Metrics(
-            storage.JsonLines(self.log), Console(quiet=True), steps=1, tokens_per_step=ROWS * T,
-            flops_per_token=1, peak_flops=None,
-        )  # fmt: skip
-        self.saver = Saver(self.checkpoints, Keep(), self.model, self.optimizer, metrics, World())
+            [JsonLinesLogger(storage.JsonLines(self.log), print)],
+            Console(quiet=True),
+            steps=1,
+            tokens_per_step=ROWS * T,
+            flops_per_token=1,
+            peak_flops=None,
+        )
+        t = self.trainer
+        self.saver = Saver(self.checkpoints, Keep(), t.model, t.optimizer, metrics, t.world)
 
     def step(self) -> float:
         began = time.perf_counter()
-        train_step(
-            self.model, list(self.model.parameters()), self.optimizer, self.tokens, self.tokens,
-            lr=1e-5, clip=1.0, limit=math.inf, device=self.device, world=World(),
-        )  # fmt: skip
+        self.trainer.train_step()
         return time.perf_counter() - began
 
-    def save(self, step: int, *, train_on: bool) -> dict[str, Any]:
+    def save(self, *, train_on: bool) -> dict[str, Any]:
         """Seconds that a checkpoint took, that the loop stood still, and of the steps meanwhile."""
         threads, began = threading.active_count(), time.perf_counter()
-        self.saver.save({"step": step})
+        description = self.trainer.describe()
+        self.saver.save(description)
         stall = time.perf_counter() - began
-        path, steps = self.checkpoints / f"step-{step:06d}", []
+        path, steps = self.checkpoints / f"step-{description.step:06d}", []
         while train_on and threading.active_count() > threads:
             steps.append(self.step())
         self.saver.finish()
         record = storage.read_json_lines(self.log)[-1]
-        assert (record["kind"], record["step"]) == ("checkpoint", step)
+        assert (record["kind"], record["step"]) == ("checkpoint", description.step)
         shutil.rmtree(path)
         return {"seconds": record["seconds"], "stall_s": stall, "steps": steps}
 
@@ -91,9 +96,10 @@ def plain_write(file: Path, arrays: list[np.ndarray]) -> float:
 
 def measure(folder: Path, rounds: int) -> dict[str, Any]:
     training = Training(folder)
-    training.step()  # makes AdamW's moments
-    snapshot = Snapshot(training.model, training.optimizer)
-    snapshot.take(training.model, training.optimizer)
+    training.step()
+    model, optimizer = training.trainer.model, training.trainer.optimizer
+    snapshot = Snapshot(model, optimizer)
+    snapshot.take(model, optimizer)
     arrays = [t.numpy() for t in (*snapshot.model.values(), *snapshot.optimizer.values())]
     size = sum(array.nbytes for array in arrays)
     plain, alone, beside, undisturbed = [], [], [], []
@@ -101,9 +107,9 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         os.sync()  # what the round before has removed is not written in this one
         row = (
             plain_write(folder / "plain", arrays),
-            training.save(2 * i + 2, train_on=False),
+            training.save(train_on=False),
             training.step(),
-            training.save(2 * i + 3, train_on=True),
+            training.save(train_on=True),
         )
         print(
             f"round {i + 1}: plain {row[0]:.2f} s, checkpoint {row[1]['seconds']:.2f} s "
@@ -116,7 +122,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
                 column.append(value)
     ratios = [b["seconds"] / a for a, b in zip(plain, alone, strict=True)]
     return {
-        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": size,
         "rounds": rounds,
         "plain_write": {"seconds": quantiles(plain)},

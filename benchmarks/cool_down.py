@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from rekindle.data import shards
 from rekindle.data.batches import IGNORED
 from rekindle.data.tokenizer import get_tokenizer
-from rekindle.load import load
+from rekindle.loading import load
 from rekindle.model.gpt2 import GPT2
 from rekindle.runtime.device import Device, get_device
 
@@ -92,7 +92,7 @@ def document_losses(run: Path, data: Path, device: Device, most: int) -> np.ndar
             if last - first > SHORTEST and len(documents) < most:
                 documents.append(np.asarray(shard[first : min(last, first + T + 1)], np.int64))
     losses = [
-        _losses(loaded.model, documents[i : i + ROWS], device)
+        _losses(loaded.model, documents[i : i + ROWS], device)  # type: ignore
         for i in range(0, len(documents), ROWS)
     ]
     return np.concatenate(losses)

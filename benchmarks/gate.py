@@ -119,7 +119,7 @@ def fast_updates(
             rows = batch[settings["cut"]]
             train_step(
                 forward, list(model.parameters()), optimizer, rows[..., :-1], rows[..., 1:],
-                lr=settings["lr"](step), clip=settings["clip"], limit=math.inf,
+                lr=settings["lr"](step), grad_clip=settings["clip"], limit=math.inf,
                 device=device, world=World(),
             )  # fmt: skip
     return _difference(trial.model, model)

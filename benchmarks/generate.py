@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import environment, quantiles, write_result
-from rekindle.generate.sampling import generate, predict
 from rekindle.model.compute import Compute
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
+from rekindle.sampling import generate, predict
 
 PROMPT = 64
 PACKAGES = ("torch", "transformers") if find_spec("transformers") else ("torch",)

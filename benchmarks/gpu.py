@@ -108,7 +108,7 @@ def run_gate(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> N
     count = gate.STEPS * 2 * 2 * (T + 1)
     batch = torch.from_numpy(tokens[:count].astype("int64")).view(gate.STEPS, 2, 2, T + 1)
     plain = dataclasses.replace(recipe.model, padded_vocab_size=recipe.model.vocab_size)
-    trial = gate.Trial.make(plain, batch.to(device.torch))
+    trial = gate.Trial.make(plain, batch.to(device.torch))  # type: ignore
 
     def compiled(model: GPT2) -> Any:
         torch._dynamo.reset()
@@ -160,10 +160,10 @@ def hellaswag(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> 
     from rekindle.data.tokenizer import get_tokenizer
     from rekindle.evaluate.scoring import evaluate, pack
     from rekindle.evaluate.tasks.hellaswag import HellaSwag
-    from rekindle.runtime.fit import choose_compute
+    from rekindle.runtime.device import choose_compute
 
     device = get_device(o.device)
-    model = GPT2(recipes.get_recipe(o.recipe).model.for_training()).to(device.torch)
+    model = GPT2(recipes.get_recipe(o.recipe).model.for_training()).to(device.torch)  # type: ignore
     model.use(choose_compute(device, model.config.block_size))
     task, tokenizer = HellaSwag(), get_tokenizer("gpt2")
     began = time.perf_counter()

@@ -23,8 +23,7 @@ from rekindle.evaluate.scoring import CPU_TOKENS, candidate_losses, pack
 from rekindle.evaluate.tasks.hellaswag import HellaSwag, Question, read_questions, tokenize
 from rekindle.model.gpt2 import GPT2
 from rekindle.recipes import SIZES
-from rekindle.runtime.device import Device
-from rekindle.runtime.fit import choose_compute
+from rekindle.runtime.device import Device, choose_compute
 
 RESULT = Path(__file__).parent / "results" / "hellaswag-cpu.json"
 Texts = tuple[list[int], list[list[int]]]  # a context and its four endings, as tokens

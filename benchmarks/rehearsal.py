@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import quantiles
-from rekindle import recipes, storage
-from rekindle.runtime import checkpoint
+from rekindle import checkpoint, recipes, storage
 
 SETTLED = 5  # steps after a start that may still compile or warm up
 

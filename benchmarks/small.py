@@ -8,14 +8,15 @@ and clipping parameter by parameter, nothing compiled.
 """
 
 import argparse
+import dataclasses
 import json
-import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from collections.abc import Callable
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,13 @@ import torch
 
 from benchmarks.common import environment, quantiles, write_result
 from rekindle.data import shards, sources
-from rekindle.data.batches import Batches, Prefetcher, Split, Windows
 from rekindle.data.prepare import prepare
+from rekindle.machine import MachineOptions, resolve
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
-from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
-from rekindle.runtime.device import get_device, keep_freed_memory
-from rekindle.runtime.distributed import World
-from rekindle.runtime.fit import choose_compute
-from rekindle.session import make_deterministic
-from rekindle.train import train_step
+from rekindle.recipes import Batch, Recipe, Schedule
+from rekindle.trainer import Trainer, build
 
 RESULT = Path(__file__).parent / "results" / "small.json"
 # rows, T, steps of warm-up, timed steps; 4 layers, 128 wide, 4 heads
@@ -48,72 +45,59 @@ ARMS = {  # precision, compiled; None: the plain loop
 def arm(name: str, shape: str, data: Path) -> dict[str, Any]:
     """Take the steps of one arm in this process."""
     rows, T, warmup, steps = SHAPES[shape]
-    torch.manual_seed(1337)
-    config = GPT2Config(n_layer=4, n_head=4, n_embd=128, block_size=T, vocab_size=257)
     how = ARMS[name]
-    device = get_device("cpu", how[0] if how else "fp32")
-    manifest = shards.read_manifest(data)
-    windows = Windows(shards.open_split(data, manifest, "train"), T)
-    batches, split = Batches(windows, rows, 1337, "shuffled"), Split.of(rows, rows)
-    prefetcher = Prefetcher(lambda s: batches.batch(s, split), 0, warmup + steps, device.torch)
-    model = GPT2(config.for_training())
-    step = plain_loop(model) if how is None else ours(model, T, device, compiled=how[1])
-    ends, loss = [time.perf_counter()], 0.0
-    for _ in range(warmup + steps):
-        x, y = prefetcher.next()
-        loss = step(x, y)
-        ends.append(time.perf_counter())
-    prefetcher.close()
+    precision, compile = how or ("fp32", False)
+    recipe = Recipe(
+        name=shape,
+        about="",
+        model=GPT2Config(n_layer=4, n_head=4, n_embd=128, block_size=T, vocab_size=257),
+        batch=Batch(tokens=rows * T, length=T),
+        optim=AdamWConfig(lr=1e-3),
+        schedule=Schedule(warmup=0, final=1.0),
+        steps=warmup + steps,
+        spike=0.0,
+    )
+    recipe = dataclasses.replace(recipe, model=recipe.model.for_training())
+    asked = MachineOptions(device="cpu", precision=precision, compile=compile, micro_batch=rows)
+    tokens = shards.open_split(data, shards.read_manifest(data), "train")
+    with build(recipe, tokens, resolve(asked)) as trainer:
+        step = plain_loop(trainer) if how is None else lambda: trainer.train_step().loss
+        ends, loss = [time.perf_counter()], 0.0
+        for _ in range(warmup + steps):
+            loss = step()
+            ends.append(time.perf_counter())
     seconds = [b - a for a, b in pairwise(ends)]
     timed = quantiles([1e3 * s for s in seconds[warmup:]])
     return {
         "ms_per_step": timed,
         "tokens_per_s": round(rows * T / timed["median"] * 1e3),
         "first_step_s": round(seconds[0], 2),  # compilation is in it
-        "precision": device.precision,
+        "precision": trainer.device.precision,
         "loss": round(loss, 4),
     }
 
 
-def plain_loop(model: GPT2) -> Any:
+def plain_loop(trainer: Trainer) -> Callable[[], float]:
+    """The same model and batches, trained as one would write it down in a notebook."""
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(trainer.recipe.seed)
+    model = GPT2(GPT2Config.from_dict(dataclasses.asdict(trainer.model.config)))
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    numbers = count()
 
-    def step(x: torch.Tensor, y: torch.Tensor) -> float:
+    def step() -> float:
+        x, y = trainer.batches.batch(next(numbers), trainer.partition)
+        x, y = torch.from_numpy(x[0].copy()), torch.from_numpy(y[0].copy())
         optimizer.zero_grad(set_to_none=True)
-        _, loss = model(x[0], y[0])
+        _, loss = model(x, y)
         assert loss is not None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss.item()
-
-    return step
-
-
-def ours(model: GPT2, T: int, device: Any, *, compiled: bool) -> Any:
-    make_deterministic(device)
-    keep_freed_memory(device)
-    model.use(choose_compute(device, T))
-    optimizer = AdamW(model, AdamWConfig(lr=1e-3))
-    parameters = list(model.parameters())
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-
-    def step(x: torch.Tensor, y: torch.Tensor) -> float:
-        return train_step(
-            forward,
-            parameters,
-            optimizer,
-            x,
-            y,
-            lr=1e-3,
-            clip=1.0,
-            limit=math.inf,
-            device=device,
-            world=World(),
-        ).loss
 
     return step
 

@@ -1,23 +1,52 @@
 """Rekindle: GPT-2 reproduced from scratch in PyTorch, then surpassed."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GPT2", "GPT2Config", "__version__"]
 
 if TYPE_CHECKING:
+    from rekindle.loading import load
+    from rekindle.machine import Machine, MachineOptions, resolve
     from rekindle.model.gpt2 import GPT2
     from rekindle.model.gpt2_config import GPT2Config
+    from rekindle.recipes import Recipe, get_recipe
+    from rekindle.sampling import generate
+    from rekindle.trainer import Trainer, build
+
+# Where each name is; `GPT2` comes from `rekindle.loading`, which gives it `from_pretrained`.
+_HOMES = {
+    "GPT2": "loading",
+    "GPT2Config": "model.gpt2_config",
+    "Machine": "machine",
+    "MachineOptions": "machine",
+    "Recipe": "recipes",
+    "Trainer": "trainer",
+    "build": "trainer",
+    "generate": "sampling",
+    "get_recipe": "recipes",
+    "load": "loading",
+    "resolve": "machine",
+}
+
+__all__ = [
+    "GPT2",
+    "GPT2Config",
+    "Machine",
+    "MachineOptions",
+    "Recipe",
+    "Trainer",
+    "__version__",
+    "build",
+    "generate",
+    "get_recipe",
+    "load",
+    "resolve",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only when somebody asks for the model: `rekindle --help` answers at once."""
-    if name == "GPT2":
-        from rekindle.load import GPT2  # which gives it `from_pretrained`
-
-        return GPT2
-    if name == "GPT2Config":
-        from rekindle.model.gpt2_config import GPT2Config
-
-        return GPT2Config
+    """Import a module when its name is asked for: `rekindle --help` does not wait for torch."""
+    if name in _HOMES:
+        return getattr(import_module(f"rekindle.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'rekindle' has no attribute {name!r}")

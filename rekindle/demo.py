@@ -8,10 +8,11 @@ from rekindle import recipes, storage
 from rekindle.data.prepare import prepare
 from rekindle.data.shards import read_manifest
 from rekindle.data.sources import from_arguments
+from rekindle.machine import MachineOptions
 from rekindle.observe.console import duration
 from rekindle.run import RunOptions
 from rekindle.runtime.device import get_device
-from rekindle.train import train
+from rekindle.start import train_run
 
 
 def demo(data: Path, out: Path, device: str, steps: int | None) -> None:
@@ -24,7 +25,7 @@ def demo(data: Path, out: Path, device: str, steps: int | None) -> None:
     source = from_arguments(embedded=True)
     prepare(source, data, tokenizer="bytes", val_tokens=recipe.eval_tokens)
     print(f"\n2. Tokens → a GPT-2: the recipe `{recipe.name}`, {recipe.about}")
-    run = train(recipe, data, out, RunOptions(device=device))
+    run = train_run(recipe, data, out, RunOptions(machine=MachineOptions(device=device)))
     print(_summary(recipe.name, data, run.folder, time.perf_counter() - began))
 
 

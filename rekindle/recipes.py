@@ -13,7 +13,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from rekindle.errors import UserError
+from rekindle.flags import flag
+from rekindle.model import ModelConfig
 from rekindle.model.gpt2_config import SIZES, GPT2Config
+from rekindle.optim import OptimizerConfig
 from rekindle.optim.adamw_config import AdamWConfig
 
 
@@ -21,13 +24,16 @@ from rekindle.optim.adamw_config import AdamWConfig
 class Batch:
     """What one optimizer step sees. How it is split is the machine's business, not the recipe's."""
 
-    tokens: int = 524_288  # per optimizer step, over all ranks; 2**19 as in [lecture]
-    length: int = 1024  # T, tokens in a window
-    order: str = "shuffled"  # or "sequential", the order of the files, or "lecture"
+    tokens: int = flag(524_288, "tokens of one optimizer step, over all ranks")  # 2**19 [lecture]
+    length: int = flag(1024, "tokens in a window (T)")
+    order: str = flag("shuffled", "shuffled, sequential as the files are, or lecture as its loader")
     # Micro-batch of the published run, on its one rank: B=64, T=1024 [lecture]. Its loader drops
-    # the rest of a shard that fills no whole one. The machine's own micro-batch is `micro`.
-    lecture_micro_tokens: int = 65_536
-    micro: int = 0  # rows per forward pass on one rank; 0: found for the device
+    # the rest of a shard that does not fill a whole one.
+    lecture_micro_tokens: int = flag(
+        65_536,
+        "with the order lecture: tokens of one micro-batch of the lecture's run over all its "
+        "ranks; the rest of a shard that does not fill one is dropped",
+    )
 
     @property
     def rows(self) -> int:
@@ -43,8 +49,8 @@ class Batch:
 class Schedule:
     """Linear warm-up, then a cosine down to a fraction of the peak."""
 
-    warmup: int = 715  # steps; 375M tokens as in [GPT-3]
-    final: float = 0.1  # of the peak learning rate
+    warmup: int = flag(715, "steps of linear warm-up")  # 375M tokens as in [GPT-3]
+    final: float = flag(0.1, "last learning rate, as a fraction of the peak")
 
 
 @dataclass(frozen=True)
@@ -53,27 +59,37 @@ class Recipe:
 
     name: str
     about: str
-    model: GPT2Config = SIZES["gpt2"]
+    model: ModelConfig = SIZES["gpt2"]
     batch: Batch = Batch()
-    optim: AdamWConfig = field(default_factory=AdamWConfig)
+    optim: OptimizerConfig = field(default_factory=AdamWConfig)
     schedule: Schedule = Schedule()
-    steps: int = 19_073  # 10 billion tokens at 524,288 a step [lecture]
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: any [lecture]
-    spike: float = 10.0  # robust deviations above recent losses that skip a step; 0: any loss
-    seed: int = 1337  # of the initial weights and of the order of the data [lecture]
-    eval_every: int = 250  # steps between validations; 0: only at the end [lecture]
-    eval_tokens: int = 10_485_760  # of the validation split, always the same ones [lecture]
-    checkpoint_every: int = 250  # steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = 3  # newest ones to keep; 0: all of them
-    keep_best: int = 1  # and those with the lowest validation loss of all
-    keep_every: int = 0  # and those at multiples of so many steps; 0: none
-    prompt: str = field(default="Hello, I'm a language model,")  # of the samples [lecture]
+    steps: int = flag(19_073, "optimizer steps in all")  # 10B tokens at 524,288 a step [lecture]
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")  # [lecture]
+    spike: float = flag(
+        10.0,
+        "skip a step whose loss is more than X robust standard deviations above the recent median; "
+        "0: never",
+    )
+    seed: int = flag(1337, "seed of the initial weights and of the data's order")  # [lecture]
+    eval_every: int = flag(250, "steps between validations; 0: only at the end")  # [lecture]
+    eval_tokens: int = flag(10_485_760, "validation tokens to score, always the same")  # [lecture]
+    checkpoint_every: int = flag(250, "steps between checkpoints; 0: only at the end")
+    keep_checkpoints: int = flag(3, "newest checkpoints to keep; 0: all")
+    keep_best: int = flag(1, "checkpoints of the lowest validation loss to keep as well")
+    keep_every: int = flag(0, "keep the checkpoints at multiples of N steps as well; 0: none")
+    prompt: str = flag("Hello, I'm a language model,", "what the samples begin with")  # [lecture]
+    # A plain sentence or two, so that the curves show what is learned: words, names, agreement.
+    passage: str = flag(
+        "The capital of France is Paris. Two and two are four, and the children who live next "
+        "door are playing in the garden.",
+        "text whose loss is logged token by token at every validation",
+    )
 
 
-# May differ when a run goes on: none of them changes a step already taken.
+# May differ when a run is resumed: none of them changes a step already taken.
 FREE_ON_RESUME = (
     "about", "steps", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
-    "keep_best", "keep_every", "prompt",
+    "keep_best", "keep_every", "prompt", "passage",
 )  # fmt: skip
 
 ORDERS = ("shuffled", "sequential", "lecture")
@@ -232,6 +248,7 @@ def _check_order(batch: Batch) -> None:
 
 DEFAULTS = flatten(Recipe("", ""))
 RENAMED = {"optim.clip": "grad_clip", "optim.spike": "spike"}  # in runs of version 0.1.0
+REMOVED = ("batch.micro",)  # the micro-batch size belongs to the machine
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -239,8 +256,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     A field that `before` does not have is newer than the run, and has its default.
     """
-    before = {**DEFAULTS, **{RENAMED.get(name, name): value for name, value in before.items()}}
-    names = [n for n in {**before, **now} if n not in (*FREE_ON_RESUME, "batch.micro")]
+    defaults = {name: value for name, value in DEFAULTS.items() if name in now}
+    before = {**defaults, **{RENAMED.get(name, name): value for name, value in before.items()}}
+    names = [n for n in {**before, **now} if n not in (*FREE_ON_RESUME, *REMOVED)]
     return [
         f"--{n.replace('_', '-')} was {before.get(n)}, now {now.get(n)}"
         for n in names

@@ -1,7 +1,12 @@
 """Whether what came out of a JSON file has the form that its readers rely on."""
 
+import dataclasses
 import math
-from typing import Any
+import types
+import typing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 LARGEST = 2**53  # whole numbers up to here are the same in every JSON reader
 
@@ -49,3 +54,41 @@ def _is(value: Any, form: Any) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def form_of(cls: type) -> dict[str, Any]:
+    """The form of a dataclass: that of each field's type, unless its metadata names a `form`. A
+    field with a default may be missing."""
+    hints = typing.get_type_hints(cls)
+    form = {}
+    for field in dataclasses.fields(cls):
+        optional = field.default is not dataclasses.MISSING
+        own = field.metadata.get("form", _form_of_type(hints[field.name]))
+        form[f"{field.name}?" if optional else field.name] = own
+    return form
+
+
+def _form_of_type(kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):  # of a type and None, which comes last
+        return tuple(_form_of_type(each) for each in reversed(typing.get_args(kind)))
+    if kind is types.NoneType:
+        return None
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return form_of(kind)
+    return typing.get_origin(kind) or kind
+
+
+def parse(cls: type[T], value: dict[str, Any]) -> T:
+    """A dataclass from what came out of a JSON file; other keys are left out. Raises `ValueError`
+    that says what is not of its form."""
+    if wrong := mismatch(value, form_of(cls)):
+        raise ValueError(wrong)
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls) if field.name in value]  # type: ignore
+    return cls(**{name: _built(hints[name], value[name]) for name in names})
+
+
+def _built(kind: Any, value: Any) -> Any:
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return parse(kind, value)
+    return value

@@ -1,68 +1,66 @@
 """Training: the step on one screen, and the loop around it.
 
-Start reading at `train_step`. What happens now and then (validate, save, stop) is a plain
-`if due(...)` in `train`; there are no callbacks. `session.start` builds what both work on.
+Start reading at `train_step`. What happens now and then (evaluate, save, stop) is a plain
+`if due(...)` in `train`; there are no callbacks. `trainer.build` makes what the step works on, and
+`session.train_run` opens the run's folder around the loop.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from rekindle.evaluate.loss import Forward
-from rekindle.observe.console import duration
+from rekindle.model.compute import Forward
 from rekindle.optim import Optimizer
 from rekindle.optim.gradients import clip_gradients, grad_norm, zero_gradients
-from rekindle.optim.schedule import learning_rate
-from rekindle.recipes import Recipe
-from rekindle.run import Run, RunOptions
 from rekindle.runtime.device import Device
-from rekindle.runtime.distributed import World, gradient_sync, telling_of_lost_ranks
-from rekindle.runtime.signals import Listener
-from rekindle.session import start
-from rekindle.storage import Lock
+from rekindle.runtime.distributed import World, gradient_sync
 
-GO_BACK_AFTER = 10  # refused steps in a row
+if TYPE_CHECKING:
+    from rekindle.session import Session
+
+ROLL_BACK_AFTER = 10  # skipped steps in a row
 COMPARE_EVERY = 100  # steps between two comparisons of the ranks' weights
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step saw, over all ranks. To read a number is to wait for the device."""
+    """What one optimizer step saw, over all ranks. Reading a number waits for the device."""
 
-    on_device: Tensor  # (3,) float32: loss, norm of the gradient before clipping, 1 if skipped
+    numbers: Tensor  # (3,) float32: loss, norm of the gradient before clipping, 1 if skipped
+    lr: float
 
     @cached_property
-    def _numbers(self) -> list[float]:
-        return self.on_device.tolist()
+    def _read(self) -> list[float]:
+        return self.numbers.tolist()
 
     @property
     def loss(self) -> float:
-        return self._numbers[0]
+        return self._read[0]
 
     @property
-    def norm(self) -> float:
-        return self._numbers[1]
+    def grad_norm(self) -> float:
+        return self._read[1]
 
     @property
-    def accepted(self) -> bool:
-        """Whether the weights were updated."""
-        return not self._numbers[2]
+    def skipped(self) -> bool:
+        """Whether the weights stayed as they were."""
+        return bool(self._read[2])
 
 
 def train_step(
     forward: Forward,
     parameters: Sequence[nn.Parameter],
     optimizer: Optimizer,
-    x: Tensor,  # (accumulation, micro, T) token ids of this rank
+    x: Tensor,  # (accumulation, micro_batch, T) token ids of this rank
     y: Tensor,  # the same, one token on
     *,
     lr: float,
-    clip: float,  # 0: the gradient as it is
+    grad_clip: float,  # 0: no clipping
     limit: float,  # largest loss with which the weights are updated
     device: Device,
     world: World,
@@ -81,73 +79,47 @@ def train_step(
     world.mean_(loss)
 
     norm = grad_norm(parameters)
-    if clip:
-        clip_gradients(parameters, clip, norm)
+    if grad_clip:
+        clip_gradients(parameters, grad_clip, norm)
     skip = ~(loss.isfinite() & norm.isfinite()) | (loss > limit)
     optimizer.set_lr(lr)
     optimizer.step(skip)
-    return StepResult(torch.stack([loss, norm, skip.float()]))
+    return StepResult(torch.stack([loss, norm, skip.float()]), lr)
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether what comes `every` so many steps comes now; it always comes at the last one."""
+    """Whether what comes every `every` steps comes now; it always comes at the last one."""
     return step == last or (every > 0 and step % every == 0)
 
 
-def train(recipe: Recipe, data: Path, out: Path, options: RunOptions) -> Run:
-    """Train `recipe` on the shards in `data` into the run folder `out`, going on where it stopped.
+def train(session: "Session") -> None:
+    """Train until the recipe's last step, evaluating and saving on the way.
 
-    Raises `UserError` for whatever the user can mend, before anything is written, and `Stopped`
-    once all is saved if a signal asked to stop.
+    Raises `UserError` for what the user can mend, and `Stopped`, once all is saved, if a signal
+    asked to stop.
     """
-    started = time.perf_counter()
-    with (
-        telling_of_lost_ranks(),
-        Lock(out) as lock,
-        start(recipe, data, out, options, lock) as s,
-        Listener() as signals,
-    ):
-        run, recipe, schedule = s.run, s.run.recipe, s.run.recipe.schedule
-        step, batch = run.step, run.batch  # they differ once batches have been stepped over
-        s.warm_up()
-        if not run.examined and (step == 0 or due(step, recipe.eval_every, recipe.steps)):
-            s.examine_saved()
-        while step < recipe.steps:
-            began, waited = time.perf_counter(), s.prefetcher.waited
-            s.watch.at(f"the data of step {step}")
-            x, y = s.prefetcher.next()
-            lr = learning_rate(
-                step, peak=recipe.optim.lr, warmup=schedule.warmup, steps=recipe.steps,
-                final=schedule.final,
-            )  # fmt: skip
-            s.watch.at(f"step {step}")
-            result = train_step(
-                s.forward, s.parameters, s.optimizer, x, y, lr=lr, clip=recipe.grad_clip,
-                limit=s.guard.limit(), device=s.device, world=s.world,
-            )  # fmt: skip
-            objection = s.guard.objection(result.loss, result.norm)
-            s.metrics.step(
-                step, loss=result.loss, lr=lr, norm=result.norm, objection=objection,
-                seconds=time.perf_counter() - began, data_wait=s.prefetcher.waited - waited,
-            )  # fmt: skip
-            if started:
-                took = duration(time.perf_counter() - started)
-                s.metrics.console.say(f"first step done {took} after the start")
-                started = 0.0
-            step, batch = step + 1, batch + 1
-            if s.guard.refused == GO_BACK_AFTER:
-                step = s.go_back(step, batch)
-                continue
-            if due(step, COMPARE_EVERY, recipe.steps):
-                s.compare_ranks(step)
-            if told := s.world.max(signals.told, s.device.torch):
-                s.stop(told, step, batch)
-            if examined := due(step, recipe.eval_every, recipe.steps):
-                s.examine(step)
-            if step == recipe.steps:
-                s.check_end(result.loss)
-            trusted = not s.guard.refused or step == recipe.steps
-            if due(step, recipe.checkpoint_every, recipe.steps) and trusted:
-                s.save(step, batch, examined=examined)
-        s.saver.finish()
-    return s.run
+    trainer, recipe, guard = session.trainer, session.trainer.recipe, session.trainer.guard
+    session.warm_up()
+    start = trainer.step
+    if not session.evaluated and (start == 0 or due(start, recipe.eval_every, recipe.steps)):
+        session.evaluate_saved()
+    while trainer.step < recipe.steps:
+        began, waited = time.perf_counter(), trainer.data_wait_s
+        result = trainer.train_step()
+        session.log(result, time.perf_counter() - began, trainer.data_wait_s - waited)
+        step = trainer.step
+        if guard.skipped == ROLL_BACK_AFTER:
+            session.roll_back()
+            continue
+        if due(step, COMPARE_EVERY, recipe.steps):
+            trainer.compare_ranks()
+        if signal := session.stop_requested():
+            session.stop(signal)
+        if evaluated := due(step, recipe.eval_every, recipe.steps):
+            session.evaluate()
+        if step == recipe.steps:
+            session.check_end(result.loss)
+        applied = not guard.skipped or step == recipe.steps
+        if due(step, recipe.checkpoint_every, recipe.steps) and applied:
+            session.save(evaluated=evaluated)
+    session.saver.finish()

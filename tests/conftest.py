@@ -23,15 +23,16 @@ from rekindle import storage
 from rekindle.cli import main
 from rekindle.data.shards import Manifest, write_shard
 from rekindle.data.tokenizer import ByteTokenizer
+from rekindle.flags import flags_of
 from rekindle.optim.adamw_config import AdamWConfig
-from rekindle.recipes import Batch, Recipe, Schedule, flatten
+from rekindle.recipes import Batch, Recipe, Schedule
 
 ROOT = Path(__file__).parents[1]
 # Not the user's cache, and of this checkout alone: kernels name the torch they were made for.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "compiled"))
 
 # What differs between two equal runs.
-CLOCKS = {"seconds", "tokens_per_s", "utilisation", "data_wait_s", "stall_s"}
+CLOCKS = {"seconds", "tokens_per_s", "mfu", "data_wait_s", "stall_s"}
 
 # The files that take longest, the longest first: what is left for the end is short, and both
 # processes finish at about the same time.
@@ -165,10 +166,7 @@ def tiny() -> Recipe:
 @pytest.fixture(scope="session")
 def tiny_flags(tiny: Recipe) -> list[str]:
     """The flags that make the recipe `demo` the tiny one."""
-    from rekindle.cli import FLAGS
-
-    numbers = {name: value for name, value in flatten(tiny).items() if name in FLAGS}
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in numbers.items()]
+    pairs = [(flag.spelling, str(flag.default)) for flag in flags_of(tiny)]
     return [text for pair in pairs for text in pair]
 
 
@@ -274,20 +272,29 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     return call
 
 
-def describe(step: int, model: Any) -> dict[str, Any]:
+def describe(step: int, model: Any) -> Any:
     """The least that a checkpoint of `model` (a GPT2Config) says of itself."""
-    return {
-        "step": step, "examined": False, "forked_from": None, "model": dataclasses.asdict(model),
-        "recipe": {"batch.length": 16, "eval_tokens": 300},
-        "data": {"path": "data", "fingerprint": ""}, "tokenizer": {"name": "bytes", "sha256": ""},
-        "data_position": {"windows": 0}, "guard": {"losses": [], "refused": 0},
-        "split": {"micro": 1, "ranks": 1, "threads": 1, "precision": "fp32", "compile": False,
-                  "kernels": False, "recompute": False},
-    }  # fmt: skip
+    from rekindle.checkpoint import Description
+    from rekindle.machine import Machine
+
+    return Description(
+        step=step,
+        recipe={"batch.length": 16, "eval_tokens": 300},
+        model=dataclasses.asdict(model),
+        model_class="gpt2",
+        optimizer_class="adamw",
+        data_position={"windows": 0},
+        guard={"losses": [], "skipped": 0},
+        machine=Machine("cpu", "fp32", False, False, False, False, 1, False, 1),
+        ranks=1,
+        versions={},
+        data={"path": "data", "fingerprint": ""},
+        tokenizer={"name": "bytes", "sha256": ""},
+    )
 
 
 @pytest.fixture(name="describe")
-def _describe() -> Callable[..., dict[str, Any]]:
+def _describe() -> Callable[..., Any]:
     """`describe(step, model)`: what a checkpoint says of itself."""
     return describe
 

@@ -21,11 +21,11 @@ SEED = 1337  # of the generated bugs that are planted
 
 # Name → why no test can notice it.
 EXPLAINED: dict[str, str] = {
-    "load.load: loaded.model.to(device.torch) => pass": "on a CPU it moves nothing",
+    "loading.load: cast(nn.Module, loaded.model).to(device.torch) => pass": "on a CPU it moves nothing",
     "runtime.device.keep_freed_memory: 2 => 3 in 2 ** 25": "only an older C library gets there",
     "runtime.device.keep_freed_memory: 25 => 26 in 2 ** 25": "only an older C library gets there",
     "runtime.device.keep_freed_memory: 30 => 31 in 2 ** 30": "no test takes a block of 1 GiB",
-    "runtime.fit.: 16 => 17 in 1 / 16": "a measured number that any near it would do for",
+    "runtime.micro_batch.: 16 => 17 in 1 / 16": "a measured number that any near it would do for",
     "data.batches.Prefetcher._put: 0.1 => 0.2": "how often it looks whether to stop",
     "evaluate.loss.validation_loss: True => False #2": "on a CPU no copy is asynchronous",
     "data.sources.hub.HubSource._wait: not coming.done() => coming.done()": "a progress line",
@@ -52,17 +52,18 @@ class MovedError(Exception):
 
 # name, module, qualified name of the function, what stands there now, what to put there
 HAND = [
-    ("clip of 1.0", "train", "train", "clip=recipe.grad_clip", "clip=1.0"),
+    ("clip of 1.0", "trainer", "Trainer.train_step",
+     "grad_clip=self.recipe.grad_clip", "grad_clip=1.0"),
     ("beta1 twice", "optim.adamw", "AdamW.__init__",
      "(config.beta1, config.beta2)", "(config.beta1, config.beta1)"),
     ("no weight decay", "optim.adamw", "AdamW.__init__", "config.weight_decay", "0.0"),
-    ("data seed of 1337", "session", "open_data", "run.recipe.seed", "1337"),
-    ("weight seed of 1337", "session", "make_model", "run.recipe.seed", "1337"),
+    ("data seed of 1337", "trainer", "build", "b.rows, recipe.seed,", "b.rows, 1337,"),
+    ("weight seed of 1337", "trainer", "build", "manual_seed(recipe.seed)", "manual_seed(1337)"),
     ("all validation tokens", "evaluate.evaluator", "Evaluator.validate",
      "self.recipe.eval_tokens", "10_485_760"),
-    ("FLOPs of block_size", "run", "Run.open_metrics",
-     "flops_per_token(self.recipe.batch.length)", "flops_per_token(self.recipe.model.block_size)"),
-    ("peak of one rank", "run", "Run.open_metrics", "peak * world.size if", "peak if"),
+    ("FLOPs of block_size", "start", "_open_metrics",
+     "flops_per_token(run.recipe.batch.length)", "flops_per_token(run.recipe.model.block_size)"),
+    ("peak of one rank", "start", "_open_metrics", "peak * trainer.world.size if", "peak if"),
     ("waiting pieces unchecked", "data.prepare", "_Preparation._commit",
      "samples.check(str(self.folder / name))", "pass"),
     ("set aside, not flushed", "storage.files", "set_aside",
@@ -123,6 +124,8 @@ def walk(cls, prefix):
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.default):
             yield from walk(type(field.default), prefix + field.name + ".")
+        elif field.default_factory is not dataclasses.MISSING:
+            yield from walk(field.default_factory, prefix + field.name + ".")
         elif field.default is not dataclasses.MISSING:
             yield prefix + field.name, cls.__module__, cls.__name__, field.name, field.default
 print(json.dumps(list(walk(Recipe, ""))))

@@ -14,8 +14,8 @@ from rekindle.data import batches
 from rekindle.data.batches import (
     IGNORED,
     Batches,
+    Partition,
     Prefetcher,
-    Split,
     Windows,
     permute,
     validation_batches,
@@ -134,8 +134,8 @@ def test_every_window_once_an_epoch(rows: int, order: str) -> None:
 def test_the_global_batch_is_the_same_for_every_split(micro: int, ranks: int) -> None:
     b = make_batches()
     for step in (0, 3, 4, 9):  # step 4 begins in one epoch and ends in the next
-        whole_x, whole_y = b.batch(step, Split.of(8, 8))
-        parts = [b.batch(step, Split.of(8, micro, rank, ranks)) for rank in range(ranks)]
+        whole_x, whole_y = b.batch(step, Partition.of(8, 8))
+        parts = [b.batch(step, Partition.of(8, micro, rank, ranks)) for rank in range(ranks)]
         for part in parts:
             assert part[0].shape == part[1].shape == (8 // (micro * ranks), micro, T)
         # (accumulation, ranks, micro, T): micro-step by micro-step, rank by rank
@@ -145,11 +145,11 @@ def test_the_global_batch_is_the_same_for_every_split(micro: int, ranks: int) ->
 
 
 def test_a_batch_does_not_depend_on_those_before() -> None:
-    fresh = make_batches().batch(11, Split.of(8, 4))
+    fresh = make_batches().batch(11, Partition.of(8, 4))
     used = make_batches()
     for step in (0, 30, 5, 11, 2):
-        used.batch(step, Split.of(8, 2, 1, 2))
-    again = used.batch(11, Split.of(8, 4))
+        used.batch(step, Partition.of(8, 2, 1, 2))
+    again = used.batch(11, Partition.of(8, 4))
     assert np.array_equal(fresh[0], again[0])
     assert np.array_equal(fresh[1], again[1])
 
@@ -158,7 +158,7 @@ def test_a_batch_does_not_depend_on_those_before() -> None:
 def test_no_target_is_skipped_or_repeated_at_a_shard_boundary(order: str) -> None:
     shards = numbered_shards(72, 51, 34, 3, 0, 1)  # the last ones are too short for a window
     b = Batches(Windows(shards, T), 37, 7, order)
-    x, y = b.batch(0, Split.of(37, 37))
+    x, y = b.batch(0, Partition.of(37, 37))
     assert np.array_equal(x[0, :, 1:], y[0, :, :-1])
     assert np.array_equal(y, x + 1)  # so no window crosses a boundary: there the numbers go on ...
     starts = np.cumsum([0, 72, 51])
@@ -188,7 +188,7 @@ def test_the_sequential_order_is_the_lectures(B: int, ranks: int, accumulation: 
     b = Batches(Windows(shards, T), 8, 0, "sequential")
     for rank in range(ranks):
         lecture = lecture_loader(shards[0], B, T, rank, ranks)
-        split = Split.of(8, B, rank, ranks)
+        split = Partition.of(8, B, rank, ranks)
         assert split.accumulation == accumulation
         for step in range(2):  # 16 of the first shard's 17 windows
             x, y = b.batch(step, split)
@@ -202,7 +202,7 @@ def test_a_huge_set_costs_no_memory() -> None:
     shard = np.broadcast_to(np.uint16(7), (10**13,))  # 20 TB of tokens, none of them stored
     tracemalloc.start()
     b = Batches(Windows([shard, shard], 1024), 512, 1337, "shuffled")
-    x, _ = b.batch(10**7, Split.of(512, 16))
+    x, _ = b.batch(10**7, Partition.of(512, 16))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert x.shape == (32, 16, 1024)
@@ -221,7 +221,7 @@ def test_a_batch_that_does_not_divide(micro: int, ranks: int) -> None:
     with pytest.raises(
         UserError, match=rf"8 rows does not divide .* {micro} rows on {ranks} ranks"
     ):
-        Split.of(8, micro, 0, ranks)
+        Partition.of(8, micro, 0, ranks)
 
 
 # -- validation batches ---------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def open_prefetcher(make: Callable, first: int = 0, last: int = 100, depth: int 
 
 
 def test_prefetched_batches_are_the_batches() -> None:
-    b, split = make_batches(), Split.of(8, 2)
+    b, split = make_batches(), Partition.of(8, 2)
     prefetcher = open_prefetcher(lambda step: b.batch(step, split), 3, 9)
     for step in range(3, 9):
         x, y = prefetcher.next()

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import cool_down, gpu, rehearsal, tables
 from rekindle import ladder, recipes
+from rekindle.ladder.measure import measure
 from rekindle.recipes import Recipe
 
 Bench = Callable[..., dict[str, Any]]
@@ -40,8 +42,8 @@ def bench(
     """`bench("step", ...)`: the command's JSON, which the page must be able to show."""
     for name in ("gpt2-124m", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         monkeypatch.setitem(recipes.RECIPES, name, dataclasses.replace(tiny, name=name))
-    monkeypatch.setattr(ladder, "measure_in_fresh_process", ladder.measure)
-    monkeypatch.setattr(ladder.torch, "compile", lambda model, **options: model)
+    monkeypatch.setattr(ladder, "measure_in_fresh_process", measure)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
 
     def run(name: str, *flags: object) -> dict[str, Any]:
         out = tmp_path / f"gpu-{name}.json"

@@ -90,7 +90,7 @@ def test_train_names_its_recipes_and_flags(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = capsys.readouterr().out
-    for name in [*recipes.RECIPES, "--batch.micro", "--device", "--precision", "--no-compile"]:
+    for name in [*recipes.RECIPES, "--micro-batch", "--device", "--precision", "--no-compile"]:
         assert name in text
 
 
@@ -292,7 +292,7 @@ def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
     ("flags", "words"),
     [
         (["--batch.tokens", 130], "not a whole number of windows of --batch.length 16"),
-        (["--batch.micro", 3], "8 rows does not divide into micro-batches of 3 rows on 1 ranks"),
+        (["--micro-batch", 3], "8 rows does not divide into micro-batches of 3 rows on 1 ranks"),
         (["--batch.length", 64], "--batch.length 64 is longer than --model.block-size 32"),
         (["--model.n-head", 3], "--model.n-embd 16 is not a multiple of --model.n-head 3"),
         (["--optim.lr", "nan"], "--optim.lr must be at least 0"),
@@ -387,8 +387,8 @@ def test_the_lectures_order_resumes(
     refuses([*begin, "--batch.order", "lecture"], "0 in whole micro-batches of 65536")
     lecture = ["--batch.order", "lecture", "--batch.lecture-micro-tokens", 64]
     whole = [*begin, "--out", tmp_path / "whole"]
-    assert rekindle(*whole, *lecture, "--batch.micro", 4).status == 0
-    assert rekindle(*begin, *lecture, "--batch.micro", 4, "--steps", 4).status == 0
+    assert rekindle(*whole, *lecture, "--micro-batch", 4).status == 0
+    assert rekindle(*begin, *lecture, "--micro-batch", 4, "--steps", 4).status == 0
     refuses([*begin, *lecture[:3], 32], "--batch.lecture-micro-tokens was 64, now 32")
     assert rekindle(*begin, *lecture).status == 0
     kinds = ("train", "validation")
@@ -464,7 +464,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     aside = saved.with_name("damaged-step-000008")
     assert f"it is now {aside}" in outcome.out
     assert str(saved / name) in outcome.out
-    assert "goes on at step 4 of 8" in outcome.out
+    assert "resumes at step 4 of 8" in outcome.out
     assert aside.is_dir()
     assert (saved.with_name("step-000004") / "model.safetensors").read_bytes() == whole
     assert (saved / "model.safetensors").read_bytes() == before
@@ -561,7 +561,7 @@ def test_every_flag_of_sample_arrives(run: Path, rekindle: Callable) -> None:
     here: the five likeliest at a temperature, without a cache."""
     import torch
 
-    from rekindle.load import load
+    from rekindle.loading import load
     from rekindle.runtime.device import get_device
 
     numbers = {"--tokens": 7, "--num": 3, "--seed": 5, "--temperature": 0.1, "--top-k": 5}
@@ -574,7 +574,7 @@ def test_every_flag_of_sample_arrives(run: Path, rekindle: Callable) -> None:
     with torch.no_grad():
         for _ in range(7):
             logits, _ = loaded.model(ids)
-            values, likeliest = logits[:, -1].topk(5)
+            values, likeliest = logits[:, -1].topk(5)  # type: ignore
             p = (values / 0.1).softmax(-1)
             drawn = (p / torch.empty_like(p).exponential_(generator=random)).argmax(-1)
             ids = torch.cat([ids, likeliest.gather(1, drawn[:, None])], 1)
@@ -590,14 +590,14 @@ def test_every_flag_of_sample_arrives(run: Path, rekindle: Callable) -> None:
 def test_control_c_before_the_first_step_ends_in_one_line(
     begin: list[str], rekindle: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rekindle import session as module
+    from rekindle import lookup as module
 
     def interrupt(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(1000):  # another thread may take the signal; this one hears of it soon
             time.sleep(0.01)
 
-    monkeypatch.setattr(module, "GPT2", interrupt)
+    monkeypatch.setattr(module, "model_for", interrupt)
     # What a shell starts in the background ignores Control-C, and so would this test.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -605,7 +605,7 @@ def test_control_c_before_the_first_step_ends_in_one_line(
     finally:
         signal.signal(signal.SIGINT, before)
     assert outcome.status == 130
-    assert outcome.err == "\nrekindle: stopped; the same command goes on from what was saved\n"
+    assert outcome.err == "\nrekindle: stopped; the same command resumes from what was saved\n"
 
 
 def test_the_whole_road(
@@ -616,7 +616,9 @@ def test_the_whole_road(
     from rekindle import demo as module
 
     # Building its kernels takes most of a minute; model/test_compile.py tests what is compiled.
-    monkeypatch.setattr("rekindle.session.why_not_compile", lambda device: "not in this test")
+    monkeypatch.setattr(
+        "rekindle.runtime.device.why_not_compile", lambda device: "not in this test"
+    )
 
     def prepare(source: Any, out: Path, *, tokenizer: str, val_tokens: int) -> None:
         assert (tokenizer, val_tokens) == ("bytes", tiny.eval_tokens)

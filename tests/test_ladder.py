@@ -12,6 +12,7 @@ import torch
 from rekindle import ladder, recipes
 from rekindle.errors import UserError
 from rekindle.ladder import CPU_RUNGS, GPU_RUNGS, Levers, Work
+from rekindle.ladder.measure import _answer, measure
 from rekindle.recipes import Recipe
 
 
@@ -24,7 +25,7 @@ def work(monkeypatch: pytest.MonkeyPatch, tiny: Recipe, shard_set: Path) -> Work
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure in this process and without compiling: torch is imported already."""
-    monkeypatch.setattr(ladder, "measure_in_fresh_process", ladder.measure)
+    monkeypatch.setattr(ladder, "measure_in_fresh_process", measure)
     monkeypatch.setattr(ladder, "why_not_compile", lambda device: "not in this test")
 
 
@@ -42,8 +43,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_lever_gives_the_same_losses(
     work: Work, change: dict[str, Any], tolerance: float, one_thread: None
 ) -> None:
-    naive = ladder.measure(work, Levers(micro=8))
-    pulled = ladder.measure(work, Levers(**{"micro": 8, **change}))
+    naive = measure(work, Levers(micro=8))
+    pulled = measure(work, Levers(**{"micro": 8, **change}))
     for key in ("first_loss", "loss"):
         if "padded" in change:
             assert naive[key] < pulled[key] < naive[key] + 0.6
@@ -53,7 +54,7 @@ def test_every_lever_gives_the_same_losses(
 
 
 def test_what_is_measured(work: Work, one_thread: None) -> None:
-    found = ladder.measure(work, Levers(micro=4))
+    found = measure(work, Levers(micro=4))
     assert found["tokens_per_s"] == pytest.approx(8 * 16 / found["ms_per_step"] * 1e3)
     assert found["ms_per_step_p10"] <= found["ms_per_step"] <= found["ms_per_step_p90"]
     assert 0.1 < found["peak_memory_gib"] < 64
@@ -141,6 +142,6 @@ def test_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch, work: Work)
     def measure(work: Work, levers: Levers) -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(ladder, "measure", measure)
+    monkeypatch.setattr("rekindle.ladder.measure.measure", measure)
     question = {"work": dataclasses.asdict(work), "levers": dataclasses.asdict(Levers())}
-    assert ladder._answer(json.dumps(question)) == {"out_of_memory": True}
+    assert _answer(json.dumps(question)) == {"out_of_memory": True}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rekindle.data.batches import Batches, Split, Windows
+from rekindle.data.batches import Batches, Partition, Windows
 from rekindle.errors import UserError
 from rekindle.recipes import RECIPES
 
@@ -55,7 +55,7 @@ def test_the_order_is_the_lectures_on_any_split(rows: int, micro: int, ranks: in
     shards = numbered(SIZES)
     lecture = lecture_rows(shards, M, T)
     batches = lecture_batches(shards, rows)
-    splits = [Split.of(rows, micro, rank, ranks) for rank in range(ranks)]
+    splits = [Partition.of(rows, micro, rank, ranks) for rank in range(ranks)]
     for step in range(3 * sum(MICRO_BATCHES) * 6 // rows + 2):
         parts = [batches.batch(step, split) for split in splits]
         for m in range(splits[0].accumulation):
@@ -85,7 +85,7 @@ def test_any_shards(data: st.DataObject) -> None:
     batches, lecture = lecture_batches(shards, rows, M, T), lecture_rows(shards, M, T)
     assert len(batches.windows) == sum((size - 1) // M for size in sizes) * (M // T)
     for step in range(2 * len(batches.windows) // rows + 2):
-        x, y = batches.batch(step, Split.of(rows, rows))
+        x, y = batches.batch(step, Partition.of(rows, rows))
         for row in range(rows):
             assert (x[0, row].tolist(), y[0, row].tolist()) == next(lecture)
 
@@ -98,7 +98,9 @@ def test_the_published_runs_shards() -> None:
     assert len(windows) == 3 * 1525 * 64
     assert len(Windows(shards, batch.length)) == 3 * (1525 * 64 + 56)
     batches = Batches(windows, batch.rows, 1337, batch.order)
-    x, _ = batches.batch(190, Split.of(512, 64))  # its 6th micro-batch is the next shard's first
+    x, _ = batches.batch(
+        190, Partition.of(512, 64)
+    )  # its 6th micro-batch is the next shard's first
     assert x[:, 0, 0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from rekindle.errors import UserError
-from rekindle.load import load
+from rekindle.loading import load
 from rekindle.runtime.device import Device
 
 CPU = Device(torch.device("cpu"), "CPU", "fp32")
@@ -28,10 +28,10 @@ def test_a_run_is_its_newest_checkpoint(run: Path) -> None:
     by_run, by_checkpoint = load(str(run), CPU), load(str(newest), CPU)
     assert by_run.name == by_checkpoint.name == str(newest)
     assert by_run.run is not None
-    assert by_run.run["step"] == 8
+    assert by_run.run.step == 8
     older = load(str(newest.with_name("step-000004")), CPU)
     assert older.run is not None
-    assert older.run["step"] == 4
+    assert older.run.step == 4
     for p, q, r in zip(
         by_run.model.parameters(), by_checkpoint.model.parameters(), older.model.parameters(),
         strict=True,
@@ -45,10 +45,10 @@ def test_a_loaded_run_is_whole(run: Path) -> None:
     model = loaded.model
     assert loaded.tokenizer.name == "bytes"
     assert (model.config.vocab_size, model.config.padded_vocab_size) == (257, 384)
-    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.weight is model.transformer.wte.weight  # type: ignore
     assert all(p.device.type == "cpu" and p.requires_grad for p in model.parameters())
     logits, _ = model(torch.tensor([[1, 2, 3]]))
-    assert logits.shape == (1, 3, 257)
+    assert logits.shape == (1, 3, 257)  # type: ignore
 
 
 def test_a_loaded_run_has_the_loss_that_its_training_saw(

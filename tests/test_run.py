@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-import rekindle.train
-from rekindle import storage
+import rekindle.start
+import rekindle.trainer
+from rekindle import checkpoint, storage
+from rekindle.checkpoint import writer
 from rekindle.data.batches import permute
 from rekindle.data.shards import Manifest, open_split, read_manifest, write_shard
 from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.model.gpt2 import GPT2
 from rekindle.recipes import Recipe
-from rekindle.runtime import checkpoint, saving
-from rekindle.runtime.device import Device
-from rekindle.session import make_deterministic
+from rekindle.runtime.device import Device, make_deterministic
 from rekindle.train import due
 from tests.conftest import updates
 
@@ -50,17 +50,18 @@ def test_what_a_run_writes(tmp_path: Path, train: Train) -> None:
 
 
 def test_what_a_run_says(tmp_path: Path, train: Train) -> None:
-    """The facts first, then steps, in plain lines; utilisation and waiting among them."""
+    """The facts first, then steps, in plain lines; rate and waiting among them."""
     lines = train(tmp_path / "run", "--steps", 4).out.splitlines()
     assert "1,220 training and 302 validation tokens, every hash checked" in lines[0]
     assert lines[1] == "running without torch.compile: as asked"
-    assert lines[2].startswith("model: 2 layers, 2 heads, 16 wide, 11,216 parameters")
+    assert lines[2].startswith("model: 11,216 parameters (n_layer 2, n_head 2, n_embd 16")
     assert "128 tokens a step = 8 rows x 16 x 1 micro-steps x 1 ranks" in lines[3]
     assert lines[4].startswith(f"run: {tmp_path / 'run'}, 4 steps from the beginning")
     assert lines[5].startswith("warm-up: ")
     assert lines[6].startswith("step     0 | validation loss")
     first = next(line for line in lines if line.startswith("step     0/4"))
-    assert "util unknown" in first
+    assert "grad norm " in first
+    assert "mfu" not in first  # nobody has published a CPU's peak
     assert "| data " in first
     assert not any("\r" in line or "\033" in line for line in lines)
 
@@ -91,7 +92,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
         torch.manual_seed(seed)
         order = permute(np.arange(8), len(windows), f"{seed} 0".encode())
         tokens = torch.from_numpy(windows[order].astype(np.int64))
-        _, loss = GPT2(tiny.model)(tokens[:, :-1], tokens[:, 1:])
+        _, loss = GPT2(tiny.model)(tokens[:, :-1], tokens[:, 1:])  # type: ignore
         assert loss is not None
         assert logged[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
 
@@ -103,13 +104,13 @@ def test_the_micro_batch_changes_only_rounding(
     runs = []
     for rows in (8, micro):
         out = tmp_path / str(rows)
-        train(out, "--batch.micro", rows, "--steps", 6, "--optim.eps", 1e-6)
+        train(out, "--micro-batch", rows, "--steps", 6, "--optim.eps", 1e-6)
         runs.append(records(out, "train", "validation"))
     for one, other in zip(*runs, strict=True):
         assert one["step"] == other["step"]
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         if one["kind"] == "train":
-            assert one["norm"] == pytest.approx(other["norm"], rel=1e-4)
+            assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 def test_where_nothing_compiles_it_trains_eager_and_says_so_in_one_line(
@@ -131,7 +132,7 @@ def test_where_nothing_compiles_it_trains_eager_and_says_so_in_one_line(
 
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     """Make the loss of the n-th training step infinite where `bad(n)`."""
-    original, calls = rekindle.train.train_step, []
+    original, calls = rekindle.trainer.train_step, []
 
     def spoilt(forward: Any, *arguments: Any, **options: Any) -> Any:
         number = len(calls)
@@ -143,7 +144,7 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> N
 
         return original(infinite, *arguments, **options)
 
-    monkeypatch.setattr(rekindle.train, "train_step", spoilt)
+    monkeypatch.setattr(rekindle.trainer, "train_step", spoilt)
 
 
 def test_a_refused_step_is_shown_and_logged_and_the_run_goes_on(
@@ -151,10 +152,10 @@ def test_a_refused_step_is_shown_and_logged_and_the_run_goes_on(
 ) -> None:
     spoil_loss(monkeypatch, lambda step: step in (3, 4))
     outcome = train(tmp_path / "run", "--steps", 8)
-    shown = [line for line in outcome.out.splitlines() if "REFUSED" in line]
+    shown = [line for line in outcome.out.splitlines() if "SKIPPED" in line]
     assert [line.split("/")[0].split()[1] for line in shown] == ["3", "4"]
     steps = records(tmp_path / "run", "train")
-    assert [r["accepted"] for r in steps] == [True] * 3 + [False] * 2 + [True] * 3
+    assert [r["skipped"] for r in steps] == [False] * 3 + [True] * 2 + [False] * 3
     saved = tmp_path / "run" / "checkpoints" / "step-000008" / "checkpoint.json"
     assert updates(saved.parent) == 6
 
@@ -168,11 +169,12 @@ def test_it_gives_up_after_going_back_three_times(
     outcome = rekindle(*command(tmp_path / "run"), "--steps", 100, "--checkpoint-every", 5)
     assert outcome.status == 2
     assert outcome.err == (
-        "rekindle: error: the 10 steps before step 25 were refused in a row, though the run went "
-        "back to step 15 before: lower --optim.lr and start anew, or fork an earlier checkpoint\n"
+        "rekindle: error: the 10 steps before step 25 were skipped in a row, though the run "
+        "rolled back to step 15 before: lower --optim.lr and start anew, or fork an earlier "
+        "checkpoint\n"
     )
-    assert outcome.out.count(": back to step 15, with batch ") == 3
-    assert "with batch 45 and on (stepping over 15 to 44)" in outcome.out
+    assert outcome.out.count(": rolled back to step 15, continuing with batch ") == 3
+    assert "with batch 45 (batches 15 to 44 are left out)" in outcome.out
     assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(25))
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-000005", "step-000015"]
@@ -184,18 +186,18 @@ def test_it_goes_back_past_a_checkpoint_that_could_not_be_saved(
     """A full disk ends nothing here either."""
     write, failed = checkpoint.write, []
 
-    def full(folder: Path, description: dict[str, Any], snapshot: Any) -> Path:
-        if description["step"] == 15 and not failed:
+    def full(folder: Path, description: Any, snapshot: Any) -> Path:
+        if description.step == 15 and not failed:
             failed.append(15)
             raise OSError(28, "No space left on device")
         return write(folder, description, snapshot)
 
-    monkeypatch.setattr(checkpoint, "write", full)
-    monkeypatch.setattr(saving, "PAUSES", ())
+    monkeypatch.setattr(writer, "write", full)
+    monkeypatch.setattr(writer, "PAUSES", ())
     spoil_loss(monkeypatch, lambda step: 5 <= step < 14 or 15 <= step < 25)
     outcome = train(tmp_path / "run", "--steps", 30, "--checkpoint-every", 5)
     assert failed
-    assert ": back to step 5, with batch 25 and on" in outcome.out
+    assert ": rolled back to step 5, continuing with batch 25" in outcome.out
 
 
 def test_without_a_checkpoint_it_gives_up_at_once(
@@ -205,7 +207,7 @@ def test_without_a_checkpoint_it_gives_up_at_once(
     spoil_loss(monkeypatch, lambda step: True)
     outcome = rekindle(*command(tmp_path / "run"), "--steps", 20)
     assert outcome.status == 2
-    assert "the 10 steps before step 10 were refused in a row and there is no" in outcome.err
+    assert "the 10 steps before step 10 were skipped in a row and there is no" in outcome.err
 
 
 def test_a_learning_rate_that_explodes_ends_in_one_line(
@@ -214,7 +216,7 @@ def test_a_learning_rate_that_explodes_ends_in_one_line(
     outcome = rekindle(*command(tmp_path / "run"), "--optim.lr", 1e38, "--steps", 50)
     assert outcome.status == 2
     assert outcome.err.count("\n") == 1
-    assert "were refused in a row and there is no checkpoint to go back to" in outcome.err
+    assert "were skipped in a row and there is no checkpoint to roll back to" in outcome.err
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
@@ -231,7 +233,7 @@ def test_what_a_run_was_begun_with_is_used_again(tmp_path: Path, train: Train) -
         train(tmp_path / "run", "--steps", 4 if flags else 8, *flags)
     for step in (4, 8):
         saved = tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "checkpoint.json"
-        assert storage.read_json(saved)["split"]["deterministic"]
+        assert storage.read_json(saved)["machine"]["deterministic"]
 
 
 def test_validation_never_trains(tmp_path: Path, train: Train, records: Records) -> None:

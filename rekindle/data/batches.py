@@ -112,23 +112,24 @@ def _check_ids(tokens: np.ndarray, shard: np.ndarray, start: int, vocab_size: in
 
 
 @dataclass(frozen=True)
-class Split:
-    """How one global batch is cut: `accumulation` forward passes of `micro` rows on each rank."""
+class Partition:
+    """How one global batch is divided: each rank accumulates gradients over `accumulation`
+    forward passes of `micro_batch` rows."""
 
-    micro: int
+    micro_batch: int
     accumulation: int
     rank: int = 0
     ranks: int = 1
 
     @classmethod
-    def of(cls, rows: int, micro: int, rank: int = 0, ranks: int = 1) -> "Split":
-        """Cut `rows` rows. Raises `UserError` if they do not divide."""
-        if micro < 1 or rows % (micro * ranks):
+    def of(cls, rows: int, micro_batch: int, rank: int = 0, ranks: int = 1) -> "Partition":
+        """Divide `rows` rows. Raises `UserError` if they do not divide."""
+        if micro_batch < 1 or rows % (micro_batch * ranks):
             raise UserError(
-                f"a batch of {rows} rows does not divide into micro-batches of {micro} rows on "
-                f"{ranks} ranks: change --batch.micro, --batch.tokens or the number of ranks"
+                f"a batch of {rows} rows does not divide into micro-batches of {micro_batch} rows "
+                f"on {ranks} ranks: change --micro-batch, --batch.tokens or the number of ranks"
             )
-        return cls(micro, rows // (micro * ranks), rank, ranks)
+        return cls(micro_batch, rows // (micro_batch * ranks), rank, ranks)
 
 
 class Batches:
@@ -160,14 +161,17 @@ class Batches:
             numbers[epoch == e] = permute(index[epoch == e], len(self.windows), key)
         return numbers
 
-    def batch(self, step: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of one rank at one step: two (accumulation, micro, T) int64.
+    def batch(self, step: int, partition: Partition) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of one rank at one step: two (accumulation, micro_batch, T)
+        int64.
 
-        Micro-step m of rank r takes rows (m·ranks + r)·micro and on, as the lecture's loader does.
+        Micro-step m of rank r takes the rows from (m·ranks + r)·micro_batch on, like the lecture's
+        loader.
         """
-        numbers = self.numbers(step).reshape(split.accumulation, split.ranks, split.micro)
-        tokens = self.windows.read(numbers[:, split.rank].ravel()).astype(np.int64)
-        tokens = tokens.reshape(split.accumulation, split.micro, self.windows.T + 1)
+        p = partition
+        numbers = self.numbers(step).reshape(p.accumulation, p.ranks, p.micro_batch)
+        tokens = self.windows.read(numbers[:, p.rank].ravel()).astype(np.int64)
+        tokens = tokens.reshape(p.accumulation, p.micro_batch, self.windows.T + 1)
         return tokens[..., :-1], tokens[..., 1:]
 
 
@@ -241,7 +245,7 @@ class Prefetcher:
         return False
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the next step on the device, (accumulation, micro, T) each."""
+        """Inputs and targets of the next step on the device: (accumulation, micro_batch, T)."""
         began = time.perf_counter()
         item = self._ready.get()
         self.waited += time.perf_counter() - began

@@ -10,14 +10,14 @@ from rekindle.errors import UserError
 from rekindle.evaluate import scoring
 from rekindle.evaluate.evaluator import metrics_of
 from rekindle.evaluate.loss import validation_loss
-from rekindle.evaluate.tasks import TASKS, Task
-from rekindle.load import Loaded, load
+from rekindle.evaluate.tasks import Task, get_task
+from rekindle.loading import Loaded, load
 from rekindle.observe.console import Console
 from rekindle.recipes import Recipe
 from rekindle.runtime import distributed
 from rekindle.runtime.device import Device, get_device, keep_freed_memory
 from rekindle.runtime.distributed import World
-from rekindle.runtime.fit import rows_for
+from rekindle.runtime.micro_batch import rows_for
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Evaluation:
             )
         if self.world.local_rank == 0:
             shards.verify(data, manifest)
-        recipe = loaded.run["recipe"] if loaded.run else {}
+        recipe = loaded.run.recipe if loaded.run else {}
         T = recipe.get("batch.length", loaded.model.config.block_size)
         loss = validation_loss(
             loaded.model,
@@ -96,8 +96,8 @@ def evaluate_model(
     chosen = get_device(device, precision, world.local_rank)
     keep_freed_memory(chosen)
     loaded = load(name, chosen)
-    if data is None and loaded.run and not tasks:
-        data = Path(loaded.run["data"]["path"])
+    if data is None and loaded.run and loaded.run.data and not tasks:
+        data = Path(loaded.run.data["path"])
     if data is None and not tasks:
         raise UserError("nothing to evaluate: give --data DIR, --hellaswag FILE, or both")
     distributed.connect(world, chosen.torch)
@@ -106,6 +106,6 @@ def evaluate_model(
     if data is not None:
         results["validation"] = evaluation.validate(data, tokens)
     for task, where in tasks.items():
-        results[task] = evaluation.score(TASKS[task](), where, limit)
+        results[task] = evaluation.score(get_task(task), where, limit)
     world.close()
     return results

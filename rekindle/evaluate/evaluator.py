@@ -7,21 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 from rekindle.evaluate import scoring
-from rekindle.evaluate.loss import Forward, validation_loss
+from rekindle.evaluate.loss import validation_loss
 from rekindle.evaluate.scoring import Packed
-from rekindle.evaluate.tasks import TASKS, Item, Task
-from rekindle.generate.sampling import cut_at_end, generate
-from rekindle.model.gpt2 import GPT2
+from rekindle.evaluate.tasks import Item, Task
+from rekindle.model import LanguageModel
+from rekindle.model.compute import Forward
 from rekindle.observe.console import Console
 from rekindle.recipes import Recipe
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 from rekindle.runtime.sharding import is_sharded, parts_callable
+from rekindle.sampling import cut_at_end, generate
 
 
 class Logger(Protocol):
@@ -34,7 +36,7 @@ class Logger(Protocol):
 class Evaluator:
     """Evaluates a model in training. `evaluator(step)` does all of it, on every rank together."""
 
-    model: GPT2
+    model: LanguageModel
     forward: Forward  # the model or its compiled form: for the validation loss
     body: Callable[..., Tensor] | None  # the compiled form of the model's body, if there is one
     recipe: Recipe  # says batch.length, eval_tokens and prompt
@@ -76,12 +78,27 @@ class Evaluator:
         )
         seconds = time.perf_counter() - began
         values = {"loss": loss.nats, "bits_per_byte": loss.bits_per_byte, "tokens": loss.tokens}
-        self.logger.record("validation", step, **values, seconds=seconds)
+        passage = self.passage_losses()
+        self.logger.record("validation", step, **values, seconds=seconds, passage=passage)
         self.console.say(
             f"step {step:>5} | validation loss {loss.nats:.4f} nats/token, "
             f"{loss.bits_per_byte:.4f} bits/byte over {loss.tokens:,} tokens ({seconds:.1f} s)"
         )
         return loss.nats
+
+    @torch.no_grad()
+    def passage_losses(self) -> list[float]:
+        """Loss in nats of every token of the recipe's passage, which follows an end of text; on
+        the main rank, or on every rank of a sharded model together."""
+        if not (self.world.is_main or is_sharded(self.model)):
+            return []
+        tokens = self.tokenizer.encode(self.recipe.passage)[: self.model.config.block_size]
+        if not tokens:
+            return []
+        ids = torch.tensor([self.tokenizer.end_of_text, *tokens], device=self.device.torch)
+        with parts_callable(self.model), self.device.autocast():
+            hidden = self.model.body(ids[None, :-1])
+            return self.model.losses(hidden[0], ids[1:]).tolist()
 
     def score(self, packed: Packed, step: int) -> None:
         """Log a task's metrics."""
@@ -126,7 +143,7 @@ def metrics_of(task: Task, scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def load_for_training(
-    wanted: Mapping[str, str],
+    wanted: Sequence[tuple[Task, str]],
     tokenizer: Tokenizer,
     device: Device,
     world: World,
@@ -134,18 +151,18 @@ def load_for_training(
 ) -> list[tuple[Task, list[Item]]]:
     """The tasks that a training run evaluates, with their items: the same on every rank.
 
-    `wanted` says for a task's name where its items are: a file, `hub`, `none`, or `auto`: from the
-    hub on a GPU, nowhere on a CPU, where scoring would take longer than the training.
+    `wanted` says for each task where its items are: a file, `hub`, `none`, or `auto`: from the hub
+    on a GPU, nowhere on a CPU, where scoring would take longer than the training.
     """
     found = []
-    for name, where in wanted.items():
-        task = TASKS[name]()
+    for task, where in wanted:
         items = _load_or_leave_out(task, where, tokenizer, device, say)
         if not world.min(len(items), device.torch):
             if items:
                 say(f"{task.title} is left out: another rank has no items")
             continue
-        meaning, advice = f"{task.title} has the checksum", f"give every host the same --{name}"
+        meaning = f"{task.title} has the checksum"
+        advice = f"give every host the same --{task.name}"
         world.agree(_checksum(items), meaning, advice, device.torch)
         found.append((task, items))
     return found

@@ -1,19 +1,17 @@
 """Validation loss over a fixed number of tokens, the same ones however the work is split."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rekindle.data.batches import IGNORED, validation_batches
 from rekindle.errors import UserError
+from rekindle.model.compute import Forward
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
-
-Forward = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)

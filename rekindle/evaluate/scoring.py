@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rekindle.evaluate.tasks.base import Item, Task
-from rekindle.model.gpt2 import GPT2
+from rekindle.model import LanguageModel
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
@@ -170,7 +170,7 @@ class Losses:
 
 
 def evaluate(
-    model: GPT2,
+    model: LanguageModel,
     packed: Packed,
     device: Device,
     *,
@@ -187,7 +187,7 @@ def evaluate(
 
 @torch.no_grad()
 def candidate_losses(
-    model: GPT2,
+    model: LanguageModel,
     packed: Packed,
     device: Device,
     *,
@@ -217,7 +217,7 @@ def candidate_losses(
 
 
 def _score_tokens(
-    model: GPT2, body: Callable[..., Tensor], batch: Batch, device: Device, *, greedy: bool
+    model: LanguageModel, body: Callable[..., Tensor], batch: Batch, device: Device, *, greedy: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss of every scored token of `batch`, (N,) float32, and whether the token was the
     model's first choice, (N,) bool: False if `greedy` is."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rekindle.errors import UserError
-from rekindle.generate.sampling import generate
 from rekindle.interop import huggingface
 from rekindle.interop.huggingface import HUB
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import SIZES
+from rekindle.sampling import generate
 
 # Float32 on a CPU. Gradients are compared relative to the largest of their tensor.
 LOGITS, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-3

@@ -1,8 +1,13 @@
 """How a model computes, whichever model it is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+# A model as training and evaluation call it, compiled or not: ids and targets (B, T) → loss.
+Forward = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,9 @@ class GPT2(nn.Module):
     """The language model. `state_dict()` has GPT-2's own names; linear weights are (out, in),
     transposed against OpenAI's Conv1D, and `lm_head.weight` is `transformer.wte.weight`."""
 
+    Config: ClassVar = GPT2Config
     compute: Compute = Compute()
-    # `rekindle.load` sets it, because a model reads no files: GPT2.from_pretrained("gpt2").
+    # `rekindle.loading` sets it, because a model reads no files: GPT2.from_pretrained("gpt2").
     from_pretrained: ClassVar[Callable[[str | Path], "GPT2"]]
 
     def __init__(self, config: GPT2Config) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rekindle.errors import UserError
+from rekindle.flags import flag
 
 
 @dataclass(frozen=True)
@@ -13,10 +14,10 @@ class GPT2Config:
     Raises `UserError` if no GPT-2 can have these sizes.
     """
 
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    block_size: int = 1024  # longest context, in tokens
+    n_layer: int = flag(12, "blocks")
+    n_head: int = flag(12, "attention heads")
+    n_embd: int = flag(768, "width of the residual stream")
+    block_size: int = flag(1024, "longest context, in tokens")
     vocab_size: int = 50257  # real ids: 50,000 merges, 256 bytes, <|endoftext|>
     padded_vocab_size: int = 0  # rows of the embedding, padding rows included; 0: vocab_size
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from rekindle.errors import UserError
+from rekindle.model import HasParameters
 
-Module = TypeVar("Module", bound=nn.Module)
+Module = TypeVar("Module", bound=HasParameters)
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -37,8 +37,14 @@ def on_meta(model_class: Callable[[Any], Module], config: Any) -> Module:
         raise UserError(f"a model of these sizes cannot be built: {config}") from error
 
 
+def without_init(model_class: Callable[[Any], Module], config: Any) -> Module:
+    """`model_class(config)` whose parameters hold nothing yet: they are about to be overwritten."""
+    with _WithoutInit():
+        return model_class(config)
+
+
 def expected_shapes(
-    model_class: Callable[[Any], nn.Module], config: Any, found: Collection[str]
+    model_class: Callable[[Any], HasParameters], config: Any, found: Collection[str]
 ) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the parameters of `model_class(config)`, for a file with tensors `found`.
 

@@ -6,8 +6,6 @@ from typing import Any, Protocol
 
 from rekindle.errors import UserError
 from rekindle.observe.console import Console, duration
-from rekindle.observe.json_lines import JsonLinesLogger
-from rekindle.storage import JsonLines
 
 RECORD = {"kind": str, "step": int}  # what every line of the log has
 
@@ -35,46 +33,70 @@ class Metrics:
     """
 
     def __init__(
-        self, loggers: Sequence[Logger] | JsonLines | None, console: Console, *, steps: int,
-        tokens_per_step: int, flops_per_token: int, peak_flops: float | None,
-    ) -> None:  # fmt: skip
-        """`loggers` may also be a log of JSON lines, or None, as on all ranks but the first."""
-        if isinstance(loggers, JsonLines):
-            loggers = [JsonLinesLogger(loggers, console.say)]
-        self._loggers: Sequence[Logger] = loggers or ()
+        self,
+        loggers: Sequence[Logger],
+        console: Console,
+        *,
+        steps: int,
+        tokens_per_step: int,
+        flops_per_token: int,
+        peak_flops: float | None,
+    ) -> None:
+        """`loggers`: none on all ranks but the first."""
+        self._loggers = loggers
         self.console, self._steps = console, steps
         self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak_flops
         self._recent: list[float] = []  # seconds of the last steps
         self._failed: set[int] = set()  # numbers of the loggers that failed last time
 
     def step(
-        self, step: int, *, loss: float, lr: float, norm: float, seconds: float, data_wait: float,
-        objection: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        seconds: float,
+        data_wait: float,
+        skip_reason: str = "",
+    ) -> None:
         """Report one optimizer step, numbered from 0 (the time is that of the step alone)."""
         rate = self._tokens / seconds
-        used = None if self._peak is None else rate * self._flops / self._peak
+        mfu = None if self._peak is None else rate * self._flops / self._peak
         self.record(
-            "train", step, loss=loss, lr=lr, norm=norm, accepted=not objection, tokens_per_s=rate,
-            utilisation=used, data_wait_s=data_wait, seconds=seconds,
-        )  # fmt: skip
+            "train",
+            step,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            skipped=bool(skip_reason),
+            tokens_per_s=rate,
+            mfu=mfu,
+            data_wait_s=data_wait,
+            seconds=seconds,
+        )
         self._recent = [*self._recent[-19:], seconds]
         typical = sorted(self._recent)[len(self._recent) // 2]
         left = duration(typical * (self._steps - step - 1))
-        share = "unknown" if used is None else f"{used:.1%}"
+        parts = [
+            f"step {step:>5}/{self._steps}",
+            f"loss {loss:.4f}",
+            f"{left} left",
+            f"lr {lr:.2e}",
+            f"grad norm {grad_norm:.2f}",
+            f"{rate:,.0f} tok/s",
+            "" if mfu is None else f"mfu {mfu:.1%}",
+            f"data {data_wait * 1e3:.1f} ms",
+            f"SKIPPED: {skip_reason}" if skip_reason else "",
+        ]
         self.console.progress(
-            f"step {step:>5}/{self._steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-            f"{rate:,.0f} tok/s | util {share} | data {data_wait * 1e3:.1f} ms | {left} left"
-            + (f" | REFUSED: {objection}" if objection else ""),
-            important=step in (0, self._steps - 1) or bool(objection),
+            " | ".join(filter(None, parts)),
+            important=step in (0, self._steps - 1) or bool(skip_reason),
         )
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """Log one object: `kind` is train, validation, samples, checkpoint, return or a task."""
-        for name, value in values.items():  # JSON knows no NaN
-            if isinstance(value, float) and not math.isfinite(value):
-                values[name] = None
-        record = {"kind": kind, "step": step, **values}
+        """Log one object: `kind` is train, validation, samples, checkpoint, rollback or a task."""
+        record = {"kind": kind, "step": step, **{k: _finite(v) for k, v in values.items()}}
         self._each(lambda logger: logger.write(dict(record)))
 
     def rewind(self, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -107,3 +129,10 @@ class Metrics:
                 if number in self._failed:
                     self.console.say(f"{name} works again; what it missed is lost")
                 self._failed.discard(number)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: None stands for them."""
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

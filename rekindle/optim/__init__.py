@@ -2,7 +2,7 @@
 `OPTIMIZERS`."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,8 +12,24 @@ if TYPE_CHECKING:
 OPTIMIZERS = {"adamw": "rekindle.optim.adamw.AdamW"}
 
 
+class OptimizerConfig(Protocol):
+    """What every optimizer's frozen dataclass has; each adds its own fields, and flags among them.
+    Imports no torch."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate; groups may scale it."""
+        ...
+
+
 class Optimizer(Protocol):
     """What training asks of an optimizer, which is built as `Class(model, config)`."""
+
+    Config: ClassVar[type[Any]]  # its frozen dataclass
+
+    def __init__(self, model: Any, config: Any) -> None: ...
 
     def set_lr(self, lr: float) -> None:
         """The schedule's value for the next step; groups may scale it."""

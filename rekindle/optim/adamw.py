@@ -1,5 +1,7 @@
 """AdamW as the lecture sets it up."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ class AdamW:
     Its state is allocated here and not in the first step, so that a lack of memory shows early and
     a checkpoint always has the same tensors. `fused=False` is slower, for comparison.
     """
+
+    Config: ClassVar = AdamWConfig
 
     def __init__(self, model: nn.Module, config: AdamWConfig, *, fused: bool = True) -> None:
         self._named = {n: p for n, p in model.named_parameters() if p.requires_grad}

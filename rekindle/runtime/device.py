@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from rekindle.errors import UserError
+from rekindle.model.compute import Compute
 
 # Dense bf16 peak in FLOP/s by the name the driver gives, from NVIDIA's data sheets (without
 # sparsity). Names must match in full: a laptop's RTX 4090 is not a desktop's.
@@ -35,6 +36,9 @@ PEAKS = {
     "NVIDIA GeForce RTX 4090": 165e12,
     "NVIDIA GeForce RTX 3090": 71e12,
 }
+
+# On a CPU attention written out is faster than the fused one up to here (benchmarks/LOG.md).
+SHORT = 256
 
 # autocast: products in bf16, the residual stream in float32, as in the lecture. bf16: the stream as
 # well, which is faster; the weights themselves are float32 in all of them.
@@ -172,6 +176,43 @@ def _cpu_multiplies_bf16() -> bool:
     """Whether the processor has instructions for it; without, bf16 is slower than float32."""
     has = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def can_use(precision: str, device: torch.device) -> bool:
+    """Whether `device` computes in a precision that a run was started with elsewhere."""
+    if device.type == "cuda":
+        return precision == "fp32" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return precision != "tf32" and (device.type == "cpu" or precision == "fp32")
+
+
+def memory_of(device: torch.device) -> int:
+    """The device's memory in bytes; 8 GiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):
+        return 8 * 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def choose_compute(device: Device, T: int, *, kernels: bool = False) -> Compute:
+    """How `device` computes windows of T tokens best."""
+    plain = device.torch.type == "cpu" and T <= SHORT
+    return Compute(
+        dtype=device.dtype,
+        attention="plain" if plain else "fused",
+        loss_kernel=kernels,
+        mlp_kernel=kernels,
+    )
+
+
+def make_deterministic(device: Device, *, on_gpu: bool = False) -> None:
+    """On a CPU the same partition of a batch gives the same bits. On a GPU this costs speed: the
+    fastest attention and the tuning of compiled kernels are left out."""
+    if device.torch.type == "cpu" or on_gpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+        # Nothing reads memory before it is written, and filling it costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory(device: Device) -> None:

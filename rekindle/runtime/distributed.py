@@ -173,7 +173,7 @@ def telling_of_lost_ranks() -> Iterator[None]:
             raise
         raise UserError(
             f"lost touch with another rank ({reason(error)}): what ended it says so itself; the "
-            "same command goes on from the newest checkpoint"
+            "same command resumes from the newest checkpoint"
         ) from error
 
 

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rekindle.errors import UserError
+from rekindle.model import HasParameters
 from rekindle.optim import Optimizer
 from rekindle.runtime.distributed import World
 from rekindle.runtime.sharding import is_sharded
@@ -17,7 +18,7 @@ from rekindle.runtime.sharding import is_sharded
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
-def compare(model: nn.Module, optimizer: Optimizer, world: World, step: int) -> None:
+def compare(model: HasParameters, optimizer: Optimizer, world: World, step: int) -> None:
     """Raise `UserError` on every rank if one of them differs; it names the rank and the tensor.
     If they are sharded, no two ranks have anything in common to compare."""
     if world.size == 1 or is_sharded(model):
@@ -40,11 +41,11 @@ def compare(model: nn.Module, optimizer: Optimizer, world: World, step: int) -> 
     )
     raise UserError(
         f"{who} after step {step - 1}: memory or a GPU there is faulty; take it out, and the same "
-        "command goes on from the newest checkpoint"
+        "command resumes from the newest checkpoint"
     )
 
 
-def check_finite(model: nn.Module, optimizer: Optimizer, world: World, step: int) -> None:
+def check_finite(model: HasParameters, optimizer: Optimizer, world: World, step: int) -> None:
     """Raise `UserError` on every rank if a weight or an optimizer state on any rank is not finite;
     it names the tensor. `step`: how many steps have been taken."""
     named = {name: getattr(t, "_local_tensor", t) for name, t in _tensors(model, optimizer)}
@@ -66,6 +67,6 @@ def checksum(tensor: Tensor) -> Tensor:
     return bits.sum(dtype=torch.int64)
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: HasParameters, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from optimizer.state_tensors().items()

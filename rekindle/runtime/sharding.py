@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from rekindle.model.gpt2 import GPT2
+from rekindle.model import LanguageModel
 from rekindle.runtime.distributed import World
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def shard(model: GPT2, device: torch.device, world: World) -> None:
+def shard(model: LanguageModel, device: torch.device, world: World) -> None:
     """Move `model` to `device`, of each weight only this rank's part. Names stay as they are.
 
     Block by block, and then all else at once: the table that reads tokens is also the head.
@@ -29,7 +29,7 @@ def shard(model: GPT2, device: torch.device, world: World) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world.size,))
-    parts: list[nn.Module] = [*model.blocks, model]
+    parts = [*model.blocks, cast(nn.Module, model)]
     for module in parts:
         # Without being told, the root would stay gathered after a forward pass without a backward.
         part = fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -40,13 +40,13 @@ def shard(model: GPT2, device: torch.device, world: World) -> None:
         module.register_forward_pre_hook(lambda *_: world.place.waits(), prepend=True)
 
 
-def is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: object) -> bool:
     """Whether `shard` has been here."""
     return hasattr(model, "unshard")
 
 
 @contextmanager
-def parts_callable(model: nn.Module) -> Iterator[None]:
+def parts_callable(model: object) -> Iterator[None]:
     """A model's body and head can be called by themselves in here, not only the model. On all
     ranks; what is not sharded is left alone."""
     if not is_sharded(model):

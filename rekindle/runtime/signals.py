@@ -1,4 +1,4 @@
-"""Being told to stop: the first signal is remembered until the step is done, the next one ends the
+"""Stop requests: the first signal is remembered until the step is done, the next one ends the
 process at once."""
 
 import os
@@ -20,7 +20,7 @@ class Listener:
     """
 
     def __init__(self) -> None:
-        self.told = 0  # the first signal's number
+        self.signal = 0  # the first signal's number
         self._since = 0.0
         self._before: dict[int, object] = {}
 
@@ -54,7 +54,7 @@ class Listener:
                 self._hear(heard[0])
 
     def _hear(self, number: int) -> None:
-        if not self.told:
-            self.told, self._since = number, time.monotonic()
+        if not self.signal:
+            self.signal, self._since = number, time.monotonic()
         elif time.monotonic() - self._since > ECHO:
             os._exit(128 + number)  # what is half-written has a temporary name

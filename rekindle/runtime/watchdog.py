@@ -100,7 +100,7 @@ class Watchdog:
     def _end(self, what: str) -> None:
         print(
             f"rekindle: error (rank {self._world.rank}): waited {self._world.place.waited():.0f} s "
-            f"for the other ranks: {what}; the same command goes on from the newest checkpoint\n",
+            f"for the other ranks: {what}; the same command resumes from the newest checkpoint\n",
             end="", file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(STATUS)

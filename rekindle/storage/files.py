@@ -18,7 +18,11 @@ from rekindle.schema import mismatch
 from rekindle.storage.lock import LOCK
 
 TEMPORARY = ".tmp-"  # names that start so are unfinished and may be removed by whoever comes next
-SAFETENSORS = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}  # what the format calls NumPy's types
+# What the format calls NumPy's types.
+SAFETENSORS = {
+    "<f8": "F64", "<f4": "F32", "<f2": "F16", "|b1": "BOOL", "|u1": "U8", "|i1": "I8",
+    "<i2": "I16", "<i4": "I32", "<i8": "I64",
+}  # fmt: skip
 
 
 def write_file(path: Path, chunks: Iterable[Any]) -> str:

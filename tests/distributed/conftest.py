@@ -14,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rekindle import storage
-from rekindle.runtime import checkpoint
+from rekindle import checkpoint, storage
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 Records = Callable[..., list[dict[str, Any]]]
@@ -151,7 +150,7 @@ def assert_close(run: Path, other: Path, records: Records) -> None:
         assert (record["kind"], record["step"]) == (like["kind"], like["step"])
         assert record["loss"] == pytest.approx(like["loss"], rel=2e-6)
         if record["kind"] == "train":
-            assert record["norm"] == pytest.approx(like["norm"], rel=2e-5)
+            assert record["grad_norm"] == pytest.approx(like["grad_norm"], rel=2e-5)
             assert record["lr"] == like["lr"]
         else:
             assert record["tokens"] == like["tokens"] == 300

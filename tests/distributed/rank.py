@@ -20,13 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rekindle import train
+from rekindle import start as starting
+from rekindle import trainer
+from rekindle.checkpoint import Description
 from rekindle.cli import main
 from rekindle.data.batches import Batches
-from rekindle.evaluate.loss import Forward
+from rekindle.model.compute import Forward
 from rekindle.runtime import watchdog
 from rekindle.runtime.signals import Listener
 from rekindle.session import Session
+from rekindle.train import StepResult
 
 
 class Rank:
@@ -42,17 +45,21 @@ class Rank:
         rank = self
         mine = [f for f in faults if (f["rank"], f.get("life", 0)) == (self.number, self.life)]
         self.faults, self.notes = mine, notes
-        self.start, self.learning_rate = train.start, train.learning_rate
-        self.train_step, self.batch = train.train_step, Batches.batch
-        train.start, train.learning_rate = self.started, self.before_step
-        train.train_step, train.Listener = self.noted_step, self.listening
-        Batches.batch = lambda self, step, split: rank.read(self, step, split)  # type: ignore
+        self.start, self.learning_rate = starting.start, trainer.learning_rate
+        self.train_step, self.batch = trainer.train_step, Batches.batch
+        starting.start, trainer.learning_rate = self.started, self.before_step
+        trainer.train_step, starting.Listener = self.noted_step, self.listening
+        Batches.batch = lambda self, step, part: rank.read(self, step, part)  # type: ignore
 
     def started(self, *arguments: Any) -> Session:
         self.session = self.start(*arguments)
         save = self.session.saver.save
         self.session.saver.save = lambda description: self.sleep_before(save, description)
         return self.session
+
+    @property
+    def model(self) -> Any:
+        return self.session.trainer.model
 
     def listening(self) -> Listener:
         self.listener = Listener()
@@ -82,7 +89,7 @@ class Rank:
         x: Tensor,
         y: Tensor,
         **options: Any,
-    ) -> train.StepResult:
+    ) -> StepResult:
         before = self.state()
         with contextlib.ExitStack() as faults:
             if self.take("nan"):
@@ -92,7 +99,7 @@ class Rank:
             result = self.train_step(forward, parameters, optimizer, x, y, **options)
         note = {
             "step": self.step, "life": self.life, "rows": torch.cat([x, y[..., -1:]], -1).tolist(),
-            "before": before, "after": self.state(), "accepted": result.accepted,
+            "before": before, "after": self.state(), "skipped": result.skipped,
         }  # fmt: skip
         with open(self.notes / f"rank-{self.number}.jsonl", "a") as file:
             file.write(json.dumps(note) + "\n")
@@ -101,7 +108,7 @@ class Rank:
     @contextlib.contextmanager
     def changed_loss(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """The model's loss is another in here."""
-        hook = self.session.model.register_forward_hook(lambda _, x, out: (out[0], change(out[1])))
+        hook = self.model.register_forward_hook(lambda _, x, out: (out[0], change(out[1])))
         try:
             yield
         finally:
@@ -109,20 +116,20 @@ class Rank:
 
     def state(self) -> str:
         """A hash of all weights and moments, or of this rank's part of them."""
-        model, optimizer = self.session.model, self.session.optimizer
+        model, optimizer = self.model, self.session.trainer.optimizer
         sha256 = hashlib.sha256()
         for tensor in (*model.parameters(), *optimizer.state_tensors().values()):
             part = getattr(tensor, "_local_tensor", tensor)
             sha256.update(part.detach().numpy().tobytes())
         return sha256.hexdigest()
 
-    def read(self, batches: Batches, number: int, split: Any) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, batches: Batches, number: int, partition: Any) -> tuple[np.ndarray, np.ndarray]:
         for fault in self.take("sleep_in_batch", number):
             time.sleep(fault["seconds"])
-        return self.batch(batches, number, split)
+        return self.batch(batches, number, partition)
 
-    def sleep_before(self, save: Callable, description: dict[str, Any]) -> None:
-        for fault in self.take("sleep_in_save", description["step"]):
+    def sleep_before(self, save: Callable, description: Description) -> None:
+        for fault in self.take("sleep_in_save", description.step):
             time.sleep(fault["seconds"])
         save(description)
 
@@ -131,7 +138,7 @@ class Rank:
     def tell(self, number: int, who: str) -> None:
         """Send a signal to this rank, or to its torchrun."""
         os.kill(os.getpid() if who == "rank" else os.getppid(), number)
-        self.wait_until_told()
+        self.wait_until_signalled()
 
     def interrupt(self) -> None:
         """Ctrl-C at a terminal of old: torchrun and all its children hear it from the terminal, and
@@ -140,10 +147,10 @@ class Rank:
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         for process in (parent, *map(int, children)):
             os.kill(process, signal.SIGINT)
-        self.wait_until_told()
+        self.wait_until_signalled()
 
-    def wait_until_told(self) -> None:
-        while not self.listener.told:
+    def wait_until_signalled(self) -> None:
+        while not self.listener.signal:
             time.sleep(0.01)
 
     def die(self, after: str) -> None:
@@ -160,9 +167,9 @@ class Rank:
     def flip(self, what: str, name: str, bit: int) -> None:
         """Flip a bit of one number."""
         if what == "weight":
-            tensor = self.session.model.get_parameter(name).detach()
+            tensor = self.model.get_parameter(name).detach()
         else:
-            tensor = self.session.optimizer.state_tensors()[f"{what}.{name}"]
+            tensor = self.session.trainer.optimizer.state_tensors()[f"{what}.{name}"]
         tensor.view(torch.int32).view(-1)[0] ^= 1 << bit
 
     def shell(self, command: str) -> None:

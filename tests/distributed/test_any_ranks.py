@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.distributed.conftest import End, assert_close, global_batches, read_notes, saved
 
-MICRO = ("--batch.micro", 1)
+MICRO = ("--micro-batch", 1)
 
 
 def test_the_global_order_of_tokens_is_that_of_one_process(

@@ -37,7 +37,7 @@ def test_torchrun_begins_anew_when_a_rank_dies(
     assert steps == [(life, step) for life, steps in enumerate(expected) for step in steps]
     for line in end.errors:
         assert "lost touch with another rank" in line
-        assert line.endswith("the same command goes on from the newest checkpoint")
+        assert line.endswith("the same command resumes from the newest checkpoint")
     assert same_bits(out, undisturbed(2, *flags))
     kinds = ("train", "validation", "samples")
     assert records(out, *kinds) == records(undisturbed(2, *flags), *kinds)
@@ -74,7 +74,7 @@ def test_a_rank_that_hangs_is_named(
     [line] = end.errors
     assert line.startswith("rekindle: error (rank 0): waited ")
     assert line.endswith(
-        f" s for the other ranks: {said}; the same command goes on from the newest checkpoint"
+        f" s for the other ranks: {said}; the same command resumes from the newest checkpoint"
     )
     assert "failed (exitcode: 3) local_rank: 0" in end.err
     assert end.seconds < 60
@@ -139,7 +139,7 @@ def test_a_host_that_is_cut_off_is_named(
     for end, said in zip(ends, ("rank 1 is gone", "rank 0's host cannot be reached"), strict=True):
         [line] = end.errors
         assert said in line
-        assert line.endswith("the same command goes on from the newest checkpoint")
+        assert line.endswith("the same command resumes from the newest checkpoint")
         assert "failed (exitcode: 3)" in end.err
         assert end.seconds < 60
     assert saved(out) == ["step-000004"]

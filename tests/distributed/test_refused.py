@@ -45,15 +45,17 @@ def test_all_ranks_refuse_the_same_steps_and_go_back_together(
     many = [{"rank": 1, "step": step, "do": "nan"} for step in range(10, 20)]
     end = ranks(2, out, {"rank": 0, "step": 8, "do": "nan"}, *many, flags=flags)
     assert end.status == 0, end.err
-    assert "back to step 8, with batch 20 and on (stepping over 8 to 19)" in end.out
+    assert (
+        "rolled back to step 8, continuing with batch 20 (batches 8 to 19 are left out)" in end.out
+    )
 
     noted = notes_by_rank(out)
     for notes in noted.values():
         assert [n["step"] for n in notes] == [*range(20), *range(8, 24)]
-        refused = [n["step"] for n in notes if not n["accepted"]]
+        refused = [n["step"] for n in notes if n["skipped"]]
         assert refused == [2, 5, 8, *range(10, 20)]
         for n in notes:
-            assert (n["before"] == n["after"]) != n["accepted"]
+            assert (n["before"] == n["after"]) == n["skipped"]
     assert [n["after"] for n in noted[0]] == [n["after"] for n in noted[1]]
 
     batches = {step: step if step < 8 else step + 12 for step in range(24)}
@@ -62,9 +64,9 @@ def test_all_ranks_refuse_the_same_steps_and_go_back_together(
 
     logged = records(out, "train")
     assert [r["step"] for r in logged] == list(range(24))
-    assert [r["step"] for r in logged if not r["accepted"]] == [2, 5]
-    assert logged[2]["loss"] is logged[2]["norm"] is logged[5]["norm"] is None
+    assert [r["step"] for r in logged if r["skipped"]] == [2, 5]
+    assert logged[2]["loss"] is logged[2]["grad_norm"] is logged[5]["grad_norm"] is None
     assert logged[5]["loss"] is not None  # only the gradient was not finite
-    back = {"kind": "return", "step": 8, "refused_at": 19, "next_batch": 20}
-    assert records(out, "return") == [back]
+    back = {"kind": "rollback", "step": 8, "skipped_at": 19, "next_batch": 20}
+    assert records(out, "rollback") == [back]
     assert saved(out)[-1] == "step-000024"

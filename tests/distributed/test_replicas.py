@@ -21,7 +21,7 @@ from tests.distributed.conftest import End, read_notes, saved
 Ranks = Callable[..., End]
 WEIGHT = "transformer.h.1.mlp.c_fc.weight"
 ADVICE = (
-    " after step {}: memory or a GPU there is faulty; take it out, and the same command goes on "
+    " after step {}: memory or a GPU there is faulty; take it out, and the same command resumes "
     "from the newest checkpoint"
 )
 
@@ -69,7 +69,7 @@ class Stub(World):
 @pytest.fixture
 def trained(tiny: Recipe) -> tuple[GPT2, AdamW]:
     """A model and its optimizer after one step."""
-    model = GPT2(tiny.model.for_training())
+    model = GPT2(tiny.model.for_training())  # type: ignore
     optimizer = AdamW(model, AdamWConfig(lr=1e-3))
     for p in model.parameters():
         p.grad = torch.ones_like(p)

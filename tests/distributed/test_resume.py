@@ -21,7 +21,7 @@ def test_resumed_ranks_compute_the_same_bits(
     tmp_path: Path, ranks: Callable[..., End], records: Callable[..., list[dict[str, Any]]],
     count: int, compiled: bool,
 ) -> None:  # fmt: skip
-    flags = (*LARGE, "--batch.tokens", 16 * 4 * count, "--batch.micro", 2)
+    flags = (*LARGE, "--batch.tokens", 16 * 4 * count, "--micro-batch", 2)
     flags += ("--compile", "--timeout", 300) if compiled else ()
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     end = ranks(count, whole, flags=flags)

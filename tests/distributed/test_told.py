@@ -9,7 +9,10 @@ from tests.distributed.conftest import End, read_notes, same_bits, saved
 
 Ranks = Callable[..., End]
 Records = Callable[..., list[dict[str, Any]]]
-SAID = "rekindle: stopped by {} after step {}, and all of it is saved: the same command goes on"
+SAID = (
+    "rekindle: stopped by {} after step {}, and everything is saved: the same command resumes the "
+    "run"
+)
 KINDS = ("train", "validation", "samples")
 
 

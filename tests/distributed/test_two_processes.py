@@ -94,8 +94,9 @@ def test_two_processes_train_as_one(one: Path, two: Path, folder: Path, records:
     assert "8 rows" not in printed
     assert "4 rows x 16 x 1 micro-steps x 2 ranks" in printed
     assert printed.count("step     0/12") == 1  # one of them speaks for both
-    split = storage.read_json(last(two) / "checkpoint.json")["split"]
-    assert (split["ranks"], split["micro"], split["threads"]) == (2, 4, 1)
+    split = storage.read_json(last(two) / "checkpoint.json")
+    machine = split["machine"]
+    assert (split["ranks"], machine["micro_batch"], machine["threads"]) == (2, 4, 1)
 
 
 def test_one_process_goes_on_with_the_run_of_two(
@@ -106,7 +107,7 @@ def test_one_process_goes_on_with_the_run_of_two(
     for step in ("000008", "000012"):
         shutil.rmtree(out / "checkpoints" / f"step-{step}")
     outcome = train(out, *FLAGS)
-    assert "goes on at step 4 of 12 (on 1 ranks instead of 2)" in outcome.out
+    assert "resumes at step 4 of 12 (on 1 ranks instead of 2)" in outcome.out
     assert_close(out, one, records)
 
 
@@ -138,7 +139,7 @@ def test_two_processes_go_on_evaluate_and_add_up_gradients_as_one(
     done = torchrun(script, json.dumps(commands), tmp_path / "gradients")
     assert done.returncode == 0, done.stderr
 
-    assert "goes on at step 4 of 12 (on 2 ranks instead of 1)" in done.stdout
+    assert "resumes at step 4 of 12 (on 2 ranks instead of 1)" in done.stdout
     assert_close(out, one, records)
 
     alone = json.loads(rekindle(*evaluate).out)

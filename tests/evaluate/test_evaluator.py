@@ -15,7 +15,7 @@ from rekindle.errors import UserError
 from rekindle.evaluate import evaluator
 from rekindle.evaluate.evaluator import Evaluator, load_for_training
 from rekindle.evaluate.scoring import pack
-from rekindle.evaluate.tasks import TASKS, Item, Task
+from rekindle.evaluate.tasks import Item, Task
 from rekindle.model.gpt2 import GPT2
 from rekindle.observe.console import Console
 from rekindle.runtime.device import Device
@@ -46,27 +46,26 @@ class Colours:
 
 
 @pytest.fixture
-def colours(monkeypatch: pytest.MonkeyPatch) -> Colours:
-    task = Colours({"total": 4, "perplexity": 7.25, "correct": 3, "acc": 0.75})
-    monkeypatch.setitem(TASKS, "colours", lambda: task)
-    return task
+def colours() -> Colours:
+    return Colours({"total": 4, "perplexity": 7.25, "correct": 3, "acc": 0.75})
 
 
-def load(where: str, device: Device, said: list[str], world: Any = None) -> list[Any]:
-    wanted = {"colours": where}
-    return load_for_training(wanted, ByteTokenizer(), device, world or World(), said.append)
+def load(task: Any, where: str, device: Device, said: list[str], world: Any = None) -> list[Any]:
+    return load_for_training(
+        [(task, where)], ByteTokenizer(), device, world or World(), said.append
+    )
 
 
 def test_which_tasks_a_training_run_evaluates(colours: Colours, cpu: Device) -> None:
     said: list[str] = []
-    assert load("file", cpu, said) == [(colours, [ITEM] * 4)]
-    assert load("none", GPU, said) == []
-    assert load("auto", cpu, said) == []
+    assert load(colours, "file", cpu, said) == [(colours, [ITEM] * 4)]
+    assert load(colours, "none", GPU, said) == []
+    assert load(colours, "auto", cpu, said) == []
     assert not said
-    assert load("auto", GPU, said) == []  # the training does without
+    assert load(colours, "auto", GPU, said) == []  # the training does without
     assert said == ["Colours is left out: no network"]
     with pytest.raises(UserError, match="no network"):
-        load("hub", cpu, said)
+        load(colours, "hub", cpu, said)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_a_task_is_evaluated_on_all_ranks_or_on_none(
         calls.append(f"{meaning} {advice}")
 
     said: list[str] = []
-    work = load(where, cpu, said, SimpleNamespace(min=least, agree=agree))
+    work = load(colours, where, cpu, said, SimpleNamespace(min=least, agree=agree))
     assert sum(len(items) for _, items in work) == found
     assert calls[0] == "min"
     same = "Colours has the checksum give every host the same --colours"
@@ -105,7 +104,7 @@ def test_ranks_compare_more_than_the_number_of_items(
     world = SimpleNamespace(min=lambda count, _: count, agree=lambda n, *_: checksums.append(n))
     for item in [ITEM, *others, ITEM]:
         monkeypatch.setattr(colours, "load", lambda *_, item=item: [item] * 3)
-        load("file", cpu, [], world)
+        load(colours, "file", cpu, [], world)
     assert checksums[0] == checksums[-1]
     assert len(set(checksums)) == 5
 

@@ -1,5 +1,6 @@
 """Scoring: packed items give what a row at a time gives, on any number of ranks."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rekindle.trainer
 from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.evaluate.evaluator import Evaluator
 from rekindle.evaluate.scoring import Packed, candidate_losses, evaluate, pack
@@ -229,10 +231,18 @@ def test_a_training_run_tokenizes_once(
 def test_a_training_run_packs_for_how_it_runs(
     tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
-    from rekindle import session as module
+    from rekindle import start as module
 
-    def compile_model(model: GPT2, *_: Any) -> tuple[Any, Any]:
-        return (model.forward if compiled else model), model.transformer
+    built: list[Any] = []
+
+    def build(*arguments: Any, **how: Any) -> Any:
+        trainer = rekindle.trainer.build(*arguments, **how)
+        if compiled:  # without a compiler
+            trainer.machine = dataclasses.replace(trainer.machine, compile=True)
+            trainer.compiled = trainer.model.forward
+            trainer.compiled_body = trainer.model.transformer  # type: ignore[attr-defined]
+        built.append(trainer)
+        return trainer
 
     asked: list[bool] = []
 
@@ -240,17 +250,19 @@ def test_a_training_run_packs_for_how_it_runs(
         asked.append(how["compiled"])
         return pack(*arguments, **how)
 
-    def evaluator(model: Any, forward: Any, body: Any, *rest: Any) -> Evaluator:
+    def evaluator(**parts: Any) -> Evaluator:
+        model = parts["model"]
         assert isinstance(model, GPT2)  # samples and scores: from the model itself
-        assert (forward is not model) == compiled  # the loss: as it is trained
-        assert body == model.transformer
-        return Evaluator(model, forward, body, *rest)
+        assert (parts["forward"] is not model) == compiled  # the loss: as it is trained
+        assert parts["body"] == (model.transformer if compiled else None)
+        return Evaluator(**parts)
 
-    monkeypatch.setattr(module, "compile_model", compile_model)
+    monkeypatch.setattr(module, "build", build)
     monkeypatch.setattr(module, "pack", spy)
     monkeypatch.setattr(module, "Evaluator", evaluator)
     train(tmp_path / "run", "--steps", 1)
     assert asked == [compiled]
+    assert len(built) == 1
 
 
 def test_a_text_longer_than_the_context_loses_its_beginning(model: GPT2) -> None:

@@ -14,7 +14,7 @@ from rekindle.observe.metrics import Logger, Metrics
 from rekindle.storage import JsonLines, read_json_lines
 from tests.extension.memory_logger import MemoryLogger
 
-STEP: dict[str, Any] = {"loss": 3.0, "lr": 6e-4, "norm": 1.5, "data_wait": 0.0, "seconds": 1.0}
+STEP: dict[str, Any] = {"loss": 3.0, "lr": 6e-4, "grad_norm": 1.5, "data_wait": 0.0, "seconds": 1.0}
 
 
 def make_metrics(*loggers: Logger) -> tuple[Metrics, io.StringIO]:
@@ -37,10 +37,10 @@ def test_it_receives_what_the_file_receives(tmp_path: Path) -> None:
     metrics.rewind(lambda record: record["step"] < 3)
     assert [record["step"] for record in memory] == [0, 1, 2]
     assert memory == read_json_lines(path)
-    metrics.record("return", 3, next_batch=7)
+    metrics.record("rollback", 3, next_batch=7)
     metrics.step(3, **STEP)
     metrics.close()
-    assert [record["kind"] for record in memory[3:]] == ["return", "train"]
+    assert [record["kind"] for record in memory[3:]] == ["rollback", "train"]
     assert memory == read_json_lines(path)
     assert memory.closed
 

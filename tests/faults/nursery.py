@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from rekindle.checkpoint import writer
 from rekindle.cli import main
-from rekindle.runtime import saving
 
 
 def work(job: dict[str, Any]) -> int:
@@ -52,7 +52,7 @@ def work(job: dict[str, Any]) -> int:
 
 
 def nurse() -> None:
-    saving.PAUSES = (0.01, 0.04)
+    writer.PAUSES = (0.01, 0.04)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # which loads the compiler
     answers = os.fdopen(os.dup(1), "w")

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import rekindle.train
+import rekindle.start
+import rekindle.trainer
+from rekindle import checkpoint
 from rekindle.data import shards
 from rekindle.data.batches import Batches
 from rekindle.data.tokenizer import ByteTokenizer
-from rekindle.runtime import checkpoint
 from rekindle.runtime.signals import Listener
 from rekindle.train import StepResult
 from tests.conftest import train_command, updates
@@ -62,7 +63,7 @@ class Watched:
             raise Killed
         if end:
             os.kill(os.getpid(), end)
-            while not self.listener.told:  # another thread hears it
+            while not self.listener.signal:  # another thread hears it
                 time.sleep(0.001)
         where, _, what = self.spoil.get(number, "").partition(" ")
         value = float(what or 1)
@@ -82,9 +83,9 @@ class Watched:
         result = original(spoilt, *arguments, **options)
         if hook:
             hook.remove()
-        assert (bits(forward, optimizer) == before) != result.accepted
+        assert (bits(forward, optimizer) == before) == result.skipped
         assert where != "gradient" or math.isfinite(result.loss)
-        self.steps.append((number, options["lr"], "" if result.accepted else "skipped"))
+        self.steps.append((number, options["lr"], "skipped" if result.skipped else ""))
         return result
 
 
@@ -97,14 +98,14 @@ def bits(model: torch.nn.Module, optimizer: Any) -> list[bytes]:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watched]:
     """`watch(spoil, end)`: from now on runs suffer this."""
-    batch, step = Batches.batch, rekindle.train.train_step
+    batch, step = Batches.batch, rekindle.trainer.train_step
 
     def begin(spoil: dict[int, str], end: dict[int, Any] | None = None) -> Watched:
         watched = Watched(spoil, end or {})
-        monkeypatch.setattr(rekindle.train, "Listener", watched.listen)
+        monkeypatch.setattr(rekindle.start, "Listener", watched.listen)
         monkeypatch.setattr(Batches, "batch", lambda *a: watched.batch(batch, *a))
         monkeypatch.setattr(
-            rekindle.train, "train_step", lambda *a, **o: watched.step(step, *a, **o)
+            rekindle.trainer, "train_step", lambda *a, **o: watched.step(step, *a, **o)
         )
         return watched
 
@@ -123,11 +124,11 @@ def end_of(run: Path, records: Records) -> tuple[Any, ...]:
     """What two equal runs have in common."""
     last = checkpoint.list_checkpoints(run / "checkpoints")[-1]
     said = checkpoint.load(last).description
-    assert said["step"] == 60
+    assert said.step == 60
     return (
         [(last / name).read_bytes() for name in checkpoint.FILES],
-        {key: said[key] for key in ("data_position", "guard", "validation_loss")},
-        records(run, "train", "validation", "samples", "return"),
+        {key: getattr(said, key) for key in ("data_position", "guard", "validation_loss")},
+        records(run, "train", "validation", "samples", "rollback"),
     )
 
 
@@ -190,7 +191,7 @@ def test_the_guard_remembers_across_a_stop(
     spoil = dict.fromkeys((4, 5, 6, 8), "loss nan")
     spoil |= dict.fromkeys((20, 40, 41, 51, 53), "labels")  # 20 is too early to be refused
     expected = undisturbed(spoil)
-    assert [r["step"] for r in expected[2] if not r.get("accepted", True)] == [
+    assert [r["step"] for r in expected[2] if r.get("skipped")] == [
         4, 5, 6, 8, 40, 41, 51, 53,
     ]  # fmt: skip
     watch(spoil, {at: number})
@@ -212,8 +213,8 @@ def test_ten_in_a_row_step_over_the_data(
     outcome = run("run")
     assert outcome.status == 0, outcome.err
     assert (
-        "the 10 steps before step 54 were refused in a row: back to step 40, with batch 54 and on "
-        "(stepping over 40 to 53)"
+        "the 10 steps before step 54 were skipped in a row: rolled back to step 40, "
+        "continuing with batch 54 (batches 40 to 53 are left out)"
     ) in outcome.out
     assert [number for number, _, _ in watched.steps] == list(range(74))
     rates = [lr for _, lr, _ in watched.steps]
@@ -227,8 +228,8 @@ def test_ten_in_a_row_step_over_the_data(
     for name in checkpoint.FILES:
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
     said = [checkpoint.load(end).description for end in ends]
-    assert said[0]["guard"] == said[1]["guard"]
-    assert said[0]["data_position"] == {"windows": 74 * 8}
+    assert said[0].guard == said[1].guard
+    assert said[0].data_position == {"windows": 74 * 8}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, Killed], ids=["told to stop", "killed"])
@@ -268,7 +269,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
     watch(STREAK, {46: signal.SIGTERM})
     assert run("run").status == 128 + signal.SIGTERM
     watched = watch(STREAK)
-    start, checkpoints = rekindle.train.start, tmp_path / "run" / "checkpoints"
+    start, checkpoints = rekindle.start.start, tmp_path / "run" / "checkpoints"
 
     def damage(*arguments: Any) -> Any:
         session = start(*arguments)
@@ -276,10 +277,10 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
         return session
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rekindle.train, "start", damage)
+        patch.setattr(rekindle.start, "start", damage)
         outcome = run("run")
     assert outcome.status == 0, outcome.err
-    assert "back to step 32, with batch 54 and on" in outcome.out
+    assert "rolled back to step 32, continuing with batch 54" in outcome.out
     assert watched.steps[-1][0] == 54 + 60 - 32 - 1
 
 
@@ -325,15 +326,15 @@ def test_killed_while_going_back_it_ends_the_same(
         return nursery([*command(tmp_path / name), *flags], **job)
 
     if "killed" not in ends:
-        assert "back to step 40, with batch 54 and on" in train("straight").out
+        assert "rolled back to step 40, continuing with batch 54" in train("straight").out
         ends["killed"] = end_of(tmp_path / "straight", records)
     end = train("run", fault=fault)
     assert end.status == -signal.SIGKILL
     assert "saved" in end.out
     assert train("run").status == 0
     assert end_of(tmp_path / "run", records) == ends["killed"]
-    (line,) = records(tmp_path / "run", "return")
-    assert line == {"kind": "return", "step": 40, "refused_at": 53, "next_batch": 54}
+    (line,) = records(tmp_path / "run", "rollback")
+    assert line == {"kind": "rollback", "step": 40, "skipped_at": 53, "next_batch": 54}
 
 
 # -- weights that are not finite ------------------------------------------------------------------

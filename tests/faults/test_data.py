@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rekindle import train as rekindle_train
+from rekindle import checkpoint
+from rekindle import trainer as rekindle_trainer
 from rekindle.data import shards
 from rekindle.data.batches import Batches, Windows, validation_batches
 from rekindle.data.shards import HEADER_BYTES, Manifest, Unchanged
 from rekindle.errors import UserError
-from rekindle.runtime import checkpoint
 
 Records = Callable[..., list[dict[str, Any]]]
 WriteShards = Callable[..., Manifest]
@@ -64,7 +64,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], An
     """`meanwhile(5, do)`: it is done in step 5, when all batches for the next ones are read."""
 
     def arrange(at: int, do: Callable[[], Any]) -> None:
-        original = rekindle_train.learning_rate
+        original = rekindle_trainer.learning_rate
 
         def wrapped(step: int, **options: Any) -> float:
             if step == at:
@@ -72,7 +72,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], An
                 do()
             return original(step, **options)
 
-        monkeypatch.setattr(rekindle_train, "learning_rate", wrapped)
+        monkeypatch.setattr(rekindle_trainer, "learning_rate", wrapped)
 
     return arrange
 
@@ -133,7 +133,7 @@ def test_the_run_goes_on_once_the_data_is_as_it_was(
     assert outcome.status == 2
     assert "train-0000.bin is not what was prepared (its SHA-256 differs, first" in outcome.err
     shutil.copy(shard_set / "train-0000.bin", data)
-    assert "goes on at step" in train(tmp_path / "run", "--data", data).out
+    assert "resumes at step" in train(tmp_path / "run", "--data", data).out
 
 
 @pytest.mark.parametrize(("name", "token"), [("train-0001.bin", 333), ("val-0001.bin", 77)])

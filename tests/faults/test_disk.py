@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from rekindle import train as rekindle_train
-from rekindle.runtime import checkpoint
+from rekindle import checkpoint
+from rekindle import trainer as rekindle_trainer
 
 Nursery = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
@@ -97,7 +97,7 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(
     assert end.err == (
         f"rekindle: error: saving the checkpoint of step 12 in {out / 'checkpoints'} failed (No "
         "space left on device): make room or see that it may be written to, then give the same "
-        "command again; it goes on from the newest checkpoint there\n"
+        "command again; it resumes from the newest checkpoint there\n"
     )
     assert steps(out) == [8]
     assert train(out).status == 0
@@ -233,7 +233,7 @@ def test_a_run_folder_that_vanishes_is_made_again(
     monkeypatch: pytest.MonkeyPatch, one_thread: None,
 ) -> None:  # fmt: skip
     """With the next checkpoint, from which the same command goes on."""
-    out, original = tmp_path / "run", rekindle_train.learning_rate
+    out, original = tmp_path / "run", rekindle_trainer.learning_rate
 
     def remove(step: int, **options: Any) -> float:
         if step == 6:
@@ -243,13 +243,13 @@ def test_a_run_folder_that_vanishes_is_made_again(
         return original(step, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rekindle_train, "learning_rate", remove)
+        patch.setattr(rekindle_trainer, "learning_rate", remove)
         outcome = rekindle(*command(out), "--steps", 10)
     assert outcome.status == 0, outcome.err
     assert "metrics.jsonl cannot be written (No such file or directory): lines wait" in outcome.out
     assert steps(out) == [8, 10]
     outcome = rekindle(*command(out))
-    assert "goes on at step 10 of 12" in outcome.out
+    assert "resumes at step 10 of 12" in outcome.out
     assert (out / "run.json").is_file()
     assert [r["step"] for r in records(out, "train")] == [6, 7, 8, 9, 10, 11]
     other = rekindle(*command(out), "--seed", 1)

@@ -18,13 +18,12 @@ from typing import Any
 
 import pytest
 
-from rekindle import storage
-from rekindle.runtime import checkpoint
+from rekindle import checkpoint, storage
 
 KILLS = [12, pytest.param(int(os.environ.get("REKINDLE_KILLS", 200)), marks=pytest.mark.slow)]
 STEPS = 20
 FLAGS = ["--steps", STEPS, "--checkpoint-every", 3, "--eval-every", 6, "--keep-checkpoints", 2,
-         "--batch.micro", 8]  # fmt: skip
+         "--micro-batch", 8]  # fmt: skip
 
 Nursery = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
@@ -55,7 +54,10 @@ def everything(run: Path, records: Records) -> tuple[Any, ...]:
     found = [checkpoint.load(path) for path in checkpoint.list_checkpoints(run / "checkpoints")]
     bits = [[(c.path / name).read_bytes() for name in checkpoint.FILES] for c in found]
     said = [
-        {key: c.description[key] for key in ("step", "data_position", "guard", "examined")}
+        {
+            key: getattr(c.description, key)
+            for key in ("step", "data_position", "guard", "evaluated")
+        }
         for c in found
     ]
     kinds = ("train", "validation", "samples", "checkpoint")

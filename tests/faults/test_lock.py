@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from rekindle import session, storage
-from rekindle import train as rekindle_train
+from rekindle import checkpoint, start, storage
+from rekindle import trainer as rekindle_trainer
 from rekindle.data import prepare as rekindle_prepare
 from rekindle.data.sources.ready_made import PublishedShards, ShardFolder
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
-from rekindle.runtime import checkpoint
 from rekindle.storage import Lock
 
 Nursery = Callable[..., Any]
@@ -40,7 +39,7 @@ def meanwhile(
     """`meanwhile(out, 5)`: in step 5 another process is given `out` too; how it ended."""
 
     def arrange(out: Path, at: int) -> list[Any]:
-        original, ends = rekindle_train.learning_rate, []
+        original, ends = rekindle_trainer.learning_rate, []
 
         def wrapped(step: int, **options: Any) -> float:
             if step == at:
@@ -49,7 +48,7 @@ def meanwhile(
                 assert contents(out) == before
             return original(step, **options)
 
-        monkeypatch.setattr(rekindle_train, "learning_rate", wrapped)
+        monkeypatch.setattr(rekindle_trainer, "learning_rate", wrapped)
         return ends
 
     return arrange
@@ -90,14 +89,14 @@ def test_of_two_that_begin_at_once_one_begins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """While this one checks the hashes of its data, another one trains to the end."""
-    out, verify = tmp_path / "run", session.verify_data
+    out, verify = tmp_path / "run", start._verify_data
 
     def meanwhile(*arguments: Any) -> None:
         assert nursery(command(out)).status == 0
         verify(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "verify_data", meanwhile)
+        patch.setattr(start, "_verify_data", meanwhile)
         end = rekindle(*command(out), "--seed", 7)
     assert end.status == 2
     assert end.err == (
@@ -117,7 +116,7 @@ def test_a_run_whose_lock_was_lost_is_locked_all_the_same(tmp_path: Path, train:
     """As in a copy without hidden files."""
     train(tmp_path / "run", "--steps", 4)
     (tmp_path / "run" / ".lock").unlink()
-    assert "goes on at step 4" in train(tmp_path / "run").out
+    assert "resumes at step 4" in train(tmp_path / "run").out
 
 
 def test_after_a_kill_the_next_one_gets_in(
@@ -128,7 +127,7 @@ def test_after_a_kill_the_next_one_gets_in(
     assert end.status == -signal.SIGKILL
     before = (out / ".lock").read_text()
     assert before.startswith("process ")
-    assert "goes on at step 4 of 12" in train(out).out
+    assert "resumes at step 4 of 12" in train(out).out
     assert (out / ".lock").read_text() != before
     assert (out / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 

@@ -13,21 +13,21 @@ STEPS, SETTLED = 2400, 400  # by then everything has happened more than once
 # Trains in this process and prints its resident pages at step SETTLED and at the end.
 WATCHED = """
 import gc, sys
-from rekindle import cli, train
+from rekindle import cli, trainer
 
 def resident():
     gc.collect()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1])
 
-at, original, seen = int(sys.argv[1]), train.learning_rate, []
+at, original, seen = int(sys.argv[1]), trainer.learning_rate, []
 
 def looked(step, **options):
     if step == at or step == options["steps"] - 1:
         seen.append(resident())
     return original(step, **options)
 
-train.learning_rate = looked
+trainer.learning_rate = looked
 assert cli.main(sys.argv[2:]) == 0
 print(*seen)
 """

@@ -18,15 +18,14 @@ from typing import Any
 
 import pytest
 
-from rekindle import storage
-from rekindle import train as rekindle_train
+from rekindle import checkpoint, storage
+from rekindle import trainer as rekindle_trainer
 from rekindle.data import shards
-from rekindle.runtime import checkpoint
 
 Records = Callable[..., list[dict[str, Any]]]
 # The least in which everything happens: two checkpoints, the first of which is removed again.
 FLAGS = ["--steps", 3, "--checkpoint-every", 2, "--eval-every", 2, "--keep-checkpoints", 1,
-         "--keep-best", 0, "--batch.micro", 8, "--model.n-layer", 1,
+         "--keep-best", 0, "--micro-batch", 8, "--model.n-layer", 1,
          "--eval-tokens", 99]  # fmt: skip
 CALLS = {"create", "truncate", "write", "half", "fsync", "rename", "mkdir", "rmdir", "unlink"}
 
@@ -35,9 +34,9 @@ def bits(run: Path) -> tuple[Any, ...]:
     """The checkpoints of a finished run, and that it left nothing unfinished."""
     found = [checkpoint.load(path) for path in checkpoint.list_checkpoints(run / "checkpoints")]
     files = [(c.path / name).read_bytes() for c in found for name in checkpoint.FILES]
-    keys = ("step", "data_position", "guard", "examined", "validation_loss")
+    keys = ("step", "data_position", "guard", "evaluated", "validation_loss")
     assert not list(run.rglob(".tmp-*"))
-    return files, [{key: c.description[key] for key in keys} for c in found]
+    return files, [{key: getattr(c.description, key) for key in keys} for c in found]
 
 
 def log(run: Path, records: Records) -> list[list[dict[str, Any]]]:
@@ -91,7 +90,7 @@ def resumed(
 
 def stop_after(number: int, run: Callable[[], Any]) -> None:
     """Run until a signal in the step of that number."""
-    original = rekindle_train.learning_rate
+    original = rekindle_trainer.learning_rate
 
     def signalled(step: int, **options: Any) -> float:
         if step == number:
@@ -100,7 +99,7 @@ def stop_after(number: int, run: Callable[[], Any]) -> None:
         return original(step, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rekindle_train, "learning_rate", signalled)
+        patch.setattr(rekindle_trainer, "learning_rate", signalled)
         assert run().status == 128 + signal.SIGTERM
 
 

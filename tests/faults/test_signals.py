@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from rekindle import train as rekindle_train
-from rekindle.runtime import checkpoint
+from rekindle import checkpoint
+from rekindle import trainer as rekindle_trainer
 from rekindle.runtime import signals as listening
 from rekindle.runtime.signals import ECHO, SIGNALS, Listener
 
@@ -38,7 +38,7 @@ def test_a_listener_leaves_nothing_open() -> None:
         assert len(os.listdir("/proc/self/fd")) == before + 2
     assert len(os.listdir("/proc/self/fd")) == before
     assert [signal.getsignal(n) for n in SIGNALS] == handlers
-    assert not listener.told
+    assert not listener.signal
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """`tell(5, SIGTERM)`: this process gets the signal in step 5."""
 
     def arrange(at: int, number: int) -> None:
-        original = rekindle_train.learning_rate
+        original = rekindle_trainer.learning_rate
 
         def signalled(step: int, **options: Any) -> float:
             if step == at:
@@ -54,7 +54,7 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
                 time.sleep(0.05)  # until this thread has heard of it
             return original(step, **options)
 
-        monkeypatch.setattr(rekindle_train, "learning_rate", signalled)
+        monkeypatch.setattr(rekindle_trainer, "learning_rate", signalled)
 
     return arrange
 
@@ -73,8 +73,8 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_end(
         monkeypatch.undo()
     assert outcome.status == 128 + number
     assert outcome.err == (
-        f"rekindle: stopped by {number.name} after step {at}, and all of it is saved: the same "
-        "command goes on\n"
+        f"rekindle: stopped by {number.name} after step {at}, and everything is saved: the same "
+        "command resumes the run\n"
     )
     assert signal.getsignal(number) == before
     assert checkpoint.list_checkpoints(out / "checkpoints")[-1].name == f"step-{at + 1:06d}"
@@ -125,7 +125,7 @@ def test_a_second_signal_is_heard_where_python_is_not(
                 threading.Thread(target=tell_each_other, args=[signals], daemon=True).start()
                 with suppress(RuntimeError):
                     HashStore().wait(["what nobody sets"], timedelta(seconds=seconds))
-                while not listener.told:
+                while not listener.signal:
                     time.sleep(0.01)
                 status = 42  # it waited to the end
         finally:
@@ -146,7 +146,7 @@ def test_an_echo_of_the_first_signal_is_not_a_second_one() -> None:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
-        assert listener.told == signal.SIGINT
+        assert listener.signal == signal.SIGINT
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
@@ -155,6 +155,6 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         with Listener() as listener:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
-            assert not listener.told
+            assert not listener.signal
     finally:
         signal.signal(signal.SIGINT, before)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rekindle.generate import sampling
-from rekindle.generate.sampling import generate, predict
+from rekindle import sampling
 from rekindle.model.attention import attend, attend_once
 from rekindle.model.compute import Compute
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
 from rekindle.runtime.device import why_not_compile
+from rekindle.sampling import generate, predict
 
 CONFIG = GPT2Config(
     n_layer=3, n_head=4, n_embd=48, block_size=64, vocab_size=257, padded_vocab_size=384

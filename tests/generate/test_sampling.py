@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rekindle.errors import UserError
-from rekindle.generate.sampling import cut_at_end, generate
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
+from rekindle.sampling import cut_at_end, generate
 
 CONFIG = GPT2Config(
     n_layer=3, n_head=4, n_embd=48, block_size=64, vocab_size=257, padded_vocab_size=384

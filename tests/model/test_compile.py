@@ -1,9 +1,9 @@
 """Compilation changes nothing but speed: losses, gradients, HellaSwag and samples are eager's, and
 evaluating in the midst of training compiles a few graphs once, then none."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from rekindle import session
+from rekindle import trainer
 from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.evaluate import scoring
 from rekindle.evaluate.loss import Forward, validation_loss
 from rekindle.evaluate.tasks import Item
 from rekindle.evaluate.tasks.hellaswag import HellaSwag, Question, tokenize
-from rekindle.generate.sampling import generate
+from rekindle.machine import MachineOptions, resolve
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
-from rekindle.observe.console import Console
 from rekindle.runtime.device import Device, why_not_compile
+from rekindle.sampling import generate
 
 # Inductor runs a C++ compiler for each kernel: on a busy machine that takes minutes.
 pytestmark = pytest.mark.timeout(600)
@@ -52,9 +52,10 @@ def make_model(config: GPT2Config = CONFIG) -> GPT2:
 
 def compiled(model: GPT2) -> Compiled:
     """Compiled as training does it."""
-    run: Any = SimpleNamespace(compile=True)
-    forward, transformer = session.compile_model(model, run, CPU, Console(quiet=True))
+    machine = dataclasses.replace(resolve(MachineOptions(device="cpu")), compile=True)
+    forward, transformer = trainer._compile(model, machine)
     assert forward is not model
+    assert transformer
     return Compiled(model, forward, transformer)
 
 
@@ -146,7 +147,6 @@ def test_evaluation_compiles_a_few_graphs_once(
         return graph.forward
 
     torch._dynamo.reset()
-    monkeypatch.setattr(session, "why_not_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
     wide = GPT2Config(
         n_layer=1, n_head=1, n_embd=8, block_size=1024, vocab_size=257, padded_vocab_size=384

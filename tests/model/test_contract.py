@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rekindle import lookup
 from rekindle.model import MODELS
 from rekindle.model.compute import Compute
 from rekindle.model.gpt2 import GPT2, HEAD_ROWS
@@ -24,7 +25,7 @@ CONFIGS = {
 def model(request: pytest.FixtureRequest) -> Any:
     """A tiny model with weights so large that every part of it shows in the logits."""
     torch.manual_seed(0)
-    model: Any = MODELS[request.param](CONFIGS[request.param])
+    model: Any = lookup.models()[request.param](CONFIGS[request.param])
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.3)
@@ -41,9 +42,8 @@ def test_importing_the_contract_imports_no_torch(
 ) -> None:
     script = """
 import sys
-import rekindle.model
+import rekindle.model, rekindle.optim, rekindle.recipes, rekindle.machine, rekindle.lookup
 assert "torch" not in sys.modules
-assert rekindle.model.MODELS["gpt2"].__name__ == "GPT2"
 """
     child = python("-c", script)
     assert child.returncode == 0, child.stderr
@@ -142,4 +142,5 @@ def test_positions_and_mask_reach_the_body(model: Any, idx: Tensor) -> None:
 
 
 def test_gpt2_is_in_the_table() -> None:
-    assert MODELS["gpt2"] is GPT2
+    assert lookup.models()["gpt2"] is GPT2
+    assert lookup.model_for(GPT2Config()) is GPT2

@@ -11,6 +11,7 @@ import pytest
 from rekindle import storage
 from rekindle.observe import console as module
 from rekindle.observe.console import Console, duration
+from rekindle.observe.json_lines import JsonLinesLogger
 from rekindle.observe.metrics import Metrics
 from rekindle.storage import JsonLines
 
@@ -79,37 +80,38 @@ def test_other_ranks_are_quiet(stream: io.StringIO) -> None:
 
 def make_metrics(stream: io.StringIO, log: JsonLines | None = None, **changes: Any) -> Metrics:
     numbers = {"steps": 100, "tokens_per_step": 1000, "flops_per_token": 10, "peak_flops": None}
-    return Metrics(log, Console(stream=stream), **{**numbers, **changes})
+    loggers = [JsonLinesLogger(log, Console(stream=stream).say)] if log else []
+    return Metrics(loggers, Console(stream=stream), **{**numbers, **changes})
 
 
-STEP: dict[str, Any] = {"loss": 3.14159, "lr": 6e-4, "norm": 1.5, "data_wait": 0.0025}
+STEP: dict[str, Any] = {"loss": 3.14159, "lr": 6e-4, "grad_norm": 1.5, "data_wait": 0.0025}
 
 
 def test_the_progress_line() -> None:
     stream = io.StringIO()
     make_metrics(stream, peak_flops=20_000.0).step(0, seconds=2.0, **STEP)
     assert stream.getvalue() == (
-        "step     0/100 | loss 3.1416 | lr 6.00e-04 | norm 1.50 | 500 tok/s | util 25.0% | "
-        "data 2.5 ms | 3 min 18 s left\n"
+        "step     0/100 | loss 3.1416 | 3 min 18 s left | lr 6.00e-04 | grad norm 1.50 | "
+        "500 tok/s | mfu 25.0% | data 2.5 ms\n"
     )
 
 
-def test_the_utilisation_of_an_unknown_device_is_unknown(tmp_path: Path) -> None:
+def test_the_mfu_of_an_unknown_device_is_left_out(tmp_path: Path) -> None:
     stream, log = io.StringIO(), JsonLines(tmp_path / "log.jsonl")
     make_metrics(stream, log).step(0, seconds=2.0, **STEP)
-    assert "| util unknown |" in stream.getvalue()
-    assert storage.read_json_lines(tmp_path / "log.jsonl")[0]["utilisation"] is None
+    assert "mfu" not in stream.getvalue()
+    assert storage.read_json_lines(tmp_path / "log.jsonl")[0]["mfu"] is None
 
 
 def test_a_refused_step_says_so_at_once(clock: list[float]) -> None:
     stream = io.StringIO()
     metrics = make_metrics(stream)
     metrics.step(1, seconds=2.0, **STEP)
-    metrics.step(2, seconds=2.0, **{**STEP, "loss": float("nan"), "objection": "not finite"})
+    metrics.step(2, seconds=2.0, **{**STEP, "loss": float("nan"), "skip_reason": "not finite"})
     lines = stream.getvalue().splitlines()
-    assert "REFUSED" not in lines[0]
+    assert "SKIPPED" not in lines[0]
     assert "loss nan" in lines[1]
-    assert lines[1].endswith("REFUSED: not finite")
+    assert lines[1].endswith("SKIPPED: not finite")
 
 
 def test_the_time_left_is_that_of_a_typical_step(clock: list[float]) -> None:
@@ -119,7 +121,7 @@ def test_the_time_left_is_that_of_a_typical_step(clock: list[float]) -> None:
     for step, seconds in enumerate([60.0, 1.0, 1.0, 50.0, 1.0]):
         clock[0] += 11
         metrics.step(step, seconds=seconds, **STEP)
-    assert stream.getvalue().splitlines()[-1].endswith("| 1 min 35 s left")
+    assert stream.getvalue().splitlines()[-1].split(" | ")[2] == "1 min 35 s left"
 
 
 def test_the_log(tmp_path: Path) -> None:
@@ -130,8 +132,8 @@ def test_the_log(tmp_path: Path) -> None:
     metrics.close()
     assert storage.read_json_lines(tmp_path / "log.jsonl") == [
         {
-            "kind": "train", "step": 7, "loss": 3.14159, "lr": 6e-4, "norm": 1.5,
-            "accepted": True, "tokens_per_s": 2000.0, "utilisation": 0.4,
+            "kind": "train", "step": 7, "loss": 3.14159, "lr": 6e-4, "grad_norm": 1.5,
+            "skipped": False, "tokens_per_s": 2000.0, "mfu": 0.4,
             "data_wait_s": 0.0025, "seconds": 0.5,
         },
         {"kind": "validation", "step": 8, "loss": 3.0, "tokens": 12},
@@ -141,11 +143,11 @@ def test_the_log(tmp_path: Path) -> None:
 def test_the_log_is_json_whatever_the_numbers(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log.jsonl")
     metrics = make_metrics(io.StringIO(), log)
-    bad = {"loss": float("nan"), "norm": float("inf"), "objection": "not finite"}
+    bad = {"loss": float("nan"), "grad_norm": float("inf"), "skip_reason": "not finite"}
     metrics.step(0, seconds=1.0, **{**STEP, **bad})
     text = (tmp_path / "log.jsonl").read_text()
     record = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
-    assert (record["loss"], record["norm"], record["accepted"]) == (None, None, False)
+    assert (record["loss"], record["grad_norm"], record["skipped"]) == (None, None, True)
 
 
 def test_a_rank_without_a_log_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,11 +156,11 @@ def test_a_rank_without_a_log_logs_nothing(tmp_path: Path, monkeypatch: pytest.M
     stream, opened = io.StringIO(), []
     monkeypatch.setattr(os, "open", lambda *a: opened.append(a))
     metrics = Metrics(
-        None, Console(quiet=True, stream=stream), steps=100, tokens_per_step=1000,
+        [], Console(quiet=True, stream=stream), steps=100, tokens_per_step=1000,
         flops_per_token=10, peak_flops=None,
     )  # fmt: skip
     metrics.step(0, seconds=1.0, **STEP)
-    metrics.step(1, seconds=1.0, **{**STEP, "objection": "not finite"})
+    metrics.step(1, seconds=1.0, **{**STEP, "skip_reason": "not finite"})
     metrics.record("validation", 1, loss=float("nan"))
     metrics.rewind(lambda record: pytest.fail("there is no record"))
     metrics.close()

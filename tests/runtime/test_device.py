@@ -292,3 +292,18 @@ def test_memory_given_back_is_used_again(python: Callable) -> None:
     faults = {how: int(python("-c", FAULTS, how).stdout) for how in ("keep", "as it is")}
     assert faults["keep"] < 1000
     assert faults["as it is"] > 90_000  # else this test shows nothing
+
+
+def test_the_machines_memory_is_known() -> None:
+    assert 2**29 < devices.memory_of(CPU) < 2**50
+
+
+def test_short_windows_on_a_cpu_have_their_attention_written_out() -> None:
+    cpu = Device(CPU, "CPU", "fp32")
+    gpu = Device(CUDA, "NVIDIA H200", "bf16")
+    assert devices.choose_compute(cpu, devices.SHORT).attention == "plain"
+    assert devices.choose_compute(cpu, devices.SHORT + 1).attention == "fused"
+    assert devices.choose_compute(gpu, 16).attention == "fused"
+    assert devices.choose_compute(gpu, 16).dtype == torch.bfloat16
+    assert not devices.choose_compute(gpu, 16).loss_kernel
+    assert devices.choose_compute(gpu, 16, kernels=True).loss_kernel

@@ -14,7 +14,7 @@ def accustomed(losses: Iterable[float], spike: float = 10.0) -> Guard:
     """A guard that has accepted these losses."""
     guard = Guard(spike)
     for loss in losses:
-        assert not guard.objection(loss, 1.0)
+        assert not guard.observe(loss, 1.0)
     return guard
 
 
@@ -22,63 +22,63 @@ def accustomed(losses: Iterable[float], spike: float = 10.0) -> Guard:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused_from_the_first_step_on(bad: float, spike: float) -> None:
     guard = Guard(spike)
-    assert guard.objection(bad, 1.0) == guard.objection(1.0, bad) == "not finite"
-    assert guard.refused == 2
-    assert not guard.objection(1.0, 1.0)
-    assert guard.refused == 0
+    assert guard.observe(bad, 1.0) == guard.observe(1.0, bad) == "not finite"
+    assert guard.skipped == 2
+    assert not guard.observe(1.0, 1.0)
+    assert guard.skipped == 0
 
 
 def test_a_spike_is_so_many_deviations_above_the_median() -> None:
     """2 ± 0.1: half of the losses lie 0.1 from the median, so that this is their deviation."""
     losses = [1.9, 2.0, 2.1] * 20 + [2.0, 1.9]
     limit = 2.0 + 10 * DEVIATION * 0.1
-    assert not accustomed(losses).objection(limit - 1e-6, 1.0)
-    assert accustomed(losses).objection(limit + 1e-6, 1.0) == "a spike, where 2.0000 is usual"
-    assert accustomed(losses, spike=5.0).objection(2.0 + 5 * DEVIATION * 0.1 + 1e-6, 1.0)
+    assert not accustomed(losses).observe(limit - 1e-6, 1.0)
+    assert accustomed(losses).observe(limit + 1e-6, 1.0) == "a spike, where 2.0000 is usual"
+    assert accustomed(losses, spike=5.0).observe(2.0 + 5 * DEVIATION * 0.1 + 1e-6, 1.0)
 
 
 def test_a_few_wild_losses_do_not_move_the_limit() -> None:
     losses = [1.9, 2.0, 2.1] * 20
     wild = Guard(10.0)
-    wild.restore({"losses": [*losses, 90.0, 95.0], "refused": 0})
-    assert wild.objection(2.0 + 10 * DEVIATION * 0.1 + 1e-6, 1.0)
+    wild.restore({"losses": [*losses, 90.0, 95.0], "skipped": 0})
+    assert wild.observe(2.0 + 10 * DEVIATION * 0.1 + 1e-6, 1.0)
 
 
 def test_on_a_flat_curve_a_spike_is_a_fifth_above() -> None:
     flat = [2.0] * ENOUGH
-    assert not accustomed(flat).objection(2.0 * (1 + MARGIN) - 1e-6, 1.0)
-    assert accustomed(flat).objection(2.0 * (1 + MARGIN) + 1e-6, 1.0)
+    assert not accustomed(flat).observe(2.0 * (1 + MARGIN) - 1e-6, 1.0)
+    assert accustomed(flat).observe(2.0 * (1 + MARGIN) + 1e-6, 1.0)
 
 
 def test_a_loss_far_below_is_welcome() -> None:
-    assert not accustomed([2.0] * ENOUGH).objection(0.1, 1.0)
+    assert not accustomed([2.0] * ENOUGH).observe(0.1, 1.0)
 
 
 def test_nothing_is_a_spike_before_enough_losses() -> None:
-    assert not accustomed([2.0] * (ENOUGH - 1)).objection(99.0, 1.0)
-    assert accustomed([2.0] * ENOUGH).objection(99.0, 1.0)
+    assert not accustomed([2.0] * (ENOUGH - 1)).observe(99.0, 1.0)
+    assert accustomed([2.0] * ENOUGH).observe(99.0, 1.0)
 
 
 def test_refused_losses_are_not_learnt() -> None:
     guard = accustomed([2.0] * ENOUGH)
     before = guard.state()["losses"]
     for n in range(1, 2 * WINDOW):
-        assert guard.objection(9.0, 1.0)
-        assert guard.objection(2.0, math.inf)
-        assert guard.refused == 2 * n
+        assert guard.observe(9.0, 1.0)
+        assert guard.observe(2.0, math.inf)
+        assert guard.skipped == 2 * n
     assert guard.state()["losses"] == before
 
 
 def test_only_the_last_losses_count() -> None:
     guard = accustomed([9.0] * WINDOW)
     for _ in range(WINDOW):
-        guard.objection(2.0, 1.0)
-    assert guard.objection(9.0, 1.0)
+        guard.observe(2.0, 1.0)
+    assert guard.observe(9.0, 1.0)
     assert len(guard.state()["losses"]) == WINDOW
 
 
 def test_without_a_limit_any_finite_loss_will_do() -> None:
-    assert not accustomed([2.0] * WINDOW, spike=0.0).objection(1e30, 1.0)
+    assert not accustomed([2.0] * WINDOW, spike=0.0).observe(1e30, 1.0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -90,8 +90,8 @@ def test_saved_and_restored_it_decides_the_same(seed: int) -> None:
     for loss in losses:
         saved, guard = json.dumps(guard.state()), Guard(10.0)
         guard.restore(json.loads(saved))
-        assert guard.objection(loss, 1.0) == straight.objection(loss, 1.0)
-        assert guard.refused == straight.refused
-        longest = max(longest, guard.refused)
+        assert guard.observe(loss, 1.0) == straight.observe(loss, 1.0)
+        assert guard.skipped == straight.skipped
+        longest = max(longest, guard.skipped)
     assert longest > 1
     assert json.dumps(guard.state()) == json.dumps(straight.state())

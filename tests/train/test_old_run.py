@@ -33,7 +33,7 @@ def test_it_resumes_to_the_same_numbers(
     assert list(seen) == [0, 1, 2, 3, 4, 5]
     for step, (loss, norm) in STEPS.items():
         assert seen[step]["loss"] == pytest.approx(loss, rel=1e-5)
-        assert seen[step]["norm"] == pytest.approx(norm, rel=1e-3)
+        assert seen[step]["grad_norm"] == pytest.approx(norm, rel=1e-3)
     validation = {r["step"]: r["loss"] for r in records(run, "validation")}
     assert validation == pytest.approx(VALIDATION, rel=1e-5)
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-import rekindle.train
-from rekindle import storage
-from rekindle import train as rekindle_train
+import rekindle.start
+import rekindle.trainer
+from rekindle import checkpoint, storage
+from rekindle import trainer as rekindle_trainer
 from rekindle.evaluate.evaluator import Evaluator
-from rekindle.runtime import checkpoint
 from tests.conftest import updates
 
 # Runs a training in which one call of a function ends the process as `kill -9` does.
@@ -62,7 +62,7 @@ def straight(straight_folder: Path, train: Train) -> Path:
 
 def raise_before(patch: pytest.MonkeyPatch, step: int, error: type[BaseException]) -> list[int]:
     """From now on `error` comes before `step`; the list tells which steps were begun."""
-    original, calls = rekindle.train.learning_rate, []
+    original, calls = rekindle.trainer.learning_rate, []
 
     def interrupted(at: int, **options: Any) -> float:
         calls.append(at)
@@ -70,7 +70,7 @@ def raise_before(patch: pytest.MonkeyPatch, step: int, error: type[BaseException
             raise error
         return original(at, **options)
 
-    patch.setattr(rekindle.train, "learning_rate", interrupted)
+    patch.setattr(rekindle.trainer, "learning_rate", interrupted)
     return calls
 
 
@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     if at < 4:
         assert "12 steps from the beginning" in outcome.out
     else:
-        assert f"goes on at step {at // 4 * 4} of 12" in outcome.out
+        assert f"resumes at step {at // 4 * 4} of 12" in outcome.out
     assert_same(out, straight, records)
 
 
@@ -149,7 +149,7 @@ def test_other_intervals_and_more_steps_change_no_step(
     out = tmp_path / "parts"
     train(out, *constant, "--steps", 5, "--eval-every", 2, "--checkpoint-every", 0)
     outcome = train(out, *constant, "--eval-every", 3, "--checkpoint-every", 5)
-    assert "goes on at step 5 of 12" in outcome.out
+    assert "resumes at step 5 of 12" in outcome.out
     assert final_state(out) == final_state(tmp_path / "whole")
     assert records(out, "train") == records(tmp_path / "whole", "train")
     assert [r["step"] for r in records(out, "validation")] == [0, 2, 4, 5, 6, 9, 12]
@@ -190,7 +190,7 @@ def test_the_split_of_the_run_is_used_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Micro-batch, threads, precision and compilation: without them the bits would differ."""
-    flags = ("--batch.micro", 2, "--precision", "autocast")
+    flags = ("--micro-batch", 2, "--precision", "autocast")
     train(tmp_path / "whole", *flags)
     out = tmp_path / "run"
     stop_before(monkeypatch, train, 6, out, *flags)
@@ -201,13 +201,14 @@ def test_the_split_of_the_run_is_used_again(
     assert outcome.status == 0, outcome.err
     assert "autocast" in outcome.out
     assert "2 rows x 16 x 4 micro-steps x 1 ranks" in outcome.out
-    split = storage.read_json(out / "checkpoints" / "step-000012" / "checkpoint.json")["split"]
+    split = storage.read_json(out / "checkpoints" / "step-000012" / "checkpoint.json")["machine"]
+    assert split["memory"] > 2**29
     assert split == {
-        "micro": 2, "ranks": 1, "threads": 1, "device": "cpu", "precision": "autocast",
-        "compile": False, "kernels": False, "recompute": False,
-        "shard": False, "deterministic": False,
+        "micro_batch": 2, "threads": 1, "device": "cpu", "precision": "autocast",
+        "compile": False, "kernels": False, "recompute": False, "shard": False,
+        "deterministic": False, "keep_memory": True, "name": "CPU", "memory": split["memory"],
     }  # fmt: skip
-    first = storage.read_json(out / "checkpoints" / "step-000004" / "checkpoint.json")["split"]
+    first = storage.read_json(out / "checkpoints" / "step-000004" / "checkpoint.json")["machine"]
     assert first == split
 
 
@@ -219,7 +220,7 @@ def test_a_run_begun_without_compilation_goes_on_without(
     arguments = [a for a in command(tmp_path / "run") if a != "--no-compile"]
     outcome = rekindle(*arguments)
     assert outcome.status == 0
-    assert "running without torch.compile: as asked" in outcome.out
+    assert "running without torch.compile: as the run was started" in outcome.out
 
 
 def test_what_a_checkpoint_remembers(straight: Path, shard_set: Path) -> None:
@@ -263,7 +264,7 @@ def test_a_slow_disk_changes_nothing(
 ) -> None:
     """What is written is the state at the time of the save, though the training has gone on."""
     out, went_on = tmp_path / "run", threading.Event()
-    rate, write = rekindle.train.learning_rate, storage.Folder.write_tensors
+    rate, write = rekindle.trainer.learning_rate, storage.Folder.write_tensors
 
     def learning_rate(step: int, **options: Any) -> float:
         if step == 7:  # step 6 is logged
@@ -274,7 +275,7 @@ def test_a_slow_disk_changes_nothing(
         assert went_on.wait(timeout=60)  # or the training waits for the disk
         write(self, name, arrays)
 
-    monkeypatch.setattr(rekindle.train, "learning_rate", learning_rate)
+    monkeypatch.setattr(rekindle.trainer, "learning_rate", learning_rate)
     monkeypatch.setattr(storage.Folder, "write_tensors", slow)
     train(out)
     for step in (4, 8, 12):
@@ -339,7 +340,7 @@ def test_killed_while_it_writes_a_checkpoint(
     assert "step     8 | validation" in printed
     left = sorted(p.name for p in (out / "checkpoints").iterdir())
     assert left == [".tmp-step-000008", "step-000004"]
-    assert "goes on at step 4" in train(out).out
+    assert "resumes at step 4" in train(out).out
     names = sorted(p.name for p in (out / "checkpoints").iterdir())
     assert names == ["step-000004", "step-000008", "step-000012"]
     assert_same(out, straight, records)
@@ -388,7 +389,7 @@ def test_a_fork_stopped_before_its_own_first_checkpoint(
     stop_before(monkeypatch, train, 6, out, *fork)
     assert list((out / "checkpoints").iterdir()) == []
     monkeypatch.chdir(tmp_path)  # it knows its parent from anywhere
-    assert "goes on at step 4 of 12" in train(out, *fork[2:]).out
+    assert "resumes at step 4 of 12" in train(out, *fork[2:]).out
     assert_same(out, whole, records)
 
 
@@ -442,7 +443,7 @@ def test_compiled_with_two_threads_it_is_the_same_bits_too(
     assert "transformer.h.0.mlp.c_fc.bias" in names
     split = json.loads(
         (tmp_path / "run" / "checkpoints" / "step-000012" / "checkpoint.json").read_text()
-    )["split"]
+    )["machine"]
     assert (split["compile"], split["threads"]) == (True, 2)
 
 
@@ -460,7 +461,7 @@ def test_the_best_is_kept_though_the_run_was_stopped_before_it_was_examined(
 
     monkeypatch.setattr(Evaluator, "__call__", judge)
     train(tmp_path / "straight", *flags)
-    original = rekindle_train.learning_rate
+    original = rekindle_trainer.learning_rate
 
     def tell(step: int, **options: Any) -> float:
         if step == best - 1:
@@ -469,7 +470,7 @@ def test_the_best_is_kept_though_the_run_was_stopped_before_it_was_examined(
         return original(step, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rekindle_train, "learning_rate", tell)
+        patch.setattr(rekindle_trainer, "learning_rate", tell)
         assert rekindle(*command(tmp_path / "run"), *flags).status == 128 + signal.SIGTERM
     train(tmp_path / "run", *flags)
     names = [
@@ -486,12 +487,12 @@ def test_a_run_that_goes_on_holds_no_file_of_its_checkpoint(
 ) -> None:
     """On NFS and on Windows it could not be removed."""
     train(tmp_path / "run", "--steps", 8)
-    original, seen = rekindle.train.learning_rate, []
+    original, seen = rekindle.trainer.learning_rate, []
 
     def look(step: int, **options: Any) -> float:
         seen.append("step-000008" in Path("/proc/self/maps").read_text())
         return original(step, **options)
 
-    monkeypatch.setattr(rekindle.train, "learning_rate", look)
-    assert "goes on at step 8 of 12" in train(tmp_path / "run").out
+    monkeypatch.setattr(rekindle.trainer, "learning_rate", look)
+    assert "resumes at step 8 of 12" in train(tmp_path / "run").out
     assert seen == [False] * 4

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rekindle.data.batches import Batches, Split, Windows
+from rekindle.data.batches import Batches, Partition, Windows
 from rekindle.data.shards import open_split, read_manifest
 from rekindle.model.gpt2 import GPT2
 from rekindle.optim.adamw import AdamW
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def model(tiny: Recipe) -> GPT2:
     torch.manual_seed(0)
-    return GPT2(tiny.model)
+    return GPT2(tiny.model)  # type: ignore
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ class Training:
         x, y = (torch.from_numpy(np.ascontiguousarray(a)) for a in xy)
         return train_step(
             forward or self.model, list(self.model.parameters()), self.optimizer, x, y,
-            lr=lr, clip=clip, limit=math.inf, device=CPU, world=self.world,
+            lr=lr, grad_clip=clip, limit=math.inf, device=CPU, world=self.world,
         )  # fmt: skip
 
     def state(self) -> list[Tensor]:
@@ -88,7 +88,7 @@ def test_it_is_what_plain_pytorch_does(model: GPT2, batches: Batches) -> None:
     norms = []
     for step in range(6):
         lr = 1e-2 / (step + 1)
-        x, y = batches.batch(step, Split.of(8, 2))
+        x, y = batches.batch(step, Partition.of(8, 2))
         seen = training.step((x, y), lr)
 
         optimizer.zero_grad()
@@ -103,9 +103,9 @@ def test_it_is_what_plain_pytorch_does(model: GPT2, batches: Batches) -> None:
         optimizer.step()
 
         norms.append(norm.item())
-        assert seen.accepted
+        assert not seen.skipped
         assert seen.loss == pytest.approx(np.mean(losses), rel=1e-6)
-        assert seen.norm == pytest.approx(norm.item(), rel=1e-5)
+        assert seen.grad_norm == pytest.approx(norm.item(), rel=1e-5)
     assert max(norms) > 0.5  # the gradient was clipped on the way
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
@@ -127,7 +127,7 @@ class Alone(World):
 def test_every_split_gives_the_same_gradient_and_loss(
     model: GPT2, batches: Batches, micro: int, ranks: int
 ) -> None:
-    x, y = batches.batch(3, Split.of(8, 8))
+    x, y = batches.batch(3, Partition.of(8, 8))
     _, expected_loss = model(torch.from_numpy(x[0]), torch.from_numpy(y[0].copy()))
     expected = torch.autograd.grad(expected_loss, list(model.parameters()))
 
@@ -135,7 +135,7 @@ def test_every_split_gives_the_same_gradient_and_loss(
     for rank in range(ranks):
         world = Alone(rank, ranks)
         training = Training(copy.deepcopy(model), world)
-        training.step(batches.batch(3, Split.of(8, micro, rank, ranks)), clip=0.0)
+        training.step(batches.batch(3, Partition.of(8, micro, rank, ranks)), clip=0.0)
         losses += world.losses
         for mean, p in zip(gradients, training.model.parameters(), strict=True):
             assert p.grad is not None
@@ -176,15 +176,15 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
         calls.append(loss.item())
         return None, spoil(model, len(calls) - 1, loss)
 
-    split = Split.of(8, 2)
+    split = Partition.of(8, 2)
     for step in (0, 1):
         training.step(batches.batch(step, split))
         untroubled.step(batches.batch(step, split))
     before = training.state()
     refused = training.step(batches.batch(2, split), forward=forward)
     assert len(calls) == 4
-    assert not refused.accepted
-    assert not (math.isfinite(refused.loss) and math.isfinite(refused.norm))
+    assert refused.skipped
+    assert not (math.isfinite(refused.loss) and math.isfinite(refused.grad_norm))
     assert same_bits(training.state(), before)
 
     training.step(batches.batch(3, split))  # and goes on as if it had never been
@@ -196,8 +196,8 @@ def test_the_reported_loss_and_norm_are_those_before_the_update(
     model: GPT2, batches: Batches
 ) -> None:
     training = Training(model)
-    xy = batches.batch(0, Split.of(8, 4))
+    xy = batches.batch(0, Partition.of(8, 4))
     first = training.step(xy, lr=0.0)
     again = training.step(xy, lr=0.0)
-    assert (first.loss, first.norm) == (again.loss, again.norm)
-    assert first.norm > 0.5  # not the clipped one
+    assert (first.loss, first.grad_norm) == (again.loss, again.grad_norm)
+    assert first.grad_norm > 0.5  # not the clipped one

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from rekindle.data.tokenizer import Tokenizer
+    from rekindle.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Task(Protocol):
     chance: float  # value of `metric` for a model that guesses
     needs_greedy: bool  # whether `score` looks at `greedy`
 
-    def load(self, where: str, tokenizer: Tokenizer) -> list[Item]:
+    def load(self, where: str, tokenizer: "Tokenizer") -> list[Item]:
         """Read the items from a file, or from the hub if `where` is "hub". Raises `UserError` if
         that cannot be done, naming the row of a malformed item."""
         ...
@@ -40,9 +41,9 @@ class Task(Protocol):
     def score(
         self,
         items: Sequence[Item],
-        sums: Sequence[Tensor],
-        counts: Sequence[Tensor],
-        greedy: Sequence[Tensor] | None,
+        sums: "Sequence[Tensor]",
+        counts: "Sequence[Tensor]",
+        greedy: "Sequence[Tensor] | None",
     ) -> dict[str, float]:
         """Metrics as floats, counts as ints; a key that starts with "acc" is a share of the items.
 

@@ -3,34 +3,36 @@
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import cast
 
+from torch import nn
+
+from rekindle import checkpoint
+from rekindle.checkpoint import Checkpoint, DamagedError, Description
 from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.errors import UserError
 from rekindle.interop import huggingface
+from rekindle.model import LanguageModel
 from rekindle.model.gpt2 import GPT2
-from rekindle.model.shapes import on_meta
-from rekindle.runtime import checkpoint
-from rekindle.runtime.checkpoint import Checkpoint, DamagedError
-from rekindle.runtime.device import Device
-from rekindle.runtime.fit import choose_compute
+from rekindle.model.shapes import without_init
+from rekindle.runtime.device import Device, choose_compute
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model on its device, its tokenizer, and where it came from."""
 
-    model: GPT2
+    model: LanguageModel
     tokenizer: Tokenizer
     name: str
-    run: dict[str, Any] | None = None  # the checkpoint's description, if it is one of ours
+    run: Description | None = None  # the checkpoint's description, if it is one of ours
 
 
 def load(name: str, device: Device) -> Loaded:
     """Load a run folder (its newest checkpoint), a checkpoint, a model of the hub, or a folder in
     Hugging Face's layout. Raises `UserError` that says what `name` is not."""
     loaded = _load(name)
-    loaded.model.to(device.torch)
+    cast(nn.Module, loaded.model).to(device.torch)
     loaded.model.use(choose_compute(device, loaded.model.config.block_size))
     return loaded
 
@@ -55,7 +57,12 @@ def from_pretrained(name_or_folder: str | Path) -> GPT2:
     `name_or_folder` is not.
     """
     name = str(name_or_folder)
-    return huggingface.from_pretrained(name) if _is_published(name) else _model(_saved(name))
+    if _is_published(name):
+        return huggingface.from_pretrained(name)
+    model = _model(_saved(name))
+    if not isinstance(model, GPT2):
+        raise UserError(f"{name} holds a {type(model).__name__}, not a GPT-2")
+    return model
 
 
 GPT2.from_pretrained = staticmethod(from_pretrained)
@@ -73,7 +80,9 @@ def _load(name: str) -> Loaded:
             raise UserError(f"{name} has {model.config.vocab_size} ids, GPT-2's tokenizer 50257")
         return Loaded(model, get_tokenizer("gpt2"), name)
     saved = _saved(name)
-    tokenizer = get_tokenizer(saved.description["tokenizer"]["name"])
+    if saved.description.tokenizer is None:
+        raise UserError(f"{saved.path} was trained on arrays: it does not say which tokenizer")
+    tokenizer = get_tokenizer(saved.description.tokenizer["name"])
     if saved.config.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"{saved.path} has {saved.config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}"
@@ -93,11 +102,8 @@ def _saved(name: str) -> Checkpoint:
     return _newest(path)
 
 
-def _model(saved: Checkpoint) -> GPT2:
+def _model(saved: Checkpoint) -> LanguageModel:
     """The model of a checkpoint, on the CPU."""
-    model = on_meta(GPT2, saved.config)  # shapes only: the weights come from the file
-    model.load_state_dict(
-        {**saved.model, "lm_head.weight": saved.model["transformer.wte.weight"]}, assign=True
-    )
-    model.tie()
-    return model.requires_grad_(True)
+    model = without_init(saved.model_class, saved.config)
+    saved.restore_model(model)
+    return model

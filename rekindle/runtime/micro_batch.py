@@ -1,18 +1,13 @@
-"""How a device computes a model, and how many rows it takes at once.
+"""How many rows a device takes at once, and whether to recompute activations.
 
-The global batch never changes, only its cutting.
+The global batch never changes, only how it is divided.
 """
-
-import os
 
 import torch
 
 from rekindle.errors import UserError
-from rekindle.model.compute import Compute
-from rekindle.model.gpt2 import GPT2
-from rekindle.model.gpt2_config import GPT2Config
-from rekindle.model.kernels import why_not
-from rekindle.runtime.device import Device
+from rekindle.model import LanguageModel, ModelConfig
+from rekindle.runtime.device import Device, memory_of
 from rekindle.runtime.distributed import World
 from rekindle.runtime.sharding import is_sharded
 
@@ -23,25 +18,8 @@ FEW_ROWS = 4  # with fewer, kernels are too small to fill a GPU, and recomputing
 CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 2**30, 2 * 2**30
 CPU_LOGITS_SHARE = 1 / 16  # of the machine's memory
 
-# On a CPU attention written out is faster than the fused one up to here (benchmarks/LOG.md).
-SHORT = 256
 
-
-def choose_compute(device: Device, T: int, *, kernels: bool = False) -> Compute:
-    """How `device` computes windows of T tokens best.
-
-    Raises `UserError` if `kernels` are wanted where they cannot be had.
-    """
-    plain = device.torch.type == "cpu" and T <= SHORT
-    if kernels and (reason := why_not(device.torch, device.product_dtype)):
-        raise UserError(f"--kernels: {reason}; say --no-kernels")
-    return Compute(
-        dtype=device.dtype, attention="plain" if plain else "fused", loss_kernel=kernels,
-        mlp_kernel=kernels,
-    )  # fmt: skip
-
-
-def must_recompute(model: GPT2, T: int, device: Device, world: World) -> bool:
+def must_recompute(model: LanguageModel, T: int, device: Device, world: World) -> bool:
     """Whether too few rows fit into any rank's GPU unless activations are recomputed. A sharded
     model is not measured: for it they are recomputed if somebody says so."""
     if device.torch.type != "cuda" or is_sharded(model):
@@ -49,7 +27,9 @@ def must_recompute(model: GPT2, T: int, device: Device, world: World) -> bool:
     return world.min(_rows_in_gpu_memory(model, T, device), device.torch) < FEW_ROWS
 
 
-def choose_micro(model: GPT2, rows: int, T: int, device: Device, world: World) -> int:
+def choose_micro_batch(
+    model: LanguageModel, rows: int, T: int, device: Device, world: World
+) -> int:
     """Rows per forward pass: the most that fit and that divide the batch evenly over the ranks.
 
     Raises `UserError` if the batch does not divide, if not even one row fits, or if the model is
@@ -58,7 +38,7 @@ def choose_micro(model: GPT2, rows: int, T: int, device: Device, world: World) -
     if rows % world.size:
         raise UserError(f"a batch of {rows} rows does not divide over {world.size} ranks")
     if device.torch.type == "cuda" and is_sharded(model):
-        raise UserError("with --shard nobody measures how many rows fit: give --batch.micro")
+        raise UserError("with --shard nobody measures how many rows fit: give --micro-batch")
     if device.torch.type == "cuda":
         fits = min(MOST_ROWS, _rows_in_gpu_memory(model, T, device))
     else:
@@ -73,22 +53,15 @@ def choose_micro(model: GPT2, rows: int, T: int, device: Device, world: World) -
     return next(n for n in range(min(fits, share), 0, -1) if share % n == 0)
 
 
-def rows_for(config: GPT2Config, T: int, device: Device) -> int:
+def rows_for(config: ModelConfig, T: int, device: Device) -> int:
     """A safe number of rows without measuring: by the size of their logits."""
     budget = GPU_LOGITS_BYTES
     if device.torch.type == "cpu":
-        budget = min(CPU_LOGITS_BYTES, int(CPU_LOGITS_SHARE * memory()))
+        budget = min(CPU_LOGITS_BYTES, int(CPU_LOGITS_SHARE * memory_of(device.torch)))
     return max(1, min(MOST_ROWS, budget // (T * config.padded_vocab_size * 4)))
 
 
-def memory() -> int:
-    """The machine's memory in bytes; 8 GiB where the system does not tell."""
-    if not hasattr(os, "sysconf"):
-        return 8 * 2**30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _rows_in_gpu_memory(model: GPT2, T: int, device: Device) -> int:
+def _rows_in_gpu_memory(model: LanguageModel, T: int, device: Device) -> int:
     """Measure the memory of one and of two rows, and reckon how many fit; 0: not even one.
 
     Runs uncompiled, which takes more memory than compiled. The optimizer's state is there already.
@@ -106,7 +79,8 @@ def _rows_in_gpu_memory(model: GPT2, T: int, device: Device) -> int:
         except torch.OutOfMemoryError:
             return rows - 1
         finally:
-            model.zero_grad(set_to_none=True)
+            for p in model.parameters():
+                p.grad = None
         peaks.append(torch.cuda.max_memory_allocated(device.torch))
     _, total = torch.cuda.mem_get_info(device.torch)
     room = 0.9 * total - peaks[0]

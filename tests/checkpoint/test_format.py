@@ -1,5 +1,6 @@
 """A checkpoint comes back bit for bit, or is refused by name."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rekindle import storage
+from rekindle import checkpoint, storage
+from rekindle.checkpoint import Snapshot, format
 from rekindle.errors import UserError
 from rekindle.model.gpt2 import GPT2
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.recipes import Recipe
-from rekindle.runtime import checkpoint
-from rekindle.runtime.checkpoint import Snapshot
 
 FILES = ["checkpoint.json", "model.safetensors", "optimizer.safetensors"]
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def trained(tiny: Recipe) -> tuple[GPT2, AdamW]:
     """A model that has taken three steps."""
     torch.manual_seed(0)
-    model = GPT2(tiny.model)
+    model = GPT2(tiny.model)  # type: ignore
     optimizer = AdamW(model, AdamWConfig(lr=1e-2))
     for _ in range(3):
         step(model, optimizer)
@@ -69,7 +69,7 @@ def test_weights_and_optimizer_come_back(
     trained: tuple[GPT2, AdamW], saved: Path, tiny: Recipe
 ) -> None:
     model, optimizer = trained
-    other = GPT2(tiny.model)
+    other = GPT2(tiny.model)  # type: ignore
     other_optimizer = AdamW(other, AdamWConfig(lr=1e-2))
     loaded = checkpoint.load(saved)
     assert loaded.step == 3
@@ -117,7 +117,7 @@ def test_a_snapshot_takes_twelve_bytes_a_parameter(
 
 
 def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, save: Callable) -> None:
-    model = GPT2(tiny.model)
+    model = GPT2(tiny.model)  # type: ignore
     optimizer = AdamW(model, AdamWConfig(lr=1e-2))
     loaded = checkpoint.load(save(0, model, optimizer))
     other = AdamW(model, AdamWConfig(lr=1e-2))
@@ -133,19 +133,19 @@ def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, save: Callabl
 
 def test_a_description_can_be_amended(saved: Path) -> None:
     loaded = checkpoint.load(saved)
-    checkpoint.amend(loaded, {"examined": True, "validation_loss": 1.25})
+    loaded = checkpoint.amend(loaded, evaluated=True, validation_loss=1.25)
     again = checkpoint.load(saved)
     assert again.description == loaded.description
-    assert (again.description["examined"], again.description["validation_loss"]) == (True, 1.25)
+    assert (again.description.evaluated, again.description.validation_loss) == (True, 1.25)
 
 
 def test_the_least_that_a_run_can_have_is_read(saved: Path) -> None:
     """Windows of one token, on one thread."""
     loaded = checkpoint.load(saved)
-    recipe = {**loaded.description["recipe"], "batch.length": 1}
-    split = {**loaded.description["split"], "threads": 1}
-    checkpoint.amend(loaded, {"recipe": recipe, "split": split})
-    assert checkpoint.load(saved).description["recipe"]["batch.length"] == 1
+    recipe = {**loaded.description.recipe, "batch.length": 1}
+    machine = dataclasses.replace(loaded.description.machine, threads=1)
+    checkpoint.amend(loaded, recipe=recipe, machine=machine)
+    assert checkpoint.load(saved).description.recipe["batch.length"] == 1
 
 
 def test_names_are_gpt2s_own(saved: Path, trained: tuple[GPT2, AdamW]) -> None:
@@ -207,9 +207,9 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not the description of a checkpoint"):
         checkpoint.load(tmp_path)
     newer = {"format": 99}
-    sha256 = checkpoint._description_sha256(newer)
+    sha256 = format.description_sha256(newer)
     storage.write_json(tmp_path / "checkpoint.json", {**newer, "sha256": sha256})
-    with pytest.raises(UserError, match="is not a checkpoint of format 3"):
+    with pytest.raises(UserError, match="is not a checkpoint of format 4"):
         checkpoint.load(tmp_path)
 
 

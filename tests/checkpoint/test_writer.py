@@ -1,5 +1,6 @@
 """A checkpoint is written while training goes on, and holds what was there when it was begun."""
 
+import dataclasses
 import io
 import json
 import re
@@ -14,19 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from rekindle import storage
+from rekindle import checkpoint, storage
+from rekindle.checkpoint import Keep, Saver, writer
 from rekindle.errors import UserError
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
 from rekindle.observe.console import Console
+from rekindle.observe.json_lines import JsonLinesLogger
 from rekindle.observe.metrics import Metrics
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.recipes import Recipe
-from rekindle.runtime import checkpoint, saving
-from rekindle.runtime.checkpoint import Keep
 from rekindle.runtime.distributed import World
-from rekindle.runtime.saving import Saver
 from rekindle.storage import files as storage_files
 from tests.conftest import updates
 
@@ -42,12 +42,13 @@ class Training:
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.folder, self.describe = folder, describe
-        self.model = GPT2(recipe.model)
+        self.model = GPT2(recipe.model)  # type: ignore
         self.optimizer = AdamW(self.model, AdamWConfig(lr=1e-2))
         self.steps, self.printed = 0, io.StringIO()
+        log = JsonLinesLogger(storage.JsonLines(folder / "metrics.jsonl"), pytest.fail)
         metrics = Metrics(
-            storage.JsonLines(folder / "metrics.jsonl"), Console(stream=self.printed), steps=9,
-            tokens_per_step=1, flops_per_token=1, peak_flops=None,
+            [log], Console(stream=self.printed), steps=9, tokens_per_step=1, flops_per_token=1,
+            peak_flops=None,
         )  # fmt: skip
         self.saver = Saver(
             folder / "checkpoints", Keep(keep), self.model, self.optimizer, metrics,
@@ -148,7 +149,7 @@ def test_a_save_waits_for_the_one_before(
         under_way.pop()
         return path
 
-    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(writer, "write", slow)
     states = [training.save()]
     for _ in range(2):
         training.step()
@@ -182,9 +183,10 @@ from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.observe.console import Console
 from rekindle.observe.metrics import Metrics
-from rekindle.runtime.checkpoint import Keep
+from rekindle.checkpoint import Keep
 from rekindle.runtime.distributed import World
-from rekindle.runtime.saving import Saver
+from rekindle.checkpoint import Description, Saver
+from rekindle.schema import parse
 
 write = storage.write_file
 
@@ -197,9 +199,9 @@ model = GPT2(
     GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9, padded_vocab_size=9)
 )
 optimizer = AdamW(model, AdamWConfig(lr=1e-2))
-metrics = Metrics(None, Console(), steps=1, tokens_per_step=1, flops_per_token=1, peak_flops=None)
+metrics = Metrics([], Console(), steps=1, tokens_per_step=1, flops_per_token=1, peak_flops=None)
 Saver(Path(sys.argv[1]), Keep(), model, optimizer, metrics, World()).save(
-    json.loads(sys.argv[2])
+    parse(Description, json.loads(sys.argv[2]))
 )
 raise SystemExit(3)
 """
@@ -212,7 +214,7 @@ def test_the_process_does_not_end_before_it_is_whole(
     config = GPT2Config(
         n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9, padded_vocab_size=9
     )
-    done = python("-c", UNCLOSED, tmp_path, json.dumps(describe(1, config)))
+    done = python("-c", UNCLOSED, tmp_path, json.dumps(dataclasses.asdict(describe(1, config))))
     assert done.returncode == 3, done.stderr
     (path,) = tmp_path.iterdir()
     assert checkpoint.load(path).step == 1
@@ -227,7 +229,7 @@ def test_a_disk_that_fails_is_told_at_once_and_raised_only_at_the_end(
     tiny: Recipe, tmp_path: Path, describe: Callable, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     """The checkpoint before is untouched, and nothing half-written stays."""
-    monkeypatch.setattr(saving, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(writer, "PAUSES", (0.01, 0.02))
     training = Training(tiny, tmp_path, describe, keep=1)
     state = training.save()
     training.saver.finish()
@@ -257,7 +259,7 @@ def test_a_mistake_of_ours_is_raised_as_it_is(
     def broken(*arguments: Any) -> None:
         raise KeyError("oh")
 
-    monkeypatch.setattr(checkpoint, "write", broken)
+    monkeypatch.setattr(writer, "write", broken)
     training.save()
     with pytest.raises(KeyError, match="oh"):
         training.saver.finish()

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from rekindle.errors import UserError
-from rekindle.model import LanguageModel
-from rekindle.model.cache import KVCache
+from rekindle.model import Cache, LanguageModel
 
 # A compiled step attends over as many slots as its cache has: of a few lengths, not of every one.
 SLOTS = 128
@@ -75,14 +74,14 @@ def generate(
     return ids.cpu()
 
 
-def predict(model: LanguageModel, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+def predict(model: LanguageModel, idx: Tensor, cache: Cache | None = None) -> Tensor:
     """Logits (B, vocab_size) of what follows `idx` (B, T), which itself follows the cache."""
     positions, mask = (None, None) if cache is None else (cache.positions, cache.mask)
     hidden = model.body(idx, cache, positions, mask)  # (B, T, C)
     return model.head(hidden[:, -1])[:, : model.config.vocab_size]
 
 
-def compile_step() -> Callable[[LanguageModel, Tensor, KVCache], Tensor]:
+def compile_step() -> Callable[[LanguageModel, Tensor, Cache], Tensor]:
     """`predict` for a fixed cache; "reduce-overhead" makes it a CUDA graph."""
     return torch.compile(predict, fullgraph=True, dynamic=False, mode="reduce-overhead")
 

@@ -8,7 +8,7 @@ import torch
 from rekindle.errors import UserError
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import SIZES, GPT2Config
-from rekindle.runtime import fit
+from rekindle.runtime import micro_batch
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
@@ -37,19 +37,19 @@ def model() -> GPT2:
 def test_the_most_rows_that_fit_and_divide(
     monkeypatch: pytest.MonkeyPatch, model: GPT2, rows: int, ranks: int, fits: int, micro: int
 ) -> None:
-    monkeypatch.setattr(fit, "rows_for", lambda config, T, device: fits)
+    monkeypatch.setattr(micro_batch, "rows_for", lambda config, T, device: fits)
     monkeypatch.setattr(World, "min", lambda self, value, device: value)
-    assert fit.choose_micro(model, rows, 16, CPU, World(size=ranks)) == micro
+    assert micro_batch.choose_micro_batch(model, rows, 16, CPU, World(size=ranks)) == micro
 
 
 def test_the_smallest_gpu_decides(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
     monkeypatch.setattr(World, "min", lambda self, value, device: min(value, 4))
-    assert fit.choose_micro(model, 64, 16, CPU, World(size=2)) == 4
+    assert micro_batch.choose_micro_batch(model, 64, 16, CPU, World(size=2)) == 4
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks(model: GPT2) -> None:
     with pytest.raises(UserError, match="10 rows does not divide over 4 ranks"):
-        fit.choose_micro(model, 10, 16, CPU, World(size=4))
+        micro_batch.choose_micro_batch(model, 10, 16, CPU, World(size=4))
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,8 @@ def test_a_batch_that_does_not_divide_over_the_ranks(model: GPT2) -> None:
 def test_rows_by_the_size_of_their_logits(
     config: GPT2Config, T: int, gib: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "memory", lambda: gib * 2**30)
-    assert fit.rows_for(config, T, CPU) == rows
-
-
-def test_the_machines_memory_is_known() -> None:
-    assert 2**29 < fit.memory() < 2**50
+    monkeypatch.setattr(micro_batch, "memory_of", lambda device: gib * 2**30)
+    assert micro_batch.rows_for(config, T, CPU) == rows
 
 
 @pytest.fixture
@@ -92,7 +88,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 
 def test_rows_are_reckoned_from_two_measurements(gpu, model: GPT2) -> None:
     device = gpu([1000.0, 1100.0], (1000 + 550) / 0.9)
-    assert fit._rows_in_gpu_memory(model, 16, device) == 1 + 5  # 550 bytes are left, 100 a row
+    assert (
+        micro_batch._rows_in_gpu_memory(model, 16, device) == 1 + 5
+    )  # 550 bytes are left, 100 a row
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -111,40 +109,27 @@ def test_two_rows_too_many_leave_one_and_one_is_a_users_mistake(
 
     device = gpu([1000.0, 1100.0], 1e9)
     monkeypatch.setattr(model, "forward", out_of_memory(1))
-    assert fit._rows_in_gpu_memory(model, 16, device) == 1
+    assert micro_batch._rows_in_gpu_memory(model, 16, device) == 1
     assert all(p.grad is None for p in model.parameters())
     monkeypatch.setattr(model, "forward", out_of_memory(0))
-    assert fit._rows_in_gpu_memory(model, 16, device) == 0
-    monkeypatch.setattr(fit, "_rows_in_gpu_memory", lambda *arguments: 0)
+    assert micro_batch._rows_in_gpu_memory(model, 16, device) == 0
+    monkeypatch.setattr(micro_batch, "_rows_in_gpu_memory", lambda *arguments: 0)
     with pytest.raises(UserError, match="no memory for one row of 16 tokens"):
-        fit.choose_micro(model, 8, 16, GPU, World())
+        micro_batch.choose_micro_batch(model, 8, 16, GPU, World())
 
 
 @pytest.mark.parametrize(("rows", "recompute"), [(0, True), (3, True), (4, False), (64, False)])
 def test_activations_are_recomputed_where_few_rows_fit(
     monkeypatch: pytest.MonkeyPatch, model: GPT2, rows: int, recompute: bool
 ) -> None:
-    monkeypatch.setattr(fit, "_rows_in_gpu_memory", lambda *arguments: rows)
-    assert fit.must_recompute(model, 16, GPU, World()) == recompute
-    assert not fit.must_recompute(model, 16, CPU, World())
+    monkeypatch.setattr(micro_batch, "_rows_in_gpu_memory", lambda *arguments: rows)
+    assert micro_batch.must_recompute(model, 16, GPU, World()) == recompute
+    assert not micro_batch.must_recompute(model, 16, CPU, World())
 
 
 def test_a_sharded_model_is_not_measured(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
-    monkeypatch.setattr(fit, "is_sharded", lambda model: True)
-    assert not fit.must_recompute(model, 16, GPU, World())
-    with pytest.raises(UserError, match=r"--shard .*: give --batch.micro"):
-        fit.choose_micro(model, 8, 16, GPU, World())
-    assert fit.choose_micro(model, 8, 16, CPU, World()) == 8
-
-
-def test_kernels_are_refused_where_there_are_none() -> None:
-    assert fit.choose_compute(CPU, 16).loss_kernel is False
-    with pytest.raises(UserError, match=r"--kernels: .*; say --no-kernels"):
-        fit.choose_compute(CPU, 16, kernels=True)
-
-
-def test_short_windows_on_a_cpu_have_their_attention_written_out() -> None:
-    assert fit.choose_compute(CPU, fit.SHORT).attention == "plain"
-    assert fit.choose_compute(CPU, fit.SHORT + 1).attention == "fused"
-    assert fit.choose_compute(GPU, 16).attention == "fused"
-    assert fit.choose_compute(GPU, 16).dtype == torch.bfloat16
+    monkeypatch.setattr(micro_batch, "is_sharded", lambda model: True)
+    assert not micro_batch.must_recompute(model, 16, GPU, World())
+    with pytest.raises(UserError, match=r"--shard .*: give --micro-batch"):
+        micro_batch.choose_micro_batch(model, 8, 16, GPU, World())
+    assert micro_batch.choose_micro_batch(model, 8, 16, CPU, World()) == 8

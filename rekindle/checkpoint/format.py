@@ -1,0 +1,226 @@
+"""What a checkpoint holds, and reading one."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rekindle import lookup, schema, storage
+from rekindle.errors import UserError
+from rekindle.machine import Machine
+from rekindle.model import HasParameters, LanguageModel, ModelConfig
+from rekindle.model.shapes import check_shapes, expected_shapes
+from rekindle.optim import Optimizer
+from rekindle.runtime.sharding import laid_out_as
+
+FORMAT = 4
+READABLE = (2, 3, FORMAT)
+DESCRIPTION = "checkpoint.json"
+FILES = ("model.safetensors", "optimizer.safetensors")
+_FILES_FORM = {"files": {name: {"bytes": int, "sha256": str} for name in FILES}}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint says of itself, beside its tensors."""
+
+    step: int  # optimizer steps taken
+    recipe: dict[str, Any] = field(
+        metadata={"form": {"batch.length": range(1, 2**31), "eval_tokens": int}}
+    )
+    model: dict[str, Any]  # its configuration
+    model_class: str  # its name in MODELS; a class that is not there: its own
+    optimizer_class: str  # likewise
+    data_position: dict[str, int] = field(metadata={"form": {"windows": int}})
+    guard: dict[str, Any] = field(metadata={"form": {"losses": [float], "skipped": int}})
+    machine: Machine
+    ranks: int = field(metadata={"form": range(1, 2**31)})
+    versions: dict[str, str]
+    # What only a run knows.
+    data: dict[str, str] | None = field(
+        default=None, metadata={"form": (None, {"path": str, "fingerprint": str})}
+    )
+    tokenizer: dict[str, str] | None = field(
+        default=None, metadata={"form": (None, {"name": str, "sha256": str})}
+    )
+    forked_from: str | None = None
+    evaluated: bool = False  # whether what follows this step, such as the validation, was done
+    validation_loss: float | None = None
+    updates: int | None = None  # of a checkpoint of format 2, which has no such tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read from disk; its hashes have been checked."""
+
+    path: Path
+    description: Description
+    model: dict[str, Tensor]
+    config: ModelConfig
+    model_class: type[LanguageModel]
+
+    @property
+    def step(self) -> int:
+        return self.description.step
+
+    def check_same(self, config: ModelConfig, model: type, optimizer: type) -> None:
+        """Raise `UserError` if it is not of this model and optimizer."""
+        before, now = self.description.model, dataclasses.asdict(config)
+        if different := [k for k in now if before.get(k) != now[k]]:
+            fields = "; ".join(f"{k} is {before.get(k)}, not {now[k]}" for k in different)
+            raise UserError(f"{self.path} holds another model ({fields})")
+        for was, name in (
+            (self.description.model_class, lookup.name_of(model, lookup.models())),
+            (self.description.optimizer_class, lookup.name_of(optimizer, lookup.optimizers())),
+        ):
+            if was != name:
+                raise UserError(f"{self.path} was trained with {was}, not with {name}")
+
+    @torch.no_grad()
+    def restore_model(self, model: HasParameters) -> None:
+        """Give `model` the weights it had."""
+        for name, p in model.named_parameters():
+            p.copy_(laid_out_as(p, self.model[name]))
+
+    @torch.no_grad()
+    def restore_optimizer(self, optimizer: Optimizer) -> None:
+        """Give `optimizer` the state it had."""
+        tensors = optimizer.state_tensors()
+        saved: dict[str, Tensor] = {}
+        if (updates := self.description.updates) is not None:
+            saved["updates"] = torch.full_like(tensors["updates"], updates, device="cpu")
+        missing = {name: tensor for name, tensor in tensors.items() if name not in saved}
+        saved |= _read_tensors(
+            self.path / "optimizer.safetensors",
+            lambda _: {name: tuple(t.shape) for name, t in missing.items()},
+            {name: t.dtype for name, t in missing.items()},
+        )
+        for name, tensor in tensors.items():
+            tensor.copy_(laid_out_as(tensor, saved[name]))
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not what was written."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: name another checkpoint; `rekindle train` sets this one aside")
+        self.what = what
+
+
+def load(path: Path, model_class: type[LanguageModel] | None = None) -> Checkpoint:
+    """Read a checkpoint and check every byte. `model_class` is needed if its model is not in
+    `MODELS`.
+
+    Raises `DamagedError` that names the damaged file, and `UserError` if the model's class is not
+    known.
+    """
+    found = _read_description(path / DESCRIPTION)
+    _check_files(path, found["files"])
+    try:
+        description = schema.parse(Description, found)
+    except ValueError as wrong:
+        raise DamagedError(
+            f"{path / DESCRIPTION} is not the description of a checkpoint ({wrong})"
+        ) from None
+    known = lookup.models().get(description.model_class)
+    if (chosen := model_class or known) is None:
+        raise UserError(
+            f"{path} holds a {description.model_class}, a model that is not Rekindle's: load it "
+            "from Python with its class"
+        )
+    try:
+        config = chosen.Config.from_dict(description.model)
+    except UserError as error:
+        raise DamagedError(
+            f"{path / DESCRIPTION} describes no {chosen.__name__} ({error})"
+        ) from None
+    model = _read_tensors(
+        path / "model.safetensors", lambda found: expected_shapes(chosen, config, found)
+    )
+    return Checkpoint(path, description, model, config, chosen)
+
+
+def _read_description(file: Path) -> dict[str, Any]:
+    """What `file` says, as the newest format has it."""
+    try:
+        found = storage.read_json(file)
+    except UserError as error:
+        raise DamagedError(f"{file} is missing or damaged") from error
+    if not isinstance(found, dict):
+        raise DamagedError(f"{file} is not the description of a checkpoint")
+    if found.pop("sha256", None) != description_sha256(found):
+        raise DamagedError(f"{file} is damaged (it is not what was written)")
+    if found.get("format") not in READABLE:
+        raise UserError(f"{file} is not a checkpoint of format {FORMAT}")
+    if wrong := schema.mismatch(found, _FILES_FORM):
+        raise DamagedError(f"{file} is not the description of a checkpoint ({wrong})")
+    return found if found["format"] == FORMAT else _upgraded(found)
+
+
+def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
+    """A description of format 2 or 3, of version 0.1, as format 4 has it."""
+    new = {**old, "model_class": "gpt2", "optimizer_class": "adamw"}
+    new["evaluated"] = new.pop("examined", None)
+    if isinstance(guard := old.get("guard"), dict):
+        new["guard"] = {"losses": guard.get("losses"), "skipped": guard.get("refused")}
+    if isinstance(split := new.pop("split", None), dict):
+        defaults = {"device": "", "deterministic": False, "shard": False}
+        new["machine"] = {**defaults, **split, "micro_batch": split.get("micro")}
+        new["ranks"] = split.get("ranks")
+    return new
+
+
+def _check_files(folder: Path, files: dict[str, Any]) -> None:
+    for name in FILES:
+        file, entry = folder / name, files[name]
+        try:
+            whole = file.stat().st_size == entry["bytes"]
+            whole = whole and storage.file_sha256(file) == entry["sha256"]
+        except OSError as error:
+            raise DamagedError(f"{file} cannot be read ({error.strerror})") from None
+        if not whole:
+            raise DamagedError(
+                f"{file} is damaged (it is not the {entry['bytes']} bytes that were written)"
+            )
+
+
+def description_sha256(description: dict[str, Any]) -> str:
+    """Identifies what a description says, its own hash apart."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+_DTYPES = {  # safetensors' names
+    "F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BOOL": torch.bool,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+
+
+def _read_tensors(
+    file: Path,
+    shapes: Callable[[Collection[str]], Mapping[str, tuple[int, ...]]],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a file, which have the names and shapes that `shapes` expects of a file with
+    these names, and the types `dtypes` or else float32; otherwise `DamagedError`, before memory is
+    taken for them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            check_shapes({name: t.get_shape() for name, t in found.items()}, shapes(found))
+            for name, tensor in found.items():
+                wanted = dtypes[name] if dtypes else torch.float32
+                if _DTYPES.get(tensor.get_dtype()) != wanted:
+                    raise UserError(f"{name} is {tensor.get_dtype()}, not {wanted}")
+            return {name: opened.get_tensor(name) for name in found}
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"{file} is not a safetensors file ({error})") from None
+    except UserError as error:
+        raise DamagedError(f"{file}: {error}") from None

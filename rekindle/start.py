@@ -1,0 +1,196 @@
+"""Starting a run: everything is checked, then built, and only then is the folder written to."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rekindle import machine as machines
+from rekindle.checkpoint import Keep, Saver
+from rekindle.data import shards
+from rekindle.data.tokenizer import Tokenizer, get_tokenizer
+from rekindle.evaluate import evaluator, tasks
+from rekindle.evaluate.evaluator import Evaluator
+from rekindle.evaluate.scoring import pack
+from rekindle.evaluate.tasks import Task
+from rekindle.flags import flags_of
+from rekindle.model import LanguageModel
+from rekindle.observe.console import Console
+from rekindle.observe.json_lines import JsonLinesLogger
+from rekindle.observe.metrics import Logger, Metrics
+from rekindle.optim import Optimizer
+from rekindle.recipes import Recipe
+from rekindle.resume import open_run
+from rekindle.run import Run, RunOptions, is_begun
+from rekindle.runtime import device as devices
+from rekindle.runtime import distributed
+from rekindle.runtime.distributed import World, telling_of_lost_ranks
+from rekindle.runtime.sharding import is_sharded
+from rekindle.runtime.signals import Listener
+from rekindle.runtime.watchdog import Watchdog
+from rekindle.session import Session
+from rekindle.storage import Lock
+from rekindle.train import train
+from rekindle.trainer import Trainer, build
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What Python may add to a run beyond the tables that the command line knows."""
+
+    model: type[LanguageModel] | None = None  # the class of the recipe's `model`
+    optimizer: type[Optimizer] | None = None  # the class of the recipe's `optim`
+    tokenizer: Tokenizer | None = None  # the one the data was prepared with
+    tasks: Sequence[tuple[Task, str]] = ()  # each with the file of its items
+    loggers: Sequence[Logger] = ()
+
+
+def train_run(
+    recipe: Recipe, data: Path, out: Path, options: RunOptions, parts: Parts | None = None
+) -> Run:
+    """Train `recipe` on the shards in `data` into the run folder `out`, from where it stopped.
+
+    Raises `UserError` for what the user can mend, before anything is written, and `Stopped`, once
+    all is saved, if a signal asked to stop.
+    """
+    began = time.perf_counter()
+    with (
+        telling_of_lost_ranks(),
+        Lock(out) as lock,
+        start(recipe, data, out, options, lock, parts or Parts()) as session,
+        Listener() as session.signals,
+    ):
+        session.began = began
+        train(session)
+    return session.run
+
+
+def start(
+    recipe: Recipe, data: Path, out: Path, options: RunOptions, lock: Lock, parts: Parts
+) -> Session:
+    """Check everything a user can get wrong, build the trainer, fresh or as the newest checkpoint
+    has it, and only then write to the run's folder."""
+    world = distributed.place()
+    console = Console(quiet=not world.is_main)
+    manifest = shards.read_manifest(data)
+    if world.is_main:
+        lock.take(create=is_begun(out))  # before anything is read that another may change
+    run = open_run(recipe, manifest, data, out, options, parts.model, parts.optimizer)
+    recipe = run.recipe
+    machine = machines.resolve(options.machine, run.recorded, world, rows=recipe.batch.rows)
+    device = machine.open(world.local_rank)
+    life = distributed.connect(world, device.torch, options.timeout)
+    watch = Watchdog(world, options.timeout, life)
+    run.agree(machine, world, device.torch)
+    unchanged = shards.Unchanged(data, manifest)  # from before the hashes are checked
+    _verify_data(data, manifest, world, console)
+    tokenizer = parts.tokenizer or get_tokenizer(manifest.tokenizer)
+    wanted = [(tasks.get_task(n), options.tasks.get(n, "auto")) for n in tasks.TASKS]
+    work = evaluator.load_for_training(
+        [*wanted, *parts.tasks], tokenizer, device, world, console.say
+    )
+    trainer = build(
+        recipe,
+        shards.open_split(data, manifest, "train"),
+        machine,
+        world,
+        model=run.model_class,
+        optimizer=run.optimizer_class,
+        check=unchanged.check,
+    )
+    if run.checkpoint:
+        trainer.restore(run.checkpoint)
+        run.checkpoint.model.clear()  # or its file stays open, even once the checkpoint is removed
+    _introduce(run, trainer, console)
+    if world.is_main:
+        run.begin(lock, console)
+    console.say(run.opening(world.size))
+    metrics = _open_metrics(run, trainer, console, parts.loggers)
+    keep = Keep(recipe.keep_checkpoints, recipe.keep_best, recipe.keep_every)
+    model, optimizer = trainer.model, trainer.optimizer
+    saver = Saver(out / "checkpoints", keep, model, optimizer, metrics, world)
+    compiled = trainer.machine.compile
+    packed = pack(
+        work, model.config.block_size, device, world, compiled=compiled, sharded=is_sharded(model)
+    )
+    validation = shards.open_split(data, manifest, "val")
+    evaluate = Evaluator(
+        model=model,
+        forward=trainer.compiled,
+        body=trainer.compiled_body,
+        recipe=recipe,
+        validation=validation,
+        tasks=packed,
+        tokenizer=tokenizer,
+        micro_batch=trainer.partition.micro_batch,
+        device=trainer.device,
+        world=world,
+        logger=metrics,
+        console=console,
+    )
+    return Session(run, trainer, unchanged, metrics, saver, evaluate, watch, console)
+
+
+def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
+    """Say what is trained and on what."""
+    machine, device, p = trainer.machine, trainer.device, trainer.partition
+    asked = run.options.machine
+    if not machine.compile:
+        why = "as the run was started" if run.recorded and not run.recorded.compile else None
+        why = "as asked" if asked.compile is False else why
+        why = "the model is sharded" if is_sharded(trainer.model) else why
+        console.say(
+            f"running without torch.compile: {devices.why_not_compile(device.torch) or why}"
+        )
+    if run.recorded and (changed := machines.changes(run.recorded, machine, asked)):
+        console.say(f"this machine is not the one the run was started on: {changed}")
+    m = run.recipe.model
+    sizes = ", ".join(f"{flag.name} {flag.default}" for flag in flags_of(m))
+    console.say(
+        f"model: {trainer.model.parameter_count():,} parameters ({sizes}), vocabulary "
+        f"{m.vocab_size:,}"
+    )
+    traits = {
+        "compiled": machine.compile,
+        "kernels": machine.kernels,
+        "recomputing": machine.recompute,
+        "sharded": is_sharded(trainer.model),
+    }
+    console.say(
+        f"device: {p.ranks} x {device.name}, {device.precision}"
+        f"{''.join(f', {name}' for name, on in traits.items() if on)}; "
+        f"{run.recipe.batch.tokens:,} tokens a step = {p.micro_batch} rows x "
+        f"{run.recipe.batch.length} x {p.accumulation} micro-steps x {p.ranks} ranks"
+    )
+
+
+def _open_metrics(
+    run: Run, trainer: Trainer, console: Console, loggers: Sequence[Logger]
+) -> Metrics:
+    """The run's metrics, on the main rank with the loggers that write them."""
+    main = trainer.world.is_main
+    own = [JsonLinesLogger(run.open_log(), console.say)] if main else []
+    peak = trainer.device.peak_flops
+    metrics = Metrics(
+        [*own, *loggers] if main else [],
+        console,
+        steps=run.recipe.steps,
+        tokens_per_step=run.recipe.batch.tokens,
+        flops_per_token=trainer.model.flops_per_token(run.recipe.batch.length),
+        peak_flops=peak * trainer.world.size if peak else None,
+    )
+    if main and run.checkpoint_is_unlogged():
+        metrics.record("checkpoint", run.step)
+    return metrics
+
+
+def _verify_data(data: Path, manifest: shards.Manifest, world: World, console: Console) -> None:
+    """Read every shard once before the first step, on one process of each machine."""
+    began = time.perf_counter()
+    if world.local_rank == 0:
+        shards.verify(data, manifest)
+    world.barrier()
+    console.say(
+        f"data: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation "
+        f"tokens, every hash checked in {time.perf_counter() - began:.1f} s"
+    )
