@@ -1,13 +1,17 @@
 """Text from a model, one token at a time."""
 
+import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rekindle.errors import UserError
+from rekindle.generate.room import check_room
 from rekindle.model import LanguageModel
 from rekindle.model.cache import KVCache
+from rekindle.model.finite import why_not_finite
 
 # A compiled step attends over as many slots as its cache has: of a few lengths, not of every one.
 SLOTS = 128
@@ -35,12 +39,12 @@ def generate(
     position is computed anew for each token: slower, and the reference for the cache. With
     `compile`, the step from token to token is compiled, once for a `num` and a length rounded up;
     on a GPU it becomes one CUDA graph.
-    Raises `UserError` if prompt and continuation do not fit into the model's context, if a
-    number makes no sense, or if the model's answer is not finite.
+    Raises `UserError` if prompt and continuation do not fit into the model's context or the
+    texts into memory, if a number makes no sense, or if the model's answer is not finite at any
+    token.
     """
+    check_numbers(tokens=tokens, num=num, seed=seed, temperature=temperature, top_k=top_k)
     T, limit = len(prompt), model.config.block_size
-    if num < 1 or min(tokens, temperature, top_k) < 0:
-        raise UserError("--num is at least 1; --tokens, --temperature and --top-k at least 0")
     if not prompt:
         raise UserError("the prompt is empty: give at least one token")
     if T + tokens > limit:
@@ -48,10 +52,59 @@ def generate(
             f"the prompt of {T} tokens and {tokens} more do not fit into the model's "
             f"context of {limit}: shorten the prompt or lower --tokens"
         )
+    check_room(model, num, T + tokens, top_k)
+    try:
+        ids, finite = _generate(
+            model, prompt, tokens, num, seed, temperature, top_k, use_cache, compile
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory ({error}): lower --num or --tokens") from None
+    _check_finite(model, finite.cpu(), temperature)
+    return ids.cpu()
+
+
+def check_numbers(*, tokens: int, num: int, seed: int, temperature: float, top_k: int) -> None:
+    """Refuse numbers that make no text. Raises `UserError` that names the first of them.
+
+    A temperature is judged here only by whether it is a number: whether it leaves a distribution
+    depends on the logits, and shows at the first token.
+    """
+    for flag, value, least in (("num", num, 1), ("tokens", tokens, 0), ("top-k", top_k, 0)):
+        if type(value) is not int or value < least:
+            raise UserError(f"--{flag} must be a whole number of at least {least}, but is {value}")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be a whole number from 0 to 2^63 - 1, but is {seed}")
+    if not temperature >= 0:  # nor is nan
+        raise UserError(f"--temperature must be a number of at least 0, but is {temperature}")
+    if math.isinf(torch.tensor(temperature, dtype=torch.float32)):
+        raise UserError(
+            f"--temperature must be a number that float32 can hold, but is {temperature}"
+        )
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that is no text: bytes of a command line that were no UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--prompt is no UTF-8 (its character {error.start + 1} is a stray byte): save the "
+            "script in UTF-8, or set the terminal to it"
+        ) from None
+
+
+def _generate(
+    model: LanguageModel, prompt: list[int], tokens: int, num: int, seed: int,
+    temperature: float, top_k: int, use_cache: bool, compile: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The ids, (num, T + tokens), and whether the logits and the probabilities of each token were
+    finite, (2, tokens) bool; on the model's device, which is waited for only at the first token."""
+    T, limit = len(prompt), model.config.block_size
     device = next(iter(model.parameters())).device
     random = torch.Generator(device).manual_seed(seed)
     ids = torch.empty(num, T + tokens, dtype=torch.long, device=device)
     ids[:, :T] = torch.tensor(prompt)
+    finite = torch.ones(2, tokens, dtype=torch.bool, device=device)
     capacity = min(limit, -(-(T + tokens) // SLOTS) * SLOTS) if compile else T + tokens
     cache = model.new_cache(num, capacity) if use_cache else None
     step, drawn = predict, ids[:, -1]
@@ -69,10 +122,28 @@ def generate(
                 torch.compiler.cudagraph_mark_step_begin()
             logits = step(model, drawn[:, None], cache)
             cache.advance(1)
-        if end == T and not logits.isfinite().all():
-            raise UserError("the model has no next token, only nan: its weights are broken")
-        ids[:, end] = drawn = draw(logits, temperature, top_k, random)
-    return ids.cpu()
+        finite[0, end - T] = logits.isfinite().all()
+        drawn, finite[1, end - T] = draw(logits, temperature, top_k, random)
+        ids[:, end] = drawn
+        if end == T and not finite[:, 0].all():  # no need to wait for the others
+            break
+    return ids, finite
+
+
+def _check_finite(model: LanguageModel, finite: Tensor, temperature: float) -> None:
+    """Raise `UserError` for the first token whose logits or probabilities were not finite."""
+    tokens = finite.shape[1]
+    logits, p = (row.tolist().index(False) if not row.all() else tokens for row in finite)
+    if logits < tokens and logits <= p:
+        raise UserError(
+            f"the model has no token {logits + 1} after the prompt, only nan or inf: "
+            f"{why_not_finite(cast(nn.Module, model))}"
+        )
+    if p < tokens:
+        raise UserError(
+            f"--temperature {temperature} leaves no probabilities at token {p + 1}: the logits "
+            "overflow when they are divided by it; 0 takes the likeliest token"
+        )
 
 
 def predict(model: LanguageModel, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -87,21 +158,25 @@ def compile_step() -> Callable[[LanguageModel, Tensor, KVCache], Tensor]:
     return torch.compile(predict, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
 
-def draw(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> Tensor:
-    """One id for each row of `logits` (B, vocab_size): (B,).
+def draw(
+    logits: Tensor, temperature: float, top_k: int, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """One id for each row of `logits` (B, vocab_size): (B,), and whether all probabilities that
+    they were drawn by are finite: () bool, on the device.
 
     The likeliest of p / e with e exponentially distributed is distributed as p. This is
     `torch.multinomial`, number for number, without its checks, for which a GPU would have to wait.
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1), torch.ones((), dtype=torch.bool, device=logits.device)
     logits = logits.float() / temperature
     ids = None
     if top_k:
         logits, ids = logits.topk(min(top_k, logits.shape[-1]))
     p = logits.softmax(-1)
     drawn = (p / torch.empty_like(p).exponential_(generator=random)).argmax(-1, keepdim=True)
-    return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
+    chosen = (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
+    return chosen, p.isfinite().all()
 
 
 def cut_at_end(ids: list[int], end_of_text: int, start: int = 0) -> list[int]:

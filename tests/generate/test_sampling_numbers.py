@@ -21,8 +21,6 @@ CONFIG = GPT2Config(
 )
 PROMPT = [72, 101, 108]
 
-red = pytest.mark.xfail(strict=True)
-
 
 @pytest.fixture
 def model() -> GPT2:
@@ -34,7 +32,6 @@ def model() -> GPT2:
     return model
 
 
-@red
 @pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"top_k": 0}, {"temperature": 0.0}])
 @pytest.mark.parametrize("token", [2, 3, 9])
 def test_nan_at_any_token_is_no_text(model: GPT2, token: int, how: dict[str, Any]) -> None:
@@ -47,7 +44,6 @@ def test_nan_at_any_token_is_no_text(model: GPT2, token: int, how: dict[str, Any
         generate(model, PROMPT, 12, num=2, **how)
 
 
-@red
 def test_nan_in_one_of_many_texts_is_no_text(model: GPT2) -> None:
     """Only a text that draws the broken id meets it."""
     torch.manual_seed(1)
@@ -62,7 +58,6 @@ def test_nan_in_one_of_many_texts_is_no_text(model: GPT2) -> None:
         generate(model, PROMPT, 8, num=16, top_k=0)
 
 
-@red
 def test_finite_weights_that_overflow_are_said_to_be_finite(model: GPT2) -> None:
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(3e38)
@@ -71,7 +66,6 @@ def test_finite_weights_that_overflow_are_said_to_be_finite(model: GPT2) -> None
     assert "broken" not in str(caught.value)
 
 
-@red
 @pytest.mark.parametrize("temperature", [math.nan, math.inf, 1e-40, 1e-45, 1e-320, 1e39, 1e300])
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_a_temperature_that_leaves_no_distribution(
@@ -91,7 +85,6 @@ def test_a_temperature_that_leaves_one(model: GPT2, temperature: float) -> None:
         assert torch.equal(generate(model, PROMPT, 5, temperature=temperature), greedy)
 
 
-@red
 @pytest.mark.parametrize(
     ("odd", "words"),
     [
@@ -118,7 +111,6 @@ def test_the_largest_numbers_are_taken(model: GPT2) -> None:
     assert generate(model, PROMPT, 2, seed=2**63 - 1, top_k=10**30).shape == (1, 5)
 
 
-@red
 @pytest.mark.parametrize(
     ("num", "tokens"), [(100_000_000, 3), (10**12, 0), (10**30, 60), (40_000_000, 61)]
 )
@@ -131,7 +123,6 @@ def test_texts_that_fit_are_made(model: GPT2) -> None:
     assert generate(model, PROMPT, 3, num=2000).shape == (2000, 6)
 
 
-@red
 def test_memory_that_runs_out_all_the_same(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose allocator may find no piece that is large enough."""
 
@@ -158,10 +149,6 @@ def test_the_room_reckoned_is_the_room_taken(model: GPT2) -> None:
     assert taken + logits <= reckoned <= taken + 8 * logits
 
 
-test_the_room_reckoned_is_the_room_taken = red(test_the_room_reckoned_is_the_room_taken)
-
-
-@red
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -177,10 +164,10 @@ def test_on_the_command_line(
     words: str,
 ) -> None:  # fmt: skip
     train(tmp_path / "run", "--steps", 1)
-    refuses(["sample", tmp_path / "run", "--device", "cpu", "--prompt", "a", *flags], words)
+    given = ["sample", tmp_path / "run", "--device", "cpu", "--prompt", "a", "--tokens", 5]
+    refuses([*given, *flags], words)
 
 
-@red
 @pytest.mark.parametrize("flags", [["--num", 0], ["--seed", -1], ["--temperature", "inf"]])
 def test_numbers_are_checked_before_anything_is_loaded(
     refuses: Callable[..., str], flags: list[Any]
@@ -188,7 +175,6 @@ def test_numbers_are_checked_before_anything_is_loaded(
     refuses(["sample", "there/is/no/such/run", "--device", "cpu", *flags], flags[0])
 
 
-@red
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
 @pytest.mark.parametrize("prompt", [b"caf\xe9", b"\xff", b"a\xc3"])
 def test_a_prompt_that_is_no_utf8(
