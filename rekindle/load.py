@@ -1,17 +1,16 @@
 """RUN_OR_MODEL: whatever a person may name, as a model ready to evaluate or to speak."""
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from rekindle import storage
 from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.errors import UserError
-from rekindle.interop import huggingface
+from rekindle.interop import names
+from rekindle.interop.names import Named
+from rekindle.interop.tokenizer import check_tokenizer
 from rekindle.model.gpt2 import GPT2
-from rekindle.model.shapes import on_meta
-from rekindle.runtime import checkpoint
-from rekindle.runtime.checkpoint import Checkpoint, DamagedError
 from rekindle.runtime.device import Device
 from rekindle.runtime.fit import choose_compute
 
@@ -24,27 +23,17 @@ class Loaded:
     tokenizer: Tokenizer
     name: str
     run: dict[str, Any] | None = None  # the checkpoint's description, if it is one of ours
+    note: str = ""  # what else the name fits, and which of them was taken
 
 
 def load(name: str, device: Device) -> Loaded:
-    """Load a run folder (its newest checkpoint), a checkpoint, a model of the hub, or a folder in
-    Hugging Face's layout. Raises `UserError` that says what `name` is not."""
-    loaded = _load(name)
+    """Load a run folder (its newest checkpoint), a checkpoint, a folder in Hugging Face's layout,
+    or a model of the hub. Raises `UserError` that says what `name` is not."""
+    named = names.find(name)
+    loaded = _load_ours(named) if named.ours else _load_published(named)
     loaded.model.to(device.torch)
     loaded.model.use(choose_compute(device, loaded.model.config.block_size))
     return loaded
-
-
-def _newest(path: Path) -> Checkpoint:
-    """The checkpoint that `path` stands for, while training may remove it for a newer one."""
-    for _ in range(9):
-        found = checkpoint.find(path)
-        try:
-            return checkpoint.load(found)
-        except DamagedError:
-            if found.exists():
-                raise
-    raise UserError(f"the checkpoints of {path} are removed faster than they can be read")
 
 
 def from_pretrained(name_or_folder: str | Path) -> GPT2:
@@ -54,50 +43,46 @@ def from_pretrained(name_or_folder: str | Path) -> GPT2:
     The model of a run keeps the padding rows of its embedding. Raises `UserError` that says what
     `name_or_folder` is not.
     """
-    name = str(name_or_folder)
-    return huggingface.from_pretrained(name) if _is_published(name) else _model(_saved(name))
+    return names.read(names.find(str(name_or_folder)))
 
 
 GPT2.from_pretrained = staticmethod(from_pretrained)
 
 
-def _is_published(name: str) -> bool:
-    """Whether `name` is a model of the hub, or a folder in Hugging Face's layout."""
-    return name in huggingface.HUB or Path(name, "config.json").is_file()
+def _load_published(named: Named) -> Loaded:
+    """A model in Hugging Face's layout, of which no tokenizer but GPT-2's can be used."""
+    tokenizer = get_tokenizer("gpt2")
+    if named.folder is not None:
+        check_tokenizer(named.folder)
+    model = names.read(named)
+    rows = model.config.vocab_size
+    if rows != tokenizer.vocab_size:
+        more = rows - tokenizer.vocab_size
+        advice = (
+            f"the {more} more may be padding, and cannot be cut yet" if more > 0
+            else "it belongs to another tokenizer, which cannot be used yet"
+        )  # fmt: skip
+        raise UserError(
+            f"{named.name} has an embedding of {rows} rows, GPT-2's tokenizer "
+            f"{tokenizer.vocab_size} ids: {advice}"
+        )
+    return Loaded(model, tokenizer, storage.spelled(named.name), note=named.note)
 
 
-def _load(name: str) -> Loaded:
-    if _is_published(name):
-        model = huggingface.from_pretrained(name)
-        if model.config.vocab_size != 50257:
-            raise UserError(f"{name} has {model.config.vocab_size} ids, GPT-2's tokenizer 50257")
-        return Loaded(model, get_tokenizer("gpt2"), name)
-    saved = _saved(name)
-    tokenizer = get_tokenizer(saved.description["tokenizer"]["name"])
+def _load_ours(named: Named) -> Loaded:
+    assert named.folder is not None
+    saved = names.newest(named.folder)
+    described = saved.description["tokenizer"]
+    tokenizer = get_tokenizer(described["name"])
+    if described["sha256"] != tokenizer.sha256:
+        raise UserError(
+            f"{saved.path} was trained with another vocabulary than the tokenizer "
+            f"{tokenizer.name} has (SHA-256 {described['sha256'][:12]}, not "
+            f"{tokenizer.sha256[:12]}): use the version of Rekindle that trained it"
+        )
     if saved.config.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"{saved.path} has {saved.config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}"
         )
-    return Loaded(_model(saved), tokenizer, str(saved.path), saved.description)
-
-
-def _saved(name: str) -> Checkpoint:
-    """The checkpoint of a run or checkpoint folder."""
-    path = Path(name)
-    if not path.exists():
-        near = get_close_matches(name, huggingface.HUB, n=2)
-        hint = f": did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(
-            f"{name} is no folder and none of the models {', '.join(huggingface.HUB)}{hint}"
-        )
-    return _newest(path)
-
-
-def _model(saved: Checkpoint) -> GPT2:
-    """The model of a checkpoint, on the CPU."""
-    model = on_meta(GPT2, saved.config)  # shapes only: the weights come from the file
-    model.load_state_dict(
-        {**saved.model, "lm_head.weight": saved.model["transformer.wte.weight"]}, assign=True
-    )
-    model.tie()
-    return model.requires_grad_(True)
+    name = storage.spelled(saved.path)
+    return Loaded(names.model_of(saved), tokenizer, name, saved.description, named.note)

@@ -20,8 +20,6 @@ from tests.interop.conftest import describe, export
 CPU = Device(torch.device("cpu"), "CPU", "fp32")
 TIED = "transformer.wte.weight"
 
-red = pytest.mark.xfail(strict=True)
-
 
 def table(model: GPT2) -> Tensor:
     return model.lm_head.weight.detach().clone()
@@ -32,7 +30,6 @@ def one_element_differs(head: Tensor) -> Tensor:
     return head
 
 
-@red
 @pytest.mark.parametrize(
     "change",
     [one_element_differs, lambda head: head * 2, lambda head: head.half(), lambda head: head[:90]],
@@ -59,7 +56,6 @@ def test_a_head_that_is_the_embedding_may_hold_nan(
     assert read.lm_head.weight.isnan().sum() == 1
 
 
-@red
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_a_tied_pair_may_be_stored_under_the_heads_name(
     folder: Callable[..., Path], model: GPT2, prefix: str
@@ -72,7 +68,6 @@ def test_a_tied_pair_may_be_stored_under_the_heads_name(
     assert read.lm_head.weight is read.transformer.wte.weight
 
 
-@red
 @pytest.mark.parametrize("name", ["wpe.weight", "h.1.attn.c_attn.bias", "ln_f.bias"])
 def test_two_tensors_for_one_weight_are_refused(
     folder: Callable[..., Path], model: GPT2, name: str
@@ -83,7 +78,6 @@ def test_two_tensors_for_one_weight_are_refused(
         from_pretrained(path)
 
 
-@red
 @pytest.mark.parametrize(
     "name",
     ["h.2.attn.bias", "transformer.h.9.attn.masked_bias", "vision.attn.bias", "h.x.attn.bias"],
@@ -95,7 +89,6 @@ def test_a_mask_of_a_block_that_is_not_there_is_unknown(
         from_pretrained(folder(tensors={name: torch.ones(1, 1, 64, 64)}))
 
 
-@red
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -113,7 +106,6 @@ def test_a_config_that_says_what_gpt2_is_not(
         from_pretrained(folder(config))
 
 
-@red
 def test_what_is_wrong_with_weights_names_their_file(folder: Callable[..., Path]) -> None:
     path = folder(tensors={"h.1.ln_2.bias": None, "score.weight": torch.zeros(2, 32)})
     with pytest.raises(UserError) as caught:
@@ -121,7 +113,6 @@ def test_what_is_wrong_with_weights_names_their_file(folder: Callable[..., Path]
     assert str(path / "model.safetensors") in str(caught.value)
 
 
-@red
 @pytest.mark.parametrize(
     ("files", "words"),
     [
@@ -142,7 +133,6 @@ def test_weights_in_another_form_are_named_with_what_helps(
     assert "save_pretrained" in str(caught.value)
 
 
-@red
 @pytest.mark.parametrize("rows", [50304, 50258, 50260])
 def test_more_rows_than_the_tokenizer_has_ids(tmp_path: Path, rows: int) -> None:
     """They may be padding, or ids of a larger vocabulary: nobody can tell."""
@@ -156,7 +146,6 @@ def test_more_rows_than_the_tokenizer_has_ids(tmp_path: Path, rows: int) -> None
         load(str(tmp_path), CPU)
 
 
-@red
 def test_a_folder_of_any_legal_name_is_read(folder: Callable[..., Path], model: GPT2) -> None:
     import os
 

@@ -20,8 +20,6 @@ from tests.interop.conftest import describe, export
 CPU = Device(torch.device("cpu"), "CPU", "fp32")
 END = "<|endoftext|>"
 
-foreign = pytest.mark.xfail(strict=True)
-
 
 @pytest.fixture(scope="module")
 def vocabulary() -> tuple[dict[str, int], list[str]]:
@@ -125,7 +123,6 @@ def others(vocab: dict[str, int], merges: list[str]) -> dict[str, tuple[str, Any
     }  # fmt: skip
 
 
-@foreign
 @pytest.mark.parametrize(
     "kind",
     [
@@ -145,7 +142,6 @@ def test_another_one_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
-@foreign
 @pytest.mark.parametrize(
     "config",
     [{"eos_token_id": 0}, {"bos_token_id": 1}, {"tokenizer_class": "BertTokenizer"}],
@@ -163,7 +159,6 @@ def test_the_model_alone_needs_no_tokenizer(folder: Path) -> None:
     assert GPT2.from_pretrained(folder).config.vocab_size == 50257
 
 
-@foreign
 @pytest.mark.parametrize("sha256", ["0" * 64, "", "1" * 64])
 def test_a_run_whose_tokenizer_has_changed(
     tmp_path: Path, train: Callable[..., Any], write_shards: Callable[..., Any], sha256: str
