@@ -17,8 +17,8 @@ from rekindle import __version__, recipes
 from rekindle.errors import Stopped, UserError
 
 RUN_OR_MODEL = (
-    "a run folder, a checkpoint, gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or a folder in "
-    "Hugging Face's layout"
+    "a run folder, a checkpoint, a folder in Hugging Face's layout, or gpt2 | gpt2-medium | "
+    "gpt2-large | gpt2-xl; a folder of that name goes before the hub's model"
 )
 
 # What each number of a recipe means to someone who changes it.
@@ -58,6 +58,9 @@ FLAGS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 (verify: they differ), 2 (a user's mistake), or
     128 and the number of the signal that asked to stop."""
+    # A closed one is None; opened here, nothing else takes its number and is written to instead.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not all of them can print what a model says
             stream.reconfigure(errors="backslashreplace")
@@ -88,6 +91,20 @@ def _fail(said: str) -> int:
     # In one piece, or the lines of several ranks run together.
     print(f"rekindle: error{where}: {said}\n", end="", file=sys.stderr, flush=True)
     return 2
+
+
+def _answer(text: str) -> None:
+    """Print what was asked for. A reader that has gone, as `head` does, wants no more of it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # what is left in its buffer would fail once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _note(text: str) -> None:
+    """Say something beside the answer, which a program may read."""
+    if text:
+        print(f"rekindle: {text}", file=sys.stderr, flush=True)
 
 
 def _keep_compiled() -> None:
@@ -151,43 +168,49 @@ def evaluate(o: argparse.Namespace) -> None:
     tasks = {} if o.hellaswag is None else {"hellaswag": o.hellaswag}
     results = evaluate_model(
         o.model, data=o.data, tasks=tasks, tokens=o.tokens, limit=o.limit,
-        device=o.device, precision=o.precision, console=console,
+        device=o.device, precision=o.precision, console=console, note=_note,
     )  # fmt: skip
     if o.json and place().is_main:
-        print(json.dumps(results))
+        _answer(json.dumps(results, allow_nan=False))
 
 
 def sample(o: argparse.Namespace) -> None:
-    from rekindle.generate.sampling import cut_at_end, generate
+    from rekindle.generate.sampling import check_numbers, check_prompt, cut_at_end, generate
     from rekindle.load import load
     from rekindle.runtime.device import get_device, why_not_compile
 
+    numbers = {
+        "tokens": o.tokens, "num": o.num, "seed": o.seed, "temperature": o.temperature,
+        "top_k": o.top_k,
+    }  # fmt: skip
+    check_numbers(**numbers)
+    check_prompt(o.prompt)
     device = get_device(o.device, o.precision)
     if o.compile and (reason := why_not_compile(device.torch)):
         raise UserError(f"--compile cannot be done here: {reason}")
     loaded = load(o.model, device)
+    _note(loaded.note)
     loaded.model.cast(device.product_dtype, rows=o.num)
     prompt = loaded.tokenizer.encode(o.prompt)
     with device.autocast():
         ids = generate(
-            loaded.model, prompt or [loaded.tokenizer.end_of_text], o.tokens, num=o.num,
-            seed=o.seed, temperature=o.temperature, top_k=o.top_k, compile=o.compile,
-        )  # fmt: skip
+            loaded.model, prompt or [loaded.tokenizer.end_of_text], **numbers, compile=o.compile
+        )
     end = loaded.tokenizer.end_of_text
     rows = [cut_at_end(row, end, start=len(prompt) or 1) for row in ids.tolist()]
     texts = [loaded.tokenizer.decode([t for t in row if t != end]) for row in rows]
     if o.json:
-        print(json.dumps({"model": loaded.name, "prompt": o.prompt, "samples": texts}))
+        _answer(json.dumps({"model": loaded.name, "prompt": o.prompt, "samples": texts}))
         return
-    for i, text in enumerate(texts, 1):
-        print(f"--- {i} of {o.num} ---\n{text}")
+    _answer("\n".join(f"--- {i} of {o.num} ---\n{text}" for i, text in enumerate(texts, 1)))
 
 
 def verify(o: argparse.Namespace) -> int:
     from rekindle.interop.verify import verify
 
     report = verify(o.model, random_weights=o.random_weights, layers=o.layers)
-    print(json.dumps(report.as_dict()) if o.json else report.table())
+    _note(report.note)
+    _answer(json.dumps(report.as_dict(), allow_nan=False) if o.json else report.table())
     return 0 if report.passed else 1
 
 
@@ -223,7 +246,7 @@ def ladder(o: argparse.Namespace) -> None:
 def report(o: argparse.Namespace) -> None:
     from rekindle.observe.report import draw_loss
 
-    print(f"wrote {draw_loss(o.run, o.picture or o.run / 'loss.png')}")
+    _answer(f"wrote {draw_loss(o.run, o.picture or o.run / 'loss.png')}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -408,7 +431,7 @@ def _add_verify(commands: Any) -> None:
     p = _add(
         commands, "verify", verify, "compare logits, loss, text and gradients with transformers"
     )
-    p.add_argument("model", metavar="MODEL", help="gpt2 ... gpt2-xl, or a folder in HF's layout")
+    p.add_argument("model", metavar="RUN_OR_MODEL", help=RUN_OR_MODEL)
     p.add_argument(
         "--random-weights", action="store_true", help="a random model of that size: no network"
     )

@@ -10,8 +10,6 @@ import pytest
 
 from tests.conftest import ROOT
 
-red = pytest.mark.xfail(strict=True)
-
 
 @pytest.fixture
 def run(tmp_path: Path, train: Callable[..., Any]) -> Path:
@@ -40,14 +38,12 @@ COMMANDS = [
 ]
 
 
-@red
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_reader_that_has_gone_is_no_error(run: Path, command: str) -> None:
     done = shell(f"{command} | true; exit ${{PIPESTATUS[0]}}", run)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@red
 def test_the_first_line_is_enough(run: Path) -> None:
     done = shell(f"{COMMANDS[0]} | head -1", run)
     assert (done.stdout, done.stderr) == ("--- 1 of 9000 ---\n", "")
@@ -62,7 +58,6 @@ def test_a_full_disk_is_an_error(run: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@red
 @pytest.mark.parametrize(
     "command",
     [
@@ -81,7 +76,6 @@ def test_a_closed_stdout_is_no_error(
         assert (run.parent / "run-2" / "checkpoints" / "step-000001").is_dir()
 
 
-@red
 def test_with_a_closed_stderr_an_error_is_no_answer(run: Path) -> None:
     """It would stand where a program reads the answer."""
     done = shell("$RK sample $RUN --num 0 --json 2>&-", run)

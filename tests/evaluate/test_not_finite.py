@@ -24,8 +24,6 @@ CONFIG = GPT2Config(
     n_layer=2, n_head=2, n_embd=16, block_size=48, vocab_size=257, padded_vocab_size=384
 )
 
-red = pytest.mark.xfail(strict=True)
-
 
 @pytest.fixture
 def model() -> GPT2:
@@ -37,7 +35,6 @@ def items(count: int = 6) -> list[Item]:
     return [Item([10 + i, 40], [[50 + i, 1], [60 + i], [70 + i, 2, 3], [80 + i]]) for i in range(6)]
 
 
-@red
 @pytest.mark.parametrize(
     ("token", "place"),
     [(14, "item 5"), (52, "item 3, candidate 1"), (81, "item 2, candidate 4")],
@@ -59,7 +56,6 @@ def test_one_loss_that_is_not_finite_leaves_no_score(
     assert "transformer.wte.weight is" in str(caught.value)
 
 
-@red
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_every_rank_says_so(model: GPT2, on_ranks: Callable[..., list[Any]], ranks: int) -> None:
     """Though one of them alone met it: none is left waiting for another."""
@@ -77,7 +73,6 @@ def test_every_rank_says_so(model: GPT2, on_ranks: Callable[..., list[Any]], ran
     assert "transformer.wpe.weight is nan at [1, 0]" in said[0]
 
 
-@red
 def test_finite_weights_are_not_blamed(model: GPT2) -> None:
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(3e38)
@@ -115,7 +110,6 @@ def exported(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@red
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize(
     ("name", "place", "value"),
@@ -158,7 +152,6 @@ def spoil(run: Path, name: str, value: float) -> None:
     storage.write_json(saved / "checkpoint.json", {**description, "sha256": sha256})
 
 
-@red
 @pytest.mark.parametrize("json_flag", [["--json"], []])
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -179,7 +172,6 @@ def test_the_loss_of_a_broken_run(
     assert outcome.out == ""
 
 
-@red
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_bits_of_a_text_without_bytes_are_null(
     run: Path, tmp_path: Path, rekindle: Callable[..., Any], tokens: int
@@ -208,7 +200,6 @@ def test_bits_of_a_text_without_bytes_are_null(
     assert "nan" not in rekindle("eval", run, *flags).out
 
 
-@red
 @pytest.mark.parametrize("moved", ["removed", "renamed", "a file"])
 def test_a_run_whose_data_is_elsewhere_now(
     tmp_path: Path, train: Callable[..., Any], write_shards: Callable[..., Any],

@@ -62,7 +62,6 @@ def test_without_matplotlib_it_says_how_to_get_it(
     refuses(["report", run], "pip install 'rekindle[plot]'")
 
 
-@pytest.mark.xfail(strict=True)
 @pytest.mark.parametrize("name", ["x.xyz", "loss", "curve.png.bak", "metrics.jsonl", "x."])
 def test_a_picture_of_a_kind_that_cannot_be_drawn(
     refuses: Callable, run: Path, tmp_path: Path, name: str
@@ -71,7 +70,6 @@ def test_a_picture_of_a_kind_that_cannot_be_drawn(
     refuses(["report", run, "--picture", run / name], str(run / name), ".png, .svg or .pdf")
 
 
-@pytest.mark.xfail(strict=True)
 @pytest.mark.parametrize("name", ["pictures", "loss.png", "run"])
 def test_a_folder_is_no_picture(refuses: Callable, run: Path, tmp_path: Path, name: str) -> None:
     pytest.importorskip("matplotlib")
