@@ -1,5 +1,6 @@
 """RUN_OR_MODEL: whatever a person may name, as a model ready to evaluate or to speak."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,13 @@ def from_pretrained(name_or_folder: str | Path) -> GPT2:
     """The model alone, float32 and on the CPU, of anything that `load` takes; the tokenizer may be
     unknown. This is `GPT2.from_pretrained`.
 
-    The model of a run keeps the padding rows of its embedding. Raises `UserError` that says what
-    `name_or_folder` is not.
+    The model of a run keeps the padding rows of its embedding. Warns where two fit the name, and
+    raises `UserError` that says what `name_or_folder` is not.
     """
-    return names.read(names.find(str(name_or_folder)))
+    named = names.find(str(name_or_folder))
+    if named.note:
+        warnings.warn(named.note, stacklevel=2)
+    return names.read(named)
 
 
 GPT2.from_pretrained = staticmethod(from_pretrained)

@@ -47,6 +47,8 @@ def test_so_does_a_checkpoint(here: Path, name: str) -> None:
     loaded = load(name, CPU)
     assert loaded.run is not None
     assert f"{name} is the checkpoint {here / name} and a model of the hub" in loaded.note
+    with pytest.warns(UserWarning, match=f"{name} is the checkpoint .* a model of the hub"):
+        GPT2.from_pretrained(name)
 
 
 def test_a_folder_that_is_no_model_does_not_hide_the_hubs(

@@ -55,12 +55,14 @@ def _of_machine() -> int:
         return 2**63
 
 
-def _of_container() -> int:
-    """What a container may still take (cgroup v2); 2^63 where it has no limit."""
+def _of_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container may still take (cgroup v2), cached files counted as free; 2^63 where it has
+    no limit."""
     try:
-        most, taken = (
-            int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current")
-        )
-        return max(0, most - taken)
+        most, taken = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (folder / "memory.stat").read_text().splitlines()
+        stat = {name: int(value) for name, value in (line.split() for line in lines)}
+        cached = stat.get("active_file", 0) + stat.get("inactive_file", 0)
+        return max(0, most - taken + cached)
     except (OSError, ValueError):  # there is none, or it says "max"
         return 2**63

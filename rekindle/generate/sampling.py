@@ -54,12 +54,16 @@ def generate(
         )
     check_room(model, num, T + tokens, top_k)
     try:
-        ids, finite = _generate(
+        ids, sums = _generate(
             model, prompt, tokens, num, seed, temperature, top_k, use_cache, compile
         )
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory ({error}): lower --num or --tokens") from None
-    _check_finite(model, finite.cpu(), temperature)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0]}): lower --num or --tokens"
+        ) from None
+    _check_finite(model, sums.isfinite().cpu(), temperature)
     return ids.cpu()
 
 
@@ -97,14 +101,15 @@ def _generate(
     model: LanguageModel, prompt: list[int], tokens: int, num: int, seed: int,
     temperature: float, top_k: int, use_cache: bool, compile: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The ids, (num, T + tokens), and whether the logits and the probabilities of each token were
-    finite, (2, tokens) bool; on the model's device, which is waited for only at the first token."""
+    """The ids, (num, T + tokens), and the sums of each token's logits and probabilities,
+    (2, tokens), which are not finite if one of them is not; on the model's device, which is waited
+    for only at the first token."""
     T, limit = len(prompt), model.config.block_size
     device = next(iter(model.parameters())).device
     random = torch.Generator(device).manual_seed(seed)
     ids = torch.empty(num, T + tokens, dtype=torch.long, device=device)
     ids[:, :T] = torch.tensor(prompt)
-    finite = torch.ones(2, tokens, dtype=torch.bool, device=device)
+    sums = torch.zeros(2, tokens, device=device)
     capacity = min(limit, -(-(T + tokens) // SLOTS) * SLOTS) if compile else T + tokens
     cache = model.new_cache(num, capacity) if use_cache else None
     step, drawn = predict, ids[:, -1]
@@ -122,12 +127,12 @@ def _generate(
                 torch.compiler.cudagraph_mark_step_begin()
             logits = step(model, drawn[:, None], cache)
             cache.advance(1)
-        finite[0, end - T] = logits.isfinite().all()
-        drawn, finite[1, end - T] = draw(logits, temperature, top_k, random)
+        sums[0, end - T] = logits.sum(dtype=torch.float32)
+        drawn, sums[1, end - T] = draw(logits, temperature, top_k, random)
         ids[:, end] = drawn
-        if end == T and not finite[:, 0].all():  # no need to wait for the others
+        if end == T and not sums[:, 0].isfinite().all():  # no need to wait for the others
             break
-    return ids, finite
+    return ids, sums
 
 
 def _check_finite(model: LanguageModel, finite: Tensor, temperature: float) -> None:
@@ -161,14 +166,14 @@ def compile_step() -> Callable[[LanguageModel, Tensor, KVCache], Tensor]:
 def draw(
     logits: Tensor, temperature: float, top_k: int, random: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One id for each row of `logits` (B, vocab_size): (B,), and whether all probabilities that
-    they were drawn by are finite: () bool, on the device.
+    """One id for each row of `logits` (B, vocab_size): (B,), and the sum of all probabilities that
+    they were drawn by, (): not finite if one of them is not, and 0 without any.
 
     The likeliest of p / e with e exponentially distributed is distributed as p. This is
     `torch.multinomial`, number for number, without its checks, for which a GPU would have to wait.
     """
     if temperature == 0:
-        return logits.argmax(-1), torch.ones((), dtype=torch.bool, device=logits.device)
+        return logits.argmax(-1), logits.new_zeros(())
     logits = logits.float() / temperature
     ids = None
     if top_k:
@@ -176,7 +181,7 @@ def draw(
     p = logits.softmax(-1)
     drawn = (p / torch.empty_like(p).exponential_(generator=random)).argmax(-1, keepdim=True)
     chosen = (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
-    return chosen, p.isfinite().all()
+    return chosen, p.sum()
 
 
 def cut_at_end(ids: list[int], end_of_text: int, start: int = 0) -> list[int]:

@@ -123,6 +123,7 @@ def _load_theirs(folder: Path) -> Any:
     theirs = transformers.GPT2LMHeadModel.from_pretrained(
         str(folder.absolute()), attn_implementation="eager"
     )
+    theirs.generation_config = transformers.GenerationConfig()  # greedy, whatever the folder says
     return theirs.float().eval()
 
 

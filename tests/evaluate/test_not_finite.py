@@ -31,7 +31,7 @@ def model() -> GPT2:
     return GPT2(CONFIG)
 
 
-def items(count: int = 6) -> list[Item]:
+def items() -> list[Item]:
     return [Item([10 + i, 40], [[50 + i, 1], [60 + i], [70 + i, 2, 3], [80 + i]]) for i in range(6)]
 
 
@@ -76,6 +76,7 @@ def test_every_rank_says_so(model: GPT2, on_ranks: Callable[..., list[Any]], ran
 def test_finite_weights_are_not_blamed(model: GPT2) -> None:
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(3e38)
+        model.lm_head.weight.mul_(1000)
     (packed,) = pack([(HellaSwag(), items())], 48, CPU)
     with pytest.raises(UserError, match="every weight is finite"):
         evaluate(model, packed, CPU)

@@ -203,8 +203,8 @@ def test_columns_hold_the_same_weights(model: GPT2) -> None:
 def test_drawing_is_multinomial_number_for_number() -> None:
     logits = torch.randn(64, 257)
     for top_k in (0, 50):
-        drawn, finite = sampling.draw(logits, 0.8, top_k, torch.Generator().manual_seed(5))
-        assert finite
+        drawn, total = sampling.draw(logits, 0.8, top_k, torch.Generator().manual_seed(5))
+        assert float(total) == pytest.approx(64)
         values, ids = (logits / 0.8).topk(top_k or 257)
         if not top_k:
             values, ids = logits / 0.8, torch.arange(257).expand(64, -1)

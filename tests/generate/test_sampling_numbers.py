@@ -77,6 +77,19 @@ def test_a_temperature_that_leaves_no_distribution(
     assert "broken" not in str(caught.value)
 
 
+def test_memory_that_a_cpu_does_not_have(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another error is not taken for it."""
+    for text, kind in (("DefaultCPUAllocator: can't allocate memory", UserError),
+                       ("shapes do not match", RuntimeError)):  # fmt: skip
+
+        def body(*arguments: Any, text: str = text) -> Tensor:
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(model, "body", body)
+        with pytest.raises(kind, match=text):
+            generate(model, PROMPT, 3)
+
+
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 0.7, 30.0, 1e6])
 def test_a_temperature_that_leaves_one(model: GPT2, temperature: float) -> None:
     assert generate(model, PROMPT, 5, temperature=temperature).max() < CONFIG.vocab_size
@@ -194,3 +207,24 @@ def test_a_prompt_that_is_no_utf8(
     flags = ["--device", "cpu", "--json", "--prompt", os.fsdecode(prompt)]
     error = refuses(["sample", "x", *flags], "--prompt is no UTF-8")
     json.dumps(error).encode()
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"max": "1000", "current": "900", "stat": "anon 300\nactive_file 200\n"}, 300),
+        ({"max": "1000", "current": "900", "stat": "active_file 200\ninactive_file 400"}, 700),
+        ({"max": "1000", "current": "1001", "stat": "anon 1"}, 0),
+        ({"max": "max", "current": "900", "stat": "anon 1"}, 2**63),
+        ({}, 2**63),
+    ],
+)
+def test_a_containers_cached_files_are_free(
+    tmp_path: Path, files: dict[str, str], free: int
+) -> None:
+    """Shards that were read fill it, and leave as soon as their memory is wanted."""
+    from rekindle.generate.room import _of_container
+
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert _of_container(tmp_path) == free

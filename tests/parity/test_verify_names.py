@@ -180,3 +180,17 @@ def test_a_folder_whose_name_is_no_utf8(tmp_path: Path, rekindle: Callable[..., 
     outcome = rekindle("verify", path, "--json")
     assert outcome.status == 0, outcome.err
     assert json.loads(outcome.out)["model"].endswith("m\\xe9")
+
+
+@pytest.mark.parametrize(
+    "says",
+    [{"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": [*range(90)]}],
+)
+def test_a_folder_may_say_how_it_likes_to_be_sampled(
+    tmp_path: Path, rekindle: Callable[..., Any], says: dict[str, Any]
+) -> None:
+    """Greedy text is compared all the same."""
+    path = save(tmp_path / "m")
+    (path / "generation_config.json").write_text(json.dumps(says))
+    outcome = rekindle("verify", path)
+    assert outcome.status == 0, outcome.out
