@@ -133,11 +133,11 @@ def _give_theirs(ours: GPT2) -> Any:
     import transformers
 
     c = ours.config
-    config = transformers.GPT2Config(
-        n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size,
-        vocab_size=c.padded_vocab_size, attn_implementation="eager",
-    )  # fmt: skip
-    theirs = transformers.GPT2LMHeadModel(config)
+    described: dict[str, Any] = {
+        "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
+        "vocab_size": c.padded_vocab_size, "attn_implementation": "eager",
+    }  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**described))
     weights = {
         name: p.detach().t() if _is_conv1d(name) else p.detach()
         for name, p in ours.named_parameters()
@@ -180,6 +180,9 @@ def _compare(ours: GPT2, theirs: Any) -> list[Row]:
     with torch.no_grad():
         logits, _ = ours(x)
         expected = theirs(x).logits[..., :ids]
+    if not logits.isfinite().all() and not expected.isfinite().all():
+        raise UserError(f"nothing can be compared, since logits are nan or inf: "
+                        f"{why_not_finite(ours)}")  # fmt: skip
     _, loss = ours(x, y)
     loss.backward()
     their_loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())

@@ -194,3 +194,33 @@ def test_a_folder_may_say_how_it_likes_to_be_sampled(
     (path / "generation_config.json").write_text(json.dumps(says))
     outcome = rekindle("verify", path)
     assert outcome.status == 0, outcome.out
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, -30.0])
+def test_padding_rows_count_in_the_loss_and_are_not_drawn(scale: float) -> None:
+    """However likely they are."""
+    from rekindle.interop.verify import _compare, _give_theirs
+    from rekindle.model.gpt2 import GPT2
+    from rekindle.model.gpt2_config import GPT2Config
+
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 40}
+    model = GPT2(GPT2Config(**sizes, vocab_size=90, padded_vocab_size=128))
+    with torch.no_grad():
+        model.lm_head.weight[90:] *= scale
+    rows = _compare(model, _give_theirs(model))
+    assert [row.what for row in rows if not row.passed] == []
+
+
+@pytest.mark.parametrize("factor", [1e30, -1e30, 3e38])
+def test_weights_that_overflow_are_no_difference(
+    tmp_path: Path, refuses: Callable[..., str], factor: float
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = save(tmp_path / "m")
+    weights = load_file(path / "model.safetensors")
+    weights["transformer.h.0.mlp.c_proj.bias"][0] = factor
+    weights["transformer.ln_f.weight"][:] = 3e38
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    refuses(["verify", path], "every weight is finite")
