@@ -30,8 +30,7 @@ class Loaded:
 def load(name: str, device: Device) -> Loaded:
     """Load a run folder (its newest checkpoint), a checkpoint, a folder in Hugging Face's layout,
     or a model of the hub. Raises `UserError` that says what `name` is not."""
-    named = names.find(name)
-    loaded = _load_ours(named) if named.ours else _load_published(named)
+    loaded = _load(name)
     loaded.model.to(device.torch)
     loaded.model.use(choose_compute(device, loaded.model.config.block_size))
     return loaded
@@ -51,6 +50,11 @@ def from_pretrained(name_or_folder: str | Path) -> GPT2:
 
 
 GPT2.from_pretrained = staticmethod(from_pretrained)
+
+
+def _load(name: str) -> Loaded:
+    named = names.find(name)
+    return _load_ours(named) if named.ours else _load_published(named)
 
 
 def _load_published(named: Named) -> Loaded:

@@ -1,6 +1,7 @@
 """What a name stands for: a folder here, then a model of the hub; where two fit, it is said."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -147,3 +148,17 @@ def test_a_checkpoint_copied_without_its_optimizer_says_so(
     error = refuses(["sample", "weights", "--device", "cpu"], "optimizer.safetensors is not there")
     assert "copy" in error
     assert "sets this one aside" not in error
+
+
+@pytest.mark.parametrize("called", [b"r\xe9sultat", b"\xff", b"a\xc3"])
+def test_a_name_that_is_no_utf8_stays_readable(
+    tmp_path: Path, rekindle: Callable[..., Any], called: bytes
+) -> None:
+    """Python's own way to keep such bytes is no text: nothing could read the JSON."""
+    from rekindle import storage
+    from tests.test_load import export
+
+    folder = export(tmp_path / "exported", 50257).rename(tmp_path / os.fsdecode(called))
+    outcome = rekindle("sample", folder, *SAMPLE)
+    assert outcome.status == 0, outcome.err
+    assert storage.parse_json(outcome.out.encode())["model"] == storage.spelled(folder)
