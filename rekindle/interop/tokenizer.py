@@ -12,7 +12,7 @@ from rekindle.errors import UserError
 # OpenAI's encoder.json and vocab.bpe have them.
 TOKENS = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 MERGES = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
-END_OF_TEXT = {"<|endoftext|>": 50256}
+END_OF_TEXT = ("<|endoftext|>", 50256)
 CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 # Files of tokenizers that are not byte-pair encodings as GPT-2's is.
 OTHERS = (
@@ -77,7 +77,7 @@ def _check_vocabulary(vocab: Any) -> None:
 
 def _check_merges(described: dict[str, Any]) -> None:
     merges = described.get("merges")
-    if not isinstance(merges, list):
+    if not isinstance(merges, list) or not all(isinstance(m, str | list) for m in merges):
         raise _ForeignError("it has no merges")
     if _sha256(m if isinstance(m, str) else " ".join(map(str, m)) for m in merges) != MERGES:
         raise _ForeignError("other merges")
@@ -85,7 +85,7 @@ def _check_merges(described: dict[str, Any]) -> None:
 
 def _check_added(added: dict[str, Any]) -> None:
     for token, i in added.items():
-        if END_OF_TEXT.get(token) != i:
+        if (token, i) != END_OF_TEXT:
             raise _ForeignError(f"it adds the token {token!r} with the id {i}")
 
 

@@ -168,3 +168,55 @@ def test_a_run_whose_tokenizer_has_changed(
     train(tmp_path / "run", "--steps", 1, data=tmp_path / "data")
     with pytest.raises(UserError, match="another vocabulary than the tokenizer bytes has"):
         load(str(tmp_path / "run"), CPU)
+
+
+ODD: list[Any] = [
+    {"model": []}, {"model": {"vocab": {"a": True}}}, {"model": {"vocab": {"a": 1.5}}},
+    {"pre_tokenizer": "ByteLevel"}, {"pre_tokenizer": {"type": ["ByteLevel"]}},
+    {"added_tokens": {"a": 1}}, {"added_tokens": [1]}, {"added_tokens": [{"id": {}}]},
+    {"added_tokens": [{"content": ["x"], "id": None}]}, {"post_processor": {"special_tokens": [1]}},
+    {"normalizer": {}}, {"decoder": 7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", ODD, ids=str)
+def test_whatever_a_tokenizer_json_holds_is_one_line(
+    folder: Path, vocabulary: tuple[dict[str, int], list[str]], changes: dict[str, Any]
+) -> None:
+    put(folder, "tokenizer.json", {**tokenizer_json(*vocabulary), **changes})
+    with pytest.raises(UserError, match=r"tokenizer\.json is of another tokenizer"):
+        load(str(folder), CPU)
+
+
+@pytest.mark.parametrize("merges", [5, {}, [5], [["a"]], [{"a": 1}], [None, ["a", "b"]], []])
+def test_whatever_merges_are_they_are_compared(
+    folder: Path, vocabulary: tuple[dict[str, int], list[str]], merges: Any
+) -> None:
+    put(folder, "tokenizer.json", tokenizer_json(vocabulary[0], merges))
+    with pytest.raises(UserError, match="merges"):
+        load(str(folder), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"50256": 5}}),
+        ("tokenizer_config.json", {"tokenizer_class": ["GPT2Tokenizer"]}),
+        ("added_tokens.json", {"<|endoftext|>": "50256"}),
+        ("added_tokens.json", {"<|endoftext|>": {}}),
+        ("vocab.json", {}),
+        ("merges.txt", ""),
+    ],
+)
+def test_whatever_the_other_files_hold_is_one_line(folder: Path, name: str, value: Any) -> None:
+    put(folder, name, value)
+    with pytest.raises(UserError, match=rf"{name} is of another tokenizer"):
+        load(str(folder), CPU)
+
+
+def test_merges_that_are_no_utf8(folder: Path) -> None:
+    (folder / "merges.txt").write_bytes(b"#version: 0.2\n\xc4\n")
+    with pytest.raises(UserError, match=r"merges\.txt is of another tokenizer"):
+        load(str(folder), CPU)
