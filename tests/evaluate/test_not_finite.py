@@ -217,3 +217,18 @@ def test_a_run_whose_data_is_elsewhere_now(
     if moved == "a file":
         data.write_text("")
     refuses(["eval", tmp_path / "run", "--device", "cpu"], str(data), "give --data DIR")
+
+
+@pytest.mark.parametrize("flags", [("--steps", 1), ("--steps", 3), ("--optim.eps", 1e-30)])
+def test_a_training_run_never_logs_a_score_made_of_nan(
+    tmp_path: Path, command: Callable[..., list[str]], rekindle: Callable[..., Any],
+    records: Callable[..., Any], questions: Path, flags: tuple[Any, ...], one_thread: None,
+) -> None:  # fmt: skip
+    """Its first step makes weights of which no loss is finite."""
+    huge = ["--optim.lr", 1e30, "--schedule.warmup", 0, "--eval-every", 1, "--hellaswag", questions]
+    context = ["--model.block-size", 64]
+    outcome = rekindle(*command(tmp_path / "run"), *context, *huge, *flags)
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1
+    assert "HellaSwag: the loss of item 1, candidate 1 is nan" in outcome.err
+    assert [r["step"] for r in records(tmp_path / "run", "hellaswag")] == [0]  # before it
