@@ -21,7 +21,7 @@ SEED = 1337  # of the generated bugs that are planted
 
 # Name → why no test can notice it.
 EXPLAINED: dict[str, str] = {
-    "loading.load: cast(nn.Module, loaded.model).to(device.torch) => pass": "on a CPU it moves nothing",
+    "loading.load: cast(nn.Module, loaded.model).to(device.torch) => pass": "no move on a CPU",
     "runtime.device.keep_freed_memory: 2 => 3 in 2 ** 25": "only an older C library gets there",
     "runtime.device.keep_freed_memory: 25 => 26 in 2 ** 25": "only an older C library gets there",
     "runtime.device.keep_freed_memory: 30 => 31 in 2 ** 30": "no test takes a block of 1 GiB",

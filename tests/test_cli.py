@@ -123,7 +123,9 @@ def test_a_name_that_is_no_utf8_harms_nobody(
 def test_a_prompt_that_is_no_text_is_told(run: Path, rekindle: Callable) -> None:
     outcome = rekindle("sample", run, "--prompt", os.fsdecode(b"a\xff"), "--device", "cpu")
     assert outcome.status == 2
-    assert outcome.err.startswith("rekindle: error: a text or a name is no UTF-8 (")
+    assert outcome.err.startswith(
+        "rekindle: error: --prompt is no UTF-8 (its character 2 is a stray"
+    )
 
 
 @pytest.mark.parametrize("reader", ["closed", "full", "ascii"])

@@ -92,7 +92,9 @@ def test_a_folder_in_hugging_faces_layout(tmp_path: Path) -> None:
 
 def test_a_folder_with_another_vocabulary_has_no_tokenizer(tmp_path: Path) -> None:
     folder = export(tmp_path / "exported", 300)
-    with pytest.raises(UserError, match="has 300 ids, GPT-2's tokenizer 50257"):
+    with pytest.raises(
+        UserError, match="has an embedding of 300 rows, GPT-2's tokenizer 50257 ids"
+    ):
         load(str(folder), CPU)
 
 
@@ -117,7 +119,7 @@ def test_a_folder_that_is_no_checkpoint(refuses: Callable[..., str], tmp_path: P
 
 def test_a_file_is_no_model(refuses: Callable[..., str], run: Path) -> None:
     file = run / "checkpoints" / "step-000008" / "model.safetensors"
-    refuses(["sample", file, "--device", "cpu"], str(file), "is no run and no checkpoint")
+    refuses(["sample", file, "--device", "cpu"], f"{file} is a file: name the folder {file.parent}")
 
 
 @pytest.mark.parametrize("keep", ["all but a byte", "a kilobyte", "nothing"])

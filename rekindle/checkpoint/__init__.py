@@ -6,11 +6,19 @@ RUN/checkpoints/step-000250/
     checkpoint.json        a `Description`; each file's SHA-256 and its own
 """
 
-from rekindle.checkpoint.format import FILES, Checkpoint, DamagedError, Description, load
+from rekindle.checkpoint.format import (
+    DESCRIPTION,
+    FILES,
+    Checkpoint,
+    DamagedError,
+    Description,
+    load,
+)
 from rekindle.checkpoint.retention import Keep, find, list_checkpoints, newest_whole, prune
 from rekindle.checkpoint.writer import Saver, Snapshot, amend, save, write
 
 __all__ = [
+    "DESCRIPTION",
     "FILES",
     "Checkpoint",
     "DamagedError",

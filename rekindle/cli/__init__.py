@@ -17,6 +17,9 @@ from rekindle.errors import Stopped, UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 (verify: they differ), 2 (a user's mistake), or
     128 and the number of the signal that asked to stop."""
+    # A closed one is None; opened here, nothing else takes its number and is written to instead.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not all of them can print what a model says
             stream.reconfigure(errors="backslashreplace")

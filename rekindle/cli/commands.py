@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import sys
 
 from rekindle import recipes
 from rekindle.cli.arguments import given
@@ -9,6 +11,20 @@ from rekindle.errors import UserError
 from rekindle.evaluate.tasks import TASKS
 from rekindle.flags import flags_of
 from rekindle.machine import MachineOptions
+
+
+def _answer(text: str) -> None:
+    """Print what was asked for. A reader that has gone, as `head` does, wants no more of it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # what is left in its buffer would fail once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _note(text: str) -> None:
+    """Say something beside the answer, which a program may read."""
+    if text:
+        print(f"rekindle: {text}", file=sys.stderr, flush=True)
 
 
 def prepare(o: argparse.Namespace) -> None:
@@ -54,43 +70,46 @@ def evaluate(o: argparse.Namespace) -> None:
     tasks = {name: where for name in TASKS if (where := getattr(o, name))}
     results = evaluate_model(
         o.model, data=o.data, tasks=tasks, tokens=o.tokens, limit=o.limit,
-        device=o.device, precision=o.precision, console=console,
+        device=o.device, precision=o.precision, console=console, note=_note,
     )  # fmt: skip
     if o.json and place().is_main:
-        print(json.dumps(results))
+        _answer(json.dumps(results, allow_nan=False))
 
 
 def sample(o: argparse.Namespace) -> None:
     from rekindle.loading import load
     from rekindle.runtime.device import get_device, why_not_compile
-    from rekindle.sampling import cut_at_end, generate
+    from rekindle.sampling import check_numbers, check_prompt, cut_at_end, generate
 
+    numbers = {name: getattr(o, name) for name in ("tokens", "num", "seed", "temperature", "top_k")}
+    check_numbers(**numbers)
+    check_prompt(o.prompt)
     device = get_device(o.device, o.precision)
     if o.compile and (reason := why_not_compile(device.torch)):
         raise UserError(f"--compile cannot be done here: {reason}")
     loaded = load(o.model, device)
+    _note(loaded.note)
     loaded.model.cast(device.product_dtype, rows=o.num)
     prompt = loaded.tokenizer.encode(o.prompt)
     with device.autocast():
         ids = generate(
-            loaded.model, prompt or [loaded.tokenizer.end_of_text], o.tokens, num=o.num,
-            seed=o.seed, temperature=o.temperature, top_k=o.top_k, compile=o.compile,
-        )  # fmt: skip
+            loaded.model, prompt or [loaded.tokenizer.end_of_text], **numbers, compile=o.compile
+        )
     end = loaded.tokenizer.end_of_text
     rows = [cut_at_end(row, end, start=len(prompt) or 1) for row in ids.tolist()]
     texts = [loaded.tokenizer.decode([t for t in row if t != end]) for row in rows]
     if o.json:
-        print(json.dumps({"model": loaded.name, "prompt": o.prompt, "samples": texts}))
+        _answer(json.dumps({"model": loaded.name, "prompt": o.prompt, "samples": texts}))
         return
-    for i, text in enumerate(texts, 1):
-        print(f"--- {i} of {o.num} ---\n{text}")
+    _answer("\n".join(f"--- {i} of {o.num} ---\n{text}" for i, text in enumerate(texts, 1)))
 
 
 def verify(o: argparse.Namespace) -> int:
     from rekindle.interop.verify import verify
 
     report = verify(o.model, random_weights=o.random_weights, layers=o.layers)
-    print(json.dumps(report.as_dict()) if o.json else report.table())
+    _note(report.note)
+    _answer(json.dumps(report.as_dict(), allow_nan=False) if o.json else report.table())
     return 0 if report.passed else 1
 
 
@@ -126,4 +145,4 @@ def ladder(o: argparse.Namespace) -> None:
 def report(o: argparse.Namespace) -> None:
     from rekindle.observe.report import draw_loss
 
-    print(f"wrote {draw_loss(o.run, o.picture or o.run / 'loss.png')}")
+    _answer(f"wrote {draw_loss(o.run, o.picture or o.run / 'loss.png')}")

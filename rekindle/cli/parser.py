@@ -13,8 +13,8 @@ from rekindle.flags import flags_of
 from rekindle.machine import MachineOptions
 
 RUN_OR_MODEL = (
-    "a run folder, a checkpoint, gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or a folder in "
-    "Hugging Face's layout"
+    "a run folder, a checkpoint, a folder in Hugging Face's layout, or gpt2 | gpt2-medium | "
+    "gpt2-large | gpt2-xl; a folder of that name goes before the hub's model"
 )
 
 
@@ -181,7 +181,7 @@ def _add_verify(commands: Any) -> None:
     p = _add(
         commands, "verify", do.verify, "compare logits, loss, text and gradients with transformers"
     )
-    p.add_argument("model", metavar="MODEL", help="gpt2 ... gpt2-xl, or a folder in HF's layout")
+    p.add_argument("model", metavar="RUN_OR_MODEL", help=RUN_OR_MODEL)
     p.add_argument(
         "--random-weights", action="store_true", help="a random model of that size: no network"
     )

@@ -1,10 +1,12 @@
 """`rekindle eval`: validation loss and tasks of any model that can be named."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rekindle import storage
 from rekindle.data import shards
 from rekindle.errors import UserError
 from rekindle.evaluate import scoring
@@ -53,12 +55,15 @@ class _Evaluation:
             device=device,
             world=self.world,
         )
+        loss.check_finite(loaded.model)
+        bits = loss.bits_per_byte if math.isfinite(loss.bits_per_byte) else None
+        shown = "" if bits is None else f", {bits:.4f} bits/byte"
         self.console.say(
-            f"validation loss {loss.nats:.4f} nats/token, {loss.bits_per_byte:.4f} bits/byte "
-            f"over {loss.tokens:,} tokens of {data}"
+            f"validation loss {loss.nats:.4f} nats/token{shown} over {loss.tokens:,} tokens of "
+            f"{data}"
         )
-        values = {"loss": loss.nats, "bits_per_byte": loss.bits_per_byte, "tokens": loss.tokens}
-        return {"data": str(data), **values}
+        values = {"loss": loss.nats, "bits_per_byte": bits, "tokens": loss.tokens}
+        return {"data": storage.spelled(data), **values}
 
     def score(self, task: Task, where: str, limit: int | None) -> dict[str, float]:
         """Scores of the first `limit` items of a task."""
@@ -86,11 +91,13 @@ def evaluate_model(
     device: str,
     precision: str,
     console: Console,
+    note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Validation loss and tasks of a run or model, also under torchrun.
 
     `tasks`: for a task's name, the file its items are read from, or "hub". A run without `data` and
-    without tasks is scored on its own data. Raises `UserError` if there is nothing to score.
+    without tasks is scored on its own data. `note` gets what the name fits beside what was taken.
+    Raises `UserError` if there is nothing to score.
     """
     world = distributed.place()
     chosen = get_device(device, precision, world.local_rank)
@@ -98,10 +105,17 @@ def evaluate_model(
     loaded = load(name, chosen)
     if data is None and loaded.run and loaded.run.data and not tasks:
         data = Path(loaded.run.data["path"])
+        if not data.is_dir():
+            raise UserError(
+                f"the data that {loaded.name} was trained on is not at {data} any more: give "
+                "--data DIR"
+            )
     if data is None and not tasks:
         raise UserError("nothing to evaluate: give --data DIR, --hellaswag FILE, or both")
     distributed.connect(world, chosen.torch)
     evaluation = _Evaluation(loaded, chosen, world, console)
+    if world.is_main and loaded.note:
+        note(loaded.note)
     results: dict[str, Any] = {"model": loaded.name}
     if data is not None:
         results["validation"] = evaluation.validate(data, tokens)

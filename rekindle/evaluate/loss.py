@@ -9,18 +9,29 @@ import torch
 
 from rekindle.data.batches import IGNORED, validation_batches
 from rekindle.errors import UserError
+from rekindle.model import HasParameters
 from rekindle.model.compute import Forward
+from rekindle.model.finite import why_not_finite
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A validation loss. `nats` is per token; `bits_per_byte` does not depend on the tokenizer."""
+    """A validation loss. `nats` is per token; `bits_per_byte` does not depend on the tokenizer, and
+    is nan where all targets are ends of texts, which stand for no byte.
+
+    Training looks at `nats` by itself; whoever tells a person calls `check_finite` first.
+    """
 
     nats: float
     bits_per_byte: float
     tokens: int
+
+    def check_finite(self, model: HasParameters) -> None:
+        """Raises `UserError` that names what is wrong with `model` if this is no loss."""
+        if not math.isfinite(self.nats):
+            raise UserError(f"the validation loss is {self.nats}: {why_not_finite(model)}")
 
 
 @torch.no_grad()

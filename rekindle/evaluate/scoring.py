@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rekindle.errors import UserError
 from rekindle.evaluate.tasks.base import Item, Task
 from rekindle.model import LanguageModel
+from rekindle.model.finite import first_not_finite, why_not_finite
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
@@ -180,9 +182,22 @@ def evaluate(
     """Score all items of a task, each rank its share; returns the task's scores on every rank.
 
     `body` is the compiled form of the model's body, if there is one. `say` gets lines of progress.
+    Raises `UserError` that names the first candidate whose loss is not finite, on every rank: a
+    score made of it would look like any other.
     """
     losses = candidate_losses(model, packed, device, body=body, say=say)
+    _check_finite(model, packed, losses)
     return packed.task.score(packed.items, losses.sums, losses.counts, losses.greedy)
+
+
+def _check_finite(model: LanguageModel, packed: Packed, losses: Losses) -> None:
+    for number, sums in enumerate(losses.sums, 1):
+        candidate = first_not_finite(sums)
+        if candidate is not None:
+            raise UserError(
+                f"{packed.task.title}: the loss of item {number}, candidate {candidate + 1} is "
+                f"{float(sums[candidate])}: {why_not_finite(model)}"
+            )
 
 
 @torch.no_grad()

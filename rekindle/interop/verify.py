@@ -1,6 +1,7 @@
 """Is our GPT-2 the same function as `transformers`' GPT-2? Logits, loss, text and gradients."""
 
-import contextlib
+import math
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rekindle import storage
 from rekindle.errors import UserError
-from rekindle.interop import huggingface
-from rekindle.interop.huggingface import HUB
+from rekindle.interop import huggingface, names
+from rekindle.interop.huggingface import TABLE
+from rekindle.model.finite import why_not_finite
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import SIZES
 from rekindle.sampling import generate
 
 # Float32 on a CPU. Gradients are compared relative to the largest of their tensor.
 LOGITS, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-3
-ROWS, LENGTH, GREEDY = 2, 64, 24  # tokens compared
+ROWS, LENGTH, PROMPT, GREEDY = 2, 64, 8, 24  # tokens compared, where the context has room for them
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,18 @@ class Report:
 
     model: str
     rows: tuple[Row, ...]
+    note: str = ""  # what else the model's name fits, and which of them was taken
 
     @property
     def passed(self) -> bool:
         return all(row.passed for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
+        """As JSON can hold it: a difference that is no number is None."""
         rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
+        for row in rows:
+            if not math.isfinite(row["difference"]):
+                row["difference"] = None
         return {"model": self.model, "passed": self.passed, "rows": rows}
 
     def table(self) -> str:
@@ -64,11 +72,13 @@ class Report:
 
 
 def verify(model: str, *, random_weights: bool = False, layers: int | None = None) -> Report:
-    """Compare `model` (of the hub, or a folder in Hugging Face's layout) with `transformers`.
+    """Compare `model` (a run, a checkpoint, a model of the hub, or a folder in Hugging Face's
+    layout) with `transformers`, which reads what is published by itself and is given the weights of
+    a run.
 
     With `random_weights` no network is needed: a random `transformers` model of that size (of
     `layers` blocks, if given) is saved in its own format and read by us.
-    Raises `UserError` if `transformers` is missing or the model cannot be had.
+    Raises `UserError` if `transformers` is missing, the model cannot be had, or is not finite.
     """
     try:
         import transformers
@@ -76,25 +86,72 @@ def verify(model: str, *, random_weights: bool = False, layers: int | None = Non
         raise UserError(
             "rekindle verify compares with transformers: pip install 'rekindle[verify]'"
         ) from None
-    if layers and not random_weights:
+    if layers is not None and not random_weights:
         raise UserError("--layers goes with --random-weights")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with contextlib.ExitStack() as stack:
-        source = model
-        if random_weights:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            source = _save_random(model, layers, Path(folder))
-        ours = huggingface.from_pretrained(source)
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(
-            HUB.get(source, source), attn_implementation="eager"
-        ).float()
-        theirs.eval()  # no dropout
-        name = f"{model} with random weights" if random_weights else model
-        return Report(name, tuple(_compare(ours, theirs)))
+    if random_weights:
+        with tempfile.TemporaryDirectory() as folder:
+            _save_random(model, layers, Path(folder))
+            ours, theirs = huggingface.from_pretrained(Path(folder)), _load_theirs(Path(folder))
+            return Report(f"{model} with random weights", tuple(_compare(ours, theirs)))
+    named = names.find(model)
+    ours = names.read(named)
+    if not isinstance(ours, GPT2):
+        raise UserError(f"{model} is a {type(ours).__name__}: verify compares GPT-2s")
+    if any(not p.isfinite().all() for p in ours.parameters()):
+        raise UserError(f"{model} cannot be compared: {why_not_finite(ours)}")
+    if named.ours:
+        theirs = _give_theirs(ours)
+    else:
+        config, _ = (
+            huggingface.folder_files(named.folder) if named.folder
+            else huggingface.hub_files(named.name)
+        )  # fmt: skip
+        theirs = _load_theirs(config.parent)
+    return Report(storage.spelled(model), tuple(_compare(ours, theirs)), named.note)
 
 
-def _save_random(size: str, layers: int | None, folder: Path) -> str:
+def _load_theirs(folder: Path) -> Any:
+    """The model in `folder` as `transformers` reads it, float32 and without dropout."""
+    import transformers
+
+    if storage.spelled(folder) != str(folder):  # its libraries open no path that is not UTF-8
+        with tempfile.TemporaryDirectory() as copy:
+            for name in huggingface.FILES:
+                shutil.copy(folder / name, copy)
+            return _load_theirs(Path(copy))
+    # An absolute path, or it might be taken for a name of the hub.
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(
+        str(folder.absolute()), attn_implementation="eager"
+    )
+    theirs.generation_config = transformers.GenerationConfig()  # greedy, whatever the folder says
+    return theirs.float().eval()
+
+
+def _give_theirs(ours: GPT2) -> Any:
+    """A `transformers` model with the weights of `ours`, its padding rows included, as Conv1D has
+    them."""
+    import transformers
+
+    c = ours.config
+    described: dict[str, Any] = {
+        "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
+        "vocab_size": c.padded_vocab_size, "attn_implementation": "eager",
+    }  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**described))
+    weights = {
+        name: p.detach().t() if _is_conv1d(name) else p.detach()
+        for name, p in ours.named_parameters()
+    }
+    # strict=False: the head is the embedding, and is named once.
+    unknown = theirs.load_state_dict({**weights, "lm_head.weight": weights[TABLE]}, strict=False)
+    assert not unknown.unexpected_keys
+    theirs.tie_weights()
+    return theirs.eval()
+
+
+def _save_random(size: str, layers: int | None, folder: Path) -> None:
     """Save a random `transformers` GPT-2. Biases and norms are random, too: at their usual zeros
     and ones they could be exchanged without a trace."""
     import transformers
@@ -102,9 +159,12 @@ def _save_random(size: str, layers: int | None, folder: Path) -> str:
     if size not in SIZES:
         raise UserError(f"--random-weights takes a size, {' '.join(SIZES)}, not {size!r}")
     c = SIZES[size]
+    layers = c.n_layer if layers is None else layers
+    if not 1 <= layers <= c.n_layer:
+        raise UserError(f"--layers must be from 1 to {c.n_layer}, but is {layers}")
     torch.manual_seed(1337)
     config = transformers.GPT2Config(
-        n_layer=layers or c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size,
+        n_layer=layers, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size,
         vocab_size=c.vocab_size,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config)
@@ -112,56 +172,67 @@ def _save_random(size: str, layers: int | None, folder: Path) -> str:
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.02)
     model.save_pretrained(folder)
-    return str(folder)
 
 
 def _compare(ours: GPT2, theirs: Any) -> list[Row]:
+    ids, T = ours.config.vocab_size, min(LENGTH, ours.config.block_size)
     random = torch.Generator().manual_seed(1337)
-    idx = torch.randint(ours.config.vocab_size, (ROWS, LENGTH + 1), generator=random)
+    idx = torch.randint(ids, (ROWS, T + 1), generator=random)
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
     with torch.no_grad():
         logits, _ = ours(x)
-        expected = theirs(x).logits
+        expected = theirs(x).logits[..., :ids]
+    if not logits.isfinite().all() and not expected.isfinite().all():
+        raise UserError(f"nothing can be compared, since logits are nan or inf: "
+                        f"{why_not_finite(ours)}")  # fmt: skip
     _, loss = ours(x, y)
     loss.backward()
     their_loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
     their_loss.backward()
     difference = (logits - expected).abs()
-    row, position = divmod(int(difference.max(-1).values.argmax()), LENGTH)
-    return [
+    row, position = divmod(int(difference.max(-1).values.argmax()), T)
+    rows = [
         Row("logits", difference.max().item(), LOGITS, f"row {row}, position {position}"),
         Row("loss", abs(loss.item() - their_loss.item()), LOSS, f"{loss.item():.6f} nats"),
-        _compare_text(ours, theirs, x[:1, :8]),
-        _compare_gradients(ours, theirs),
     ]
+    if T > 1:  # a single position has no room for a continuation
+        rows.append(_compare_text(ours, theirs, x[:1, : min(PROMPT, T // 2)]))
+    return [*rows, _compare_gradients(ours, theirs)]
 
 
 def _compare_text(ours: GPT2, theirs: Any, prompt: Tensor) -> Row:
     """Greedy continuations; the difference is the number of tokens that differ."""
-    mine = generate(ours, prompt[0].tolist(), GREEDY, temperature=0)[0]
+    c = ours.config
+    tokens = min(GREEDY, c.block_size - prompt.shape[1])
+    mine = generate(ours, prompt[0].tolist(), tokens, temperature=0)[0]
+    padding = list(range(c.vocab_size, c.padded_vocab_size))
     expected = theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=GREEDY,
-        min_new_tokens=GREEDY, do_sample=False, pad_token_id=0, eos_token_id=None,
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens,
+        min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None,
+        suppress_tokens=padding or None,
     )[0]  # fmt: skip
     differing = (mine != expected).nonzero().flatten()
-    where = f"token {int(differing[0])}" if len(differing) else f"{GREEDY} tokens alike"
+    where = f"token {int(differing[0])}" if len(differing) else f"{tokens} tokens alike"
     return Row("text", float(len(differing)), 0.0, where)
 
 
 def _compare_gradients(ours: GPT2, theirs: Any) -> Row:
-    mine = dict(ours.named_parameters())
-    worst, where = -1.0, ""
+    mine = {name: p.grad for name, p in ours.named_parameters()}
+    expected: dict[str, Tensor] = {}
     for name, p in theirs.named_parameters():
-        name = "transformer.wte.weight" if name == "lm_head.weight" else name
-        own, expected = mine.pop(name).grad, p.grad
+        gradient = p.grad.t() if _is_conv1d(name) else p.grad
+        name = TABLE if name == "lm_head.weight" else name
+        expected[name] = expected[name] + gradient if name in expected else gradient
+    if apart := sorted(mine.keys() ^ expected.keys()):
+        whose = "transformers' model" if apart[0] in mine else "ours"
+        raise UserError(f"{whose} has no gradient for {apart[0]}")
+    worst, where = -1.0, ""
+    for name, own in mine.items():
         assert own is not None
-        assert expected is not None
-        expected = expected.t() if _is_conv1d(name) else expected
-        relative = ((own - expected).abs().max() / expected.abs().max()).item()
+        largest = expected[name].abs().max().clamp(min=torch.finfo(own.dtype).tiny)
+        relative = ((own - expected[name]).abs().max() / largest).item()
         if not relative <= worst:
             worst, where = relative, name
-    if mine:
-        raise UserError(f"transformers' model has no gradient for {next(iter(mine))}")
     return Row("gradients", worst, GRADIENTS, where)
 
 

@@ -8,13 +8,17 @@ from rekindle.errors import UserError
 from rekindle.observe.metrics import RECORD
 from rekindle.schema import mismatch
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 def draw_loss(run: Path, picture: Path) -> Path:
-    """Draw training and validation loss of `run` into `picture` (.png or .svg); return its path.
+    """Draw training and validation loss of `run` into `picture` (one of `PICTURES`); return its
+    path.
 
-    Raises `UserError` if there is no log, or no matplotlib.
+    Raises `UserError` if there is no log, no matplotlib, or `picture` cannot be one.
     """
     plt = _pyplot()
+    _check_picture(picture)
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run} has no metrics.jsonl: it is no run, or has not begun")
     records = storage.read_json_lines(run / "metrics.jsonl", RECORD)
@@ -80,6 +84,17 @@ def _pyplot() -> Any:
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install 'rekindle[plot]'") from None
     return pyplot
+
+
+def _check_picture(picture: Path) -> None:
+    """Refuse what matplotlib would not draw, or would write under another name."""
+    if picture.is_dir():
+        raise UserError(f"{picture} is a folder: name a file in it, such as {picture / 'loss.png'}")
+    if picture.suffix.lower() not in PICTURES:
+        *kinds, last = PICTURES
+        raise UserError(
+            f"{picture} is no picture: let its name end in {', '.join(kinds)} or {last}"
+        )
 
 
 def _save(figure: Any, picture: Path) -> Path:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rekindle import sampling
 from rekindle.model.attention import attend, attend_once
 from rekindle.model.compute import Compute
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
 from rekindle.runtime.device import why_not_compile
+from rekindle.sampling import decoding as sampling
 from rekindle.sampling import generate, predict
 
 CONFIG = GPT2Config(
@@ -203,7 +203,8 @@ def test_columns_hold_the_same_weights(model: GPT2) -> None:
 def test_drawing_is_multinomial_number_for_number() -> None:
     logits = torch.randn(64, 257)
     for top_k in (0, 50):
-        drawn = sampling.draw(logits, 0.8, top_k, torch.Generator().manual_seed(5))
+        drawn, total = sampling.draw(logits, 0.8, top_k, torch.Generator().manual_seed(5))
+        assert float(total) == pytest.approx(64)
         values, ids = (logits / 0.8).topk(top_k or 257)
         if not top_k:
             values, ids = logits / 0.8, torch.arange(257).expand(64, -1)

@@ -60,3 +60,28 @@ def test_without_matplotlib_it_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refuses(["report", run], "pip install 'rekindle[plot]'")
+
+
+@pytest.mark.parametrize("name", ["x.xyz", "loss", "curve.png.bak", "metrics.jsonl", "x."])
+def test_a_picture_of_a_kind_that_cannot_be_drawn(
+    refuses: Callable, run: Path, tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    refuses(["report", run, "--picture", run / name], str(run / name), ".png, .svg or .pdf")
+
+
+@pytest.mark.parametrize("name", ["pictures", "loss.png", "run"])
+def test_a_folder_is_no_picture(refuses: Callable, run: Path, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / name).mkdir(exist_ok=True)
+    refuses(["report", run, "--picture", tmp_path / name], f"{tmp_path / name} is a folder")
+
+
+@pytest.mark.parametrize("name", ["loss.PNG", "loss.svg", "loss.pdf"])
+def test_the_picture_has_the_name_that_was_given(
+    rekindle: Callable, run: Path, tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    before = set(tmp_path.rglob("*"))
+    assert rekindle("report", run, "--picture", tmp_path / name).status == 0
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / name}

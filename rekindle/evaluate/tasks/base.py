@@ -48,7 +48,8 @@ class Task(Protocol):
         """Metrics as floats, counts as ints; a key that starts with "acc" is a share of the items.
 
         For each item a tensor with one value per candidate, on the CPU: `sums` has the sum of its
-        tokens' losses in nats (float64), `counts` how many tokens were scored (float64), `greedy`
-        whether each of them was the model's first choice (bool; None unless `needs_greedy`).
+        tokens' losses in nats (float64, finite), `counts` how many tokens were scored (float64),
+        `greedy` whether each of them was the model's first choice (bool; None unless
+        `needs_greedy`).
         """
         ...
