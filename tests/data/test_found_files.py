@@ -41,7 +41,6 @@ def said_of(source: Any, out: Path) -> str:
     return "\n".join(said)
 
 
-@pytest.mark.xfail(strict=True)
 @pytest.mark.parametrize("kind", KINDS)
 def test_subfolders_and_upper_case_count(tmp_path: Path, write: Callable, kind: str) -> None:
     suffix = KINDS[kind]
@@ -53,7 +52,6 @@ def test_subfolders_and_upper_case_count(tmp_path: Path, write: Callable, kind: 
     assert sorted(documents(source)) == sorted(names)
 
 
-@pytest.mark.xfail(strict=True)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_taken_is_named(tmp_path: Path, write: Callable, kind: str) -> None:
     write(tmp_path / "in" / f"a{KINDS[kind]}")
@@ -63,11 +61,10 @@ def test_what_is_not_taken_is_named(tmp_path: Path, write: Callable, kind: str) 
     said = said_of(from_arguments(**{kind: [tmp_path / "in"]}), tmp_path / "out")
     lines = [line for line in said.splitlines() if "notes.csv" in line]
     assert len(lines) == 1
-    for name in ("_SUCCESS", "._a.parquet", ".hidden/b.jsonl", "sub/picture.png"):
+    for name in ("_SUCCESS", "._a.parquet", ".hidden/", "sub/picture.png"):
         assert name in said
 
 
-@pytest.mark.xfail(strict=True)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_link_is_an_error(tmp_path: Path, write: Callable, kind: str) -> None:
     write(tmp_path / f"a{KINDS[kind]}")
@@ -80,7 +77,6 @@ def test_a_broken_link_is_an_error(tmp_path: Path, write: Callable, kind: str) -
         (tmp_path / link).unlink()
 
 
-@pytest.mark.xfail(strict=True)
 @pytest.mark.parametrize("make", [os.symlink, os.link], ids=["symbolic", "hard"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_file_under_two_names(tmp_path: Path, write: Callable, kind: str, make: Any) -> None:
@@ -97,7 +93,6 @@ def test_one_file_under_two_names(tmp_path: Path, write: Callable, kind: str, ma
     assert "same file" in said
 
 
-@pytest.mark.xfail(strict=True)
 def test_linked_folders(tmp_path: Path, write: Callable) -> None:
     """A link to a folder is followed, a circle ends, and nothing is taken twice."""
     write(tmp_path / "elsewhere" / "a.txt", "once")
@@ -108,7 +103,6 @@ def test_linked_folders(tmp_path: Path, write: Callable) -> None:
     assert documents(from_arguments(text=[tmp_path / "in"])) == ["once"]
 
 
-@pytest.mark.xfail(strict=True)
 def test_one_file_named_twice(
     tmp_path: Path, write: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +114,6 @@ def test_one_file_named_twice(
             from_arguments(text=[tmp_path / "in", Path(other)])
 
 
-@pytest.mark.xfail(strict=True)
 def test_a_folder_of_other_files_says_what_there_is(tmp_path: Path) -> None:
     for name in ("a.json.gz", "b.csv"):
         (tmp_path / name).write_text("x")
@@ -128,7 +121,6 @@ def test_a_folder_of_other_files_says_what_there_is(tmp_path: Path) -> None:
         from_arguments(jsonl=[tmp_path])
 
 
-@pytest.mark.xfail(strict=True)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pipe_is_called_one(tmp_path: Path, write: Callable, kind: str) -> None:
     os.mkfifo(tmp_path / f"pipe{KINDS[kind]}")

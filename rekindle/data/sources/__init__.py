@@ -26,8 +26,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
         _PATHS
         | {
             "metavar": "DIR",
-            "help": "Parquet files, or folders of them, with a column `text`; val*.parquet is "
-            "validation",
+            "help": "Parquet files, or folders of them, with a column `text`",
         },
     ),
     "jsonl": ("jsonl.JsonLinesSource", _PATHS | {"metavar": "FILE", "help": "JSON lines, `text`"}),
