@@ -32,7 +32,11 @@ FORM = POSITION | {  # of what `prepare` saves with each shard
     "history?": [POSITION | {"finished": int}],
 }
 FILE = {"name": str, "bytes": int, "split": (str, None), "sha256": str}
-START = {"cursor": [0, 0], "offset": 0, "pending": {"val": {"documents": 0, "pieces": []}}}
+START: dict[str, Any] = {
+    "cursor": [0, 0],
+    "offset": 0,
+    "pending": {"val": {"documents": 0, "pieces": []}},
+}
 
 
 def finished(
@@ -59,6 +63,8 @@ def saved_state(source: Source, out: Path, settings: dict[str, Any]) -> dict[str
     if not path.exists():
         return None
     state = storage.read_json(path, FORM)
+    if any(len(entry["cursor"]) != 2 for entry in (state, *state.get("history", []))):
+        raise UserError(f"{path} is damaged: remove {out} and prepare again")
     names = [*(entry["name"] for entry in state["shards"]), *pieces_of(state)]
     if not all(map(shards.is_name, names)):  # pieces are removed when they are in a shard
         raise UserError(f"{path} names files of other folders: remove {out} and prepare again")
@@ -93,9 +99,10 @@ def without_changed_files(state: dict[str, Any], source: Source) -> tuple[dict[s
         return state, ""
     changed = same.index(False) if False in same else len(same)
     history = [entry for entry in state.get("history", []) if entry["cursor"][0] < changed]
-    entry = history[-1] if history else START | {"finished": 0}
-    kept = entry["finished"]
-    back = state | {key: entry[key] for key in ("cursor", "offset", "pending")}
+    entry: dict[str, Any] = history[-1] if history else START
+    kept = entry.get("finished", 0)
+    back = state | {"cursor": entry["cursor"], "pending": entry["pending"]}
+    back["offset"] = entry.get("offset", 0)
     back |= {"history": history, "shards": state["shards"][:kept]}
     back["source"] = state["source"] | {"files": before[: entry["cursor"][0] + 1]}
     if not history:  # nothing is left that another share would contradict

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 
 from rekindle.data.shards import open_shard
-from rekindle.data.sources import from_arguments
 from rekindle.errors import UserError
+from tests.data.naming import source_of
 
 LINES = "".join(json.dumps({"text": f"Line number {i}."}) + "\n" for i in range(300)).encode()
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 1234\n"
@@ -24,7 +24,7 @@ PAGE = b"<!DOCTYPE html>\n<html><head><title>404</title></head><body>Not found</
 
 
 def documents(kind: str, path: Path) -> list[str]:
-    source: Any = from_arguments(**{kind: [path]})
+    source: Any = source_of(kind, [path])
     return [text for block in source.blocks(0) for text in block.texts.to_pylist()]
 
 
@@ -173,6 +173,7 @@ HARD = {
     "deep objects": ('{"a":' * 50_000 + "1" + "}" * 50_000, "nested too deeply"),
     "open": ("[" * 100_000, "nested too deeply"),
     "half a pair": ('{"text": "half \\ud83d"}', "not valid Unicode"),
+    "fields": ('{"id": 3, "content": "x"}', r"string field 'text' \(its fields: 'id', 'content'\)"),
     "key": ('{"\\udc00": 1, "text": 3}', "string field 'text'"),
 }
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from rekindle.data.prepare import prepare
-from rekindle.data.sources import from_arguments
 from rekindle.errors import UserError
 from tests.data.listening import listen
+from tests.data.naming import source_of
 
 KINDS = {"jsonl": ".jsonl", "text": ".txt", "parquet": ".parquet"}
 
@@ -47,8 +47,8 @@ def test_subfolders_and_upper_case_count(tmp_path: Path, write: Callable, kind: 
     names = [f"b{suffix}", f"C{suffix.upper()}", f"a/x{suffix}", f"a/deep/y{suffix.title()}"]
     for name in names:
         write(tmp_path / name, name)
-    source = from_arguments(**{kind: [tmp_path]})
-    assert documents(source) == [file.name for file in source.files]  # type: ignore[union-attr]
+    source = source_of(kind, [tmp_path])
+    assert documents(source) == [file.name for file in source.files]
     assert sorted(documents(source)) == sorted(names)
 
 
@@ -58,7 +58,7 @@ def test_what_is_not_taken_is_named(tmp_path: Path, write: Callable, kind: str) 
     for name in ("notes.csv", "_SUCCESS", "._a.parquet", ".hidden/b.jsonl", "sub/picture.png"):
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_text("x")
-    said = said_of(from_arguments(**{kind: [tmp_path / "in"]}), tmp_path / "out")
+    said = said_of(source_of(kind, [tmp_path / "in"]), tmp_path / "out")
     lines = [line for line in said.splitlines() if "notes.csv" in line]
     assert len(lines) == 1
     for name in ("_SUCCESS", "._a.parquet", ".hidden/", "sub/picture.png"):
@@ -73,7 +73,7 @@ def test_a_broken_link_is_an_error(tmp_path: Path, write: Callable, kind: str) -
         (tmp_path / link).symlink_to("/nowhere/b")
         for named in ([tmp_path], [tmp_path / link]):
             with pytest.raises(UserError, match=rf"{Path(link).name}.* link .*nowhere"):
-                from_arguments(**{kind: named})
+                source_of(kind, named)
         (tmp_path / link).unlink()
 
 
@@ -84,10 +84,10 @@ def test_one_file_under_two_names(tmp_path: Path, write: Callable, kind: str, ma
     folder = tmp_path / "in"
     file = write(folder / f"b{KINDS[kind]}", "once")
     make(file, folder / f"a{KINDS[kind]}")
-    source = from_arguments(**{kind: [folder]})
+    source = source_of(kind, [folder])
     assert documents(source) == ["once"]
     if make is os.symlink:
-        assert [f.name for f in source.files] == [file.name]  # type: ignore[union-attr]
+        assert [f.name for f in source.files] == [file.name]
     said = said_of(source, tmp_path / "out")
     assert f"a{KINDS[kind]}" in said
     assert "same file" in said
@@ -100,7 +100,7 @@ def test_linked_folders(tmp_path: Path, write: Callable) -> None:
     for name in ("x", "y"):
         (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "in")
-    assert documents(from_arguments(text=[tmp_path / "in"])) == ["once"]
+    assert documents(source_of("text", [tmp_path / "in"])) == ["once"]
 
 
 def test_one_file_named_twice(
@@ -111,21 +111,21 @@ def test_one_file_named_twice(
     monkeypatch.chdir(tmp_path)
     for other in ("in/a.txt", "in/../in/a.txt", "link", "link/a.txt"):
         with pytest.raises(UserError, match=r"a\.txt.*named twice|named twice.*a\.txt"):
-            from_arguments(text=[tmp_path / "in", Path(other)])
+            source_of("text", [tmp_path / "in", Path(other)])
 
 
 def test_a_folder_of_other_files_says_what_there_is(tmp_path: Path) -> None:
     for name in ("a.json.gz", "b.csv"):
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=r"holds no \.jsonl.*a\.json\.gz, b\.csv"):
-        from_arguments(jsonl=[tmp_path])
+        source_of("jsonl", [tmp_path])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pipe_is_called_one(tmp_path: Path, write: Callable, kind: str) -> None:
     os.mkfifo(tmp_path / f"pipe{KINDS[kind]}")
     with pytest.raises(UserError, match=r"pipe\.\w+ is a pipe.*save it to a file"):
-        from_arguments(**{kind: [tmp_path / f"pipe{KINDS[kind]}"]})
+        source_of(kind, [tmp_path / f"pipe{KINDS[kind]}"])
     write(tmp_path / f"a{KINDS[kind]}")
     with pytest.raises(UserError, match=r"pipe\.\w+ is a pipe"):
-        from_arguments(**{kind: [tmp_path]})
+        source_of(kind, [tmp_path])

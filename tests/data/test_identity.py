@@ -19,6 +19,7 @@ from rekindle.errors import UserError
 from rekindle.observe.console import Console
 from rekindle.storage import files as storage_files
 from tests.data.listening import listen
+from tests.data.naming import source_of
 
 BAD = "{this line is bad\n"
 
@@ -172,13 +173,18 @@ def test_killed_while_the_rest_is_made_again(
 @pytest.mark.parametrize("kept_time", [True, False])
 @pytest.mark.parametrize("change", ["middle", "added", "removed", "swapped", "split"])
 def test_a_change_of_what_is_finished_is_named(
-    tmp_path: Path, folder: Path, change: str, kept_time: bool
+    tmp_path: Path,
+    folder: Path,
+    change: str,
+    kept_time: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And nothing is touched."""
-    mend(folder)
-    for name in "abcd":
-        (folder / f"{name}.jsonl").write_text(lines(name * 70, 900))
-    run(folder, tmp_path / "out")
+    monkeypatch.setattr(local, "BLOCK_BYTES", 100_000)
+    for name in "abcd":  # each longer than the two ends that earlier versions looked at
+        (folder / f"{name}.jsonl").write_text(lines(name * 70, 700))
+        assert (folder / f"{name}.jsonl").stat().st_size > 2 * local.SAMPLE_BYTES
+    run(folder, tmp_path / "out", shard_tokens=200_000)
     changed, time = folder / "b.jsonl", (folder / "b.jsonl").stat().st_mtime_ns
     if change == "middle":
         content = changed.read_text()
@@ -201,7 +207,7 @@ def test_a_change_of_what_is_finished_is_named(
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     named = "a.jsonl|b_val.jsonl" if change == "split" else changed.name
     with pytest.raises(UserError, match=rf"({named}).*--out"):
-        run(folder, tmp_path / "out")
+        run(folder, tmp_path / "out", shard_tokens=200_000)
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
 
 
@@ -248,7 +254,7 @@ def test_states_of_earlier_versions_stay_usable(tmp_path: Path, folder: Path) ->
         run(folder, tmp_path / "out")
     state = tmp_path / "out" / shards.UNFINISHED / shards.STATE
     content = json.loads(state.read_text())
-    content["source"]["fingerprint"] = from_arguments(jsonl=[folder]).fingerprint  # type: ignore
+    content["source"]["fingerprint"] = source_of("jsonl", [folder]).fingerprint
     storage.write_json(state, content)
     assert run(folder, tmp_path / "out").fingerprint == whole.fingerprint
 

@@ -16,10 +16,11 @@ import pytest
 from rekindle.data import encoding, layout, shards
 from rekindle.data.encoding import is_validation
 from rekindle.data.prepare import prepare
-from rekindle.data.sources import from_arguments, local
+from rekindle.data.sources import local
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
 from rekindle.observe.console import Console
+from tests.data.naming import source_of
 
 BLOCK = 700  # bytes, so that small texts are long
 KINDS = {"text": ".txt", "jsonl": ".jsonl", "parquet": ".parquet"}
@@ -65,7 +66,8 @@ def write(path: Path, texts: list[str]) -> Path:
 
 
 def run(source: Any, out: Path, **settings: Any) -> shards.Manifest:
-    return prepare(source, out, **({"console": Console(quiet=True)} | settings))
+    chosen: dict[str, Any] = {"console": Console(quiet=True)} | settings
+    return prepare(source, out, **chosen)
 
 
 def tokens_of(out: Path, split: str = "train") -> list[int]:
@@ -110,7 +112,7 @@ def test_parts_give_the_references_tokens(
     texts = ["short one", TEXTS[name], "another", TEXTS[name][5:-5] + "x", TEXTS[name]]
     path = write(tmp_path / f"a{KINDS[kind]}", texts)
     out = tmp_path / "out"
-    manifest = run(from_arguments(**{kind: [path]}), out, val_tokens=0, shard_tokens=1000)
+    manifest = run(source_of(kind, [path]), out, val_tokens=0, shard_tokens=1000)
     assert tokens_of(out) == expected(texts)
     assert sum(shard.documents for shard in manifest.shards) == 5
     assert max(watched) < 4 * BLOCK
@@ -131,7 +133,7 @@ def test_long_documents_are_resumed(
     path = write(tmp_path / f"a{KINDS[kind]}", texts)
     settings = {"shard_tokens": 300, "layout": layout, "tokenizer": tokenizer}
     settings |= {"val_tokens": 300} if layout == "documents" else {}
-    run(from_arguments(**{kind: [path]}), tmp_path / "whole", **settings)
+    run(source_of(kind, [path]), tmp_path / "whole", **settings)
     encode, calls = encoding._encode, 0
     whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").glob("*.*")}
     assert len(whole) > 8
@@ -152,9 +154,9 @@ def test_long_documents_are_resumed(
         calls = 0
         out = tmp_path / f"stopped-{stop}"
         with pytest.raises(KeyboardInterrupt):
-            run(from_arguments(**{kind: [path]}), out, **settings)
+            run(source_of(kind, [path]), out, **settings)
         calls = -1000
-        run(from_arguments(**{kind: [path]}), out, **settings)
+        run(source_of(kind, [path]), out, **settings)
         assert {p.name: p.read_bytes() for p in out.glob("*.*")} == whole
 
 
@@ -166,7 +168,7 @@ def test_a_long_document_keeps_its_split(tmp_path: Path, kind: str) -> None:
     texts = [prose(200 + i, seed=i) for i in range(60)]
     assert all(BLOCK < len(text.encode()) < 3 * BLOCK for text in texts)
     path = write(tmp_path / f"a{KINDS[kind]}", texts)
-    run(from_arguments(**{kind: [path]}), tmp_path / "out", val_tokens=10**9)
+    run(source_of(kind, [path]), tmp_path / "out", val_tokens=10**9)
     mask = is_validation(pa.array(texts), 0.1)
     assert 2 < mask.sum() < 15
     assert tokens_of(tmp_path / "out", "val") == expected(
@@ -177,10 +179,12 @@ def test_a_long_document_keeps_its_split(tmp_path: Path, kind: str) -> None:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_document_beyond_memory_is_trained_on(tmp_path: Path, kind: str) -> None:
-    for seed in range(40):
-        path = write(tmp_path / f"{seed}{KINDS[kind]}", [prose(1500, seed), "a short one"])
-        out = tmp_path / f"{kind}{seed}"
-        manifest = run(from_arguments(**{kind: [path]}), out, shard_tokens=400)
+    texts = [prose(1500, seed) for seed in range(60)]
+    held = np.flatnonzero(is_validation(pa.array(texts), 0.1))[:3]  # were they short
+    assert len(held) == 3
+    for i in held:
+        path = write(tmp_path / f"{i}{KINDS[kind]}", [texts[i], "a short one"])
+        manifest = run(source_of(kind, [path]), tmp_path / f"{kind}{i}", shard_tokens=400)
         assert manifest.tokens("train") > 1500
         assert max(s.tokens for s in manifest.shards) < 1000
 
@@ -194,12 +198,12 @@ def test_an_endless_word_is_one_line(
     """Where a text cannot be cut, it is encoded as a whole, up to a limit."""
     monkeypatch.setattr(encoding, "LONGEST_WORD", 9000, raising=False)
     path = write(tmp_path / f"a{KINDS[kind]}", [f"Some text, {word * 2800} and more."])
-    run(from_arguments(**{kind: [path]}), tmp_path / "fits", val_tokens=0)
+    run(source_of(kind, [path]), tmp_path / "fits", val_tokens=0)
     assert tokens_of(tmp_path / "fits") == expected([f"Some text, {word * 2800} and more."])
     path = write(tmp_path / f"b{KINDS[kind]}", ["Some text, ", f"then {word * 12000} and more."])
     with pytest.raises(UserError, match=rf"b{KINDS[kind]}.*document 2.*9,000 bytes.*without"):
-        run(from_arguments(**{kind: [path]}), tmp_path / "out", val_tokens=0)
-    run(from_arguments(**{kind: [path]}), tmp_path / "bytes", tokenizer="bytes", val_tokens=0)
+        run(source_of(kind, [path]), tmp_path / "out", val_tokens=0)
+    run(source_of(kind, [path]), tmp_path / "bytes", tokenizer="bytes", val_tokens=0)
 
 
 @pytest.mark.usefixtures("small")
@@ -210,38 +214,39 @@ def test_a_long_text_that_is_not_utf8_is_named(tmp_path: Path, at: int) -> None:
     for spoilt in (text[:at] + b"\xff" + text[at:], text[: whole + 1]):
         (tmp_path / "a.txt").write_bytes(spoilt)
         with pytest.raises(UserError, match=rf"a\.txt is not UTF-8 text \(byte {whole}:"):
-            run(from_arguments(text=[tmp_path / "a.txt"]), tmp_path / "out")
+            run(source_of("text", [tmp_path / "a.txt"]), tmp_path / "out")
 
 
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from rekindle.data import encoding
+from rekindle.data import encoding, layout
 from rekindle.data.prepare import prepare
-from rekindle.data.sources import from_arguments
+from rekindle.data.sources import from_arguments, local
 from rekindle.observe.console import Console
 
 encoding.usable_cores = lambda: 2
-out = Path(sys.argv[3])
-prepare(from_arguments(**{sys.argv[1]: [sys.argv[2]]}), out, "bytes", console=Console(quiet=True))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+local.BLOCK_BYTES = local.PART_BYTES = 1 << 20
+local.LONG_BYTES, layout.LONG_TOKENS = 4 << 20, 1 << 20
+for name in sys.argv[2:]:
+    source = from_arguments(text=[Path(sys.argv[1], name)])
+    out = Path(sys.argv[1], f"out-{name}")
+    prepare(source, out, "bytes", shard_tokens=1 << 20, console=Console(quiet=True))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
-def peak(kind: str, path: Path, out: Path) -> int:
-    """MB of memory that preparing takes at most, in a process of its own."""
+def test_memory_does_not_grow_with_a_document(tmp_path: Path) -> None:
+    """One of 60 MB takes no more than one of 10 MB, beside what allocators keep."""
+    line = b"What a long tale this is, with a good many words, told slowly by the fire.\n"
+    (tmp_path / "a.txt").write_bytes(line * (10_000_000 // len(line)))
+    (tmp_path / "b.txt").write_bytes(line * (60_000_000 // len(line)))
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, kind, path, out],
+        [sys.executable, "-c", MEASURED, tmp_path, "a.txt", "b.txt"],
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    return int(done.stdout)
-
-
-def test_memory_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One text of 150 MB in less than that and a few blocks, beside Python and its packages."""
-    line = b"What a long tale this is, with a good many words, told slowly by the fire.\n"
-    (tmp_path / "a.txt").write_bytes(line * (150_000_000 // len(line)))
-    assert peak("text", tmp_path / "a.txt", tmp_path / "text") < 700
+    short, long = map(int, done.stdout.split())
+    assert long < short + 30
 
 
 @pytest.mark.parametrize("how", ["categories", "dictionary", "prefixes"])
@@ -258,7 +263,7 @@ def test_parquet_that_decodes_to_far_more(tmp_path: Path, how: str) -> None:
     del texts, column
     before = pa.total_allocated_bytes()
     most, count = 0, 0
-    for block in from_arguments(parquet=[path]).blocks(0):  # type: ignore[union-attr]
+    for block in source_of("parquet", [path]).blocks(0):
         most = max(most, pa.total_allocated_bytes() - before)
         count += len(block.texts)
     assert count == 4000
@@ -272,6 +277,6 @@ def test_many_small_documents_make_full_blocks(
     monkeypatch.setattr(local, "BLOCK_BYTES", 60_000)
     documents = texts(3000)
     path = write(tmp_path / "a.parquet", documents)
-    blocks = list(from_arguments(parquet=[path]).blocks(0))  # type: ignore[union-attr]
+    blocks = list(source_of("parquet", [path]).blocks(0))
     assert [text for block in blocks for text in block.texts.to_pylist()] == documents
     assert all(block.texts.nbytes > 30_000 for block in blocks[:-1])

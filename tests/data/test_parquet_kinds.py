@@ -51,7 +51,12 @@ def test_other_strings(tmp_path: Path, kind: str) -> None:
 def every_kind_of_string_column(tmp_path: Path, kind: str) -> None:
     expected = [text for text in TEXTS if text is not None]
     for size in (1, 3, 100):
-        for more in ({}, {"use_dictionary": False}, {"data_page_version": "2.0"}):
+        options: list[dict[str, Any]] = [
+            {},
+            {"use_dictionary": False},
+            {"data_page_version": "2.0"},
+        ]
+        for more in options:
             table = pa.table({"id": range(len(TEXTS)), "text": COLUMNS[kind]})
             pq.write_table(table, tmp_path / "a.parquet", row_group_size=size, **more)
             for skip in (0, 1, 4, 6):

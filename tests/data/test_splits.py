@@ -18,6 +18,7 @@ from rekindle.data.sources.hub import HubSource
 from rekindle.errors import UserError
 from rekindle.observe.console import Console
 from tests.data.listening import listen
+from tests.data.naming import source_of
 
 SUFFIX = {"parquet": ".parquet", "jsonl": ".jsonl", "text": ".txt"}
 
@@ -60,7 +61,7 @@ def test_words_of_a_name(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "source"
     for name in NAMES:
         write(folder / f"{name}{SUFFIX[kind]}", name)
-    run(from_arguments(**{kind: [folder]}), tmp_path / "out")
+    run(source_of(kind, [folder]), tmp_path / "out")
     for split in ("train", "val"):
         expected = {name for name, found in NAMES.items() if found == split}
         assert set(text_of(tmp_path / "out", split)) == expected
@@ -72,15 +73,15 @@ def test_words_of_a_folder(tmp_path: Path, kind: str) -> None:
     above = tmp_path / "test" / "val"
     for name in ("train/0", "validation/0", "test/0", "dev/train/1", "eval/x/2"):
         write(above / "all" / f"{name}{SUFFIX[kind]}", name)
-    run(from_arguments(**{kind: [above / "all"]}), tmp_path / "out")
+    run(source_of(kind, [above / "all"]), tmp_path / "out")
     assert set(text_of(tmp_path / "out", "train")) == {"train/0", "dev/train/1"}
     assert text_of(tmp_path / "out", "val") == ["validation/0"]
     named = [above / "all" / folder for folder in ("train", "test", "validation")]
-    run(from_arguments(**{kind: named}), tmp_path / "out2")
+    run(source_of(kind, named), tmp_path / "out2")
     assert text_of(tmp_path / "out2", "train") == ["train/0"]
     assert text_of(tmp_path / "out2", "val") == ["validation/0"]
     file = above / "all" / "eval" / "x" / f"2{SUFFIX[kind]}"
-    run(from_arguments(**{kind: [file]}), tmp_path / "out3")
+    run(source_of(kind, [file]), tmp_path / "out3")
     assert text_of(tmp_path / "out3", "train") == ["eval/x/2"]
 
 
@@ -116,7 +117,7 @@ def test_a_line_a_split(tmp_path: Path) -> None:
     for name in ("train", "more", "val", "test"):
         write(tmp_path / "source" / f"{name}.jsonl", name)
     said: list[str] = []
-    run(from_arguments(jsonl=[tmp_path / "source"]), tmp_path / "out", said)
+    run(source_of("jsonl", [tmp_path / "source"]), tmp_path / "out", said)
     assert said[:3] == [
         "training: 2 files (more.jsonl, train.jsonl)",
         "validation: 1 file (val.jsonl)",
@@ -129,7 +130,7 @@ def test_a_line_a_split(tmp_path: Path) -> None:
 def test_nothing_left_to_train_on(tmp_path: Path, kind: str, names: list[str]) -> None:
     paths = [write(tmp_path / f"{name}{SUFFIX[kind]}", name) for name in names]
     with pytest.raises(UserError, match=f"nothing to train on.*{names[-1]}"):
-        run(from_arguments(**{kind: paths}), tmp_path / "out")
+        run(source_of(kind, paths), tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -137,7 +138,7 @@ def test_training_files_without_a_document(tmp_path: Path) -> None:
     write(tmp_path / "val.txt", "held out")
     (tmp_path / "train.txt").write_text("")
     with pytest.raises(UserError, match="nothing to train on"):
-        run(from_arguments(text=[tmp_path / "train.txt", tmp_path / "val.txt"]), tmp_path / "out")
+        run(source_of("text", [tmp_path / "train.txt", tmp_path / "val.txt"]), tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 

@@ -68,6 +68,11 @@ def _dataset(name: str) -> "Source | ReadyMade":
         return ready_made.PublishedShards()
     if name in hub.DATASETS:
         return hub.HubSource(*hub.DATASETS[name])
+    if Path(name).exists():
+        raise UserError(
+            f"{name} is a file or folder here, not a data set of the hub: give --parquet {name}, "
+            "--jsonl or --text"
+        )
     if "/" in name:
         repository, _, folder = name.partition(":")
         return hub.HubSource(repository, folder)

@@ -63,7 +63,7 @@ def _documents(path: Path, size: int) -> Iterator[Piece]:
         ) from None
 
 
-def _stream(raw: io.FileIO, path: Path) -> io.BufferedReader:
+def _stream(raw: io.FileIO, path: Path) -> Any:
     """The content of an open file, decompressed where it is compressed, whatever it is called."""
     import pyarrow as pa
 
@@ -99,14 +99,18 @@ class _Reader(io.RawIOBase):
         return len(found)
 
 
-def _buffered(read: Callable[[int], bytes]) -> io.BufferedReader:
+def _buffered(read: Callable[[int], bytes]) -> Any:
     return io.BufferedReader(_Reader(read), 1 << 20)
 
 
 def _text_of(line: bytes, path: Path, number: int) -> bytes | None:
     """The field `text` of one line as UTF-8; None where it is null."""
+    fields = ""
     try:
-        text = _parse(line)["text"]
+        record = _parse(line)
+        if isinstance(record, dict) and "text" not in record:
+            fields = f" (its fields: {', '.join(map(repr, list(record)[:9])) or 'none'})"
+        text = record["text"]
         return None if text is None else text.encode()
     except UnicodeError as error:
         problem = f"text that is not valid Unicode ({error})"
@@ -116,7 +120,7 @@ def _text_of(line: bytes, path: Path, number: int) -> bytes | None:
         problem = f"no JSON ({error})"
         _explain(line, path, number)
     except (KeyError, TypeError, AttributeError):
-        problem = "no JSON object with a string field 'text'"
+        problem = f"no JSON object with a string field 'text'{fields}"
         if line.lstrip()[:1] == b"[":
             _explain(line, path, number)
     raise UserError(f"{path}:{number} holds {problem}: mend or remove the line")
