@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -154,6 +155,17 @@ def test_an_archive_cut_short(tmp_path: Path, pack: Callable[[bytes], bytes]) ->
     flipped[-6] ^= 255
     (tmp_path / "a.jsonl.gz").write_bytes(flipped)
     assert "is cut short or damaged after line" in refused("jsonl", tmp_path / "a.jsonl.gz")
+
+
+def test_an_archive_cut_short_gives_the_lines_before_the_cut(tmp_path: Path) -> None:
+    """Zstandard as well, but for those of its last block."""
+    rng = random.Random(0)
+    whole = zstd(
+        b"".join(b'{"text": "%b"}\n' % rng.randbytes(5000).hex().encode() for _ in range(300))
+    )
+    (tmp_path / "a.jsonl").write_bytes(whole[:-12])
+    said = refused("jsonl", tmp_path / "a.jsonl")
+    assert 270 < int(said.split("after line ")[1].split()[0]) < 300
 
 
 @pytest.mark.parametrize("cut", [4, 100, -1, -8])

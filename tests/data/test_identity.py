@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from rekindle import storage
 from rekindle.data import shards
+from rekindle.data.encoding import is_validation
 from rekindle.data.prepare import prepare
 from rekindle.data.shards import Manifest
 from rekindle.data.sources import from_arguments, local
@@ -135,19 +137,35 @@ def test_a_change_in_the_first_file_begins_anew(tmp_path: Path, folder: Path, ch
     assert texts_of(tmp_path / "out") == texts_in(folder)
 
 
+def test_the_share_held_out_stays_where_shards_are_kept(tmp_path: Path, folder: Path) -> None:
+    """Though there is more text now: else one document might lie on both sides."""
+    stopped(folder, tmp_path / "out", val_tokens=1000)
+    state = storage.read_json(tmp_path / "out" / shards.UNFINISHED / shards.STATE)
+    mend(folder)
+    (folder / "e.jsonl").write_text(lines("e", 1200))
+    run(folder, tmp_path / "out", val_tokens=1000)
+    every = texts_in(folder)
+    mask = is_validation(pa.array(every), state["fraction"])
+    manifest = shards.read_manifest(tmp_path / "out")
+    assert mask.sum() == sum(shard.documents for shard in manifest.split("val")) > 20
+
+
+def test_shards_of_files_that_are_gone_are_removed(tmp_path: Path, folder: Path) -> None:
+    before = stopped(folder, tmp_path / "out")
+    for name in "bcd":
+        (folder / f"{name}.jsonl").unlink()
+    manifest = run(folder, tmp_path / "out")
+    assert len(manifest.shards) < len(before)
+    assert {p.name for p in (tmp_path / "out").glob("*.bin")} == {s.name for s in manifest.shards}
+
+
 def test_killed_while_the_rest_is_made_again(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At any write, and then with another change: the same documents, and no shard left over."""
-
-    class Killed(BaseException):
-        pass
-
     replace = os.replace
     for last in range(1, 12, 2):
-        mend(folder)
-        with open(folder / "c.jsonl", "a") as file:
-            file.write(BAD)
+        (folder / "c.jsonl").write_text(lines("c") + BAD)
         out = tmp_path / str(last)
         stopped(folder, out)
         (folder / "c.jsonl").write_text(lines("c")[1000:].split("\n", 1)[1])
@@ -157,11 +175,11 @@ def test_killed_while_the_rest_is_made_again(
             nonlocal writes
             writes += 1
             if writes == last:
-                raise Killed
+                raise KeyboardInterrupt
             replace(source, target)
 
         monkeypatch.setattr(os, "replace", crash)
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             run(folder, out)
         monkeypatch.setattr(os, "replace", replace)
         (folder / "b.jsonl").write_text(lines("b", 100 + last))
@@ -242,8 +260,7 @@ def test_folders_of_earlier_versions_stay_usable(tmp_path: Path, folder: Path) -
 
 
 def test_states_of_earlier_versions_stay_usable(tmp_path: Path, folder: Path) -> None:
-    with open(folder / "c.jsonl", "w") as file:
-        file.write(lines("c"))
+    mend(folder)
     (folder / "d.jsonl").unlink()
     whole = run(folder, tmp_path / "whole")
     (folder / "c.jsonl").write_text(lines("c") + BAD)

@@ -139,8 +139,7 @@ def _decoded(texts: Any) -> Iterator["pa.StringArray"]:
         end = max(end, start + 1)
         some = texts.slice(start, end - start)
         some = some.dictionary_decode() if pa.types.is_dictionary(some.type) else some
-        if len(some := some.cast(pa.string()).drop_null()):  # a dictionary may hold a null
-            yield some
+        yield some.cast(pa.string())
         start = end
 
 
