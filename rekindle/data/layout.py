@@ -47,6 +47,7 @@ class Layout(ABC):
     """The tokens that are not in a shard yet, and the position in the source behind them."""
 
     fraction = 0.0  # of all documents that a hash puts into validation
+    undecided = "training"  # what becomes of files that no name puts into a split
 
     def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
         self.tokenizer = tokenizer
@@ -100,6 +101,8 @@ class Documents(Layout):
     def __init__(self, source: Source, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
         super().__init__(tokenizer, settings)
         self.fraction = _validation_fraction(source, tokenizer, settings["val_tokens"])
+        if self.fraction:
+            self.undecided = "training, and validation by a hash of each document"
         self.cut = 0  # tokens of the document at the cursor that are in earlier shards
 
     def add(self, encoded: Encoded) -> Iterator[str]:
@@ -168,6 +171,8 @@ class Lecture(Layout):
 
     Nothing of a cut document is saved: a resumed call encodes it again and skips what is done.
     """
+
+    undecided = "validation in the first shard, then training"
 
     def __init__(self, source: Source, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
         super().__init__(tokenizer, settings)

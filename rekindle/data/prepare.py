@@ -130,15 +130,13 @@ def _prepare(
         preparation = _Preparation(source, out, tokenizer, settings, console)
         if state:
             preparation.restore(_resumable(state, source, out, console))
-        _say_splits(source, console)
+        _say_splits(source, preparation.layout.undecided, console)
         return preparation.run()
     finally:
         source.close()
 
 
-def _resumable(
-    state: dict[str, Any], source: Source, out: Path, console: Console
-) -> dict[str, Any]:
+def _resumable(state: Any, source: Source, out: Path, console: Console) -> dict[str, Any]:
     """The state to resume from: without what was made of files that have changed since."""
     state, said = without_changed_files(state, source)
     if said:
@@ -149,9 +147,10 @@ def _resumable(
     return state
 
 
-def _say_splits(source: Source, console: Console) -> None:
+def _say_splits(source: Source, undecided: str, console: Console) -> None:
     """Print which files belong to which split. Raises `UserError` if none is left to train on."""
-    lines = split_lines(((file.name, file.split) for file in source.files), source.left_out)
+    files = [(file.name, file.split) for file in source.files]
+    lines = split_lines(files, source.left_out, undecided)
     if all(file.split == "val" for file in source.files):
         raise UserError(f"{source.name} holds nothing to train on: {'; '.join(lines)}")
     for line in lines:

@@ -276,7 +276,7 @@ def test_states_of_earlier_versions_stay_usable(tmp_path: Path, folder: Path) ->
     assert run(folder, tmp_path / "out").fingerprint == whole.fingerprint
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "meanwhile", "after"])
 def test_a_file_that_changes_while_it_is_read_is_named(
     tmp_path: Path, folder: Path, when: str
 ) -> None:
@@ -285,10 +285,10 @@ def test_a_file_that_changes_while_it_is_read_is_named(
     blocks = source.blocks
 
     def changing(file: int, skip: int = 0) -> Any:
-        if file == 1 and when == "before":
+        if (file, when) in ((1, "before"), (3, "after")):
             (folder / "b.jsonl").write_text(lines("BB"))
         for number, block in enumerate(blocks(file, skip)):
-            if file == 1 and number == 2 and when == "after":
+            if file == 1 and number == 2 and when == "meanwhile":
                 (folder / "b.jsonl").write_text(lines("BB"))
             yield block
 

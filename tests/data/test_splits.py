@@ -125,6 +125,27 @@ def test_a_line_a_split(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({}, "training, and validation by a hash of each document: 1 file (a.txt)"),
+        ({"val_tokens": 0}, "training: 1 file (a.txt)"),
+        (
+            {"layout": "lecture", "shard_tokens": 3},
+            "validation in the first shard, then training: 1 file (a.txt)",
+        ),
+    ],
+)
+def test_what_becomes_of_a_file_without_a_split(
+    tmp_path: Path, settings: dict[str, Any], line: str
+) -> None:
+    said: list[str] = []
+    run(
+        source_of("text", [write(tmp_path / "a.txt", "a text")]), tmp_path / "out", said, **settings
+    )
+    assert said[0] == line
+
+
 @pytest.mark.parametrize("names", [["val"], ["test"], ["dev", "eval"]])
 @pytest.mark.parametrize("kind", SUFFIX)
 def test_nothing_left_to_train_on(tmp_path: Path, kind: str, names: list[str]) -> None:

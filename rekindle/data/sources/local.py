@@ -62,22 +62,20 @@ class LocalSource(Source):
         return digest.hexdigest()
 
     def identities(self, count: int) -> list[dict[str, Any]]:
-        """Of each file its name, size, split, and the SHA-256 of all of it."""
+        """Of each file its name, size, split, and the SHA-256 of all of it. Raises `UserError` if
+        one is not the same as at the first look at it."""
         if not self._hashes:
             # Beside the encoding, which takes many times as long as this.
             pool = ThreadPoolExecutor(usable_cores())
             self._hashes = [pool.submit(storage.file_sha256, path) for path in self.paths]
             pool.shutdown(wait=False)
-        pairs = list(zip(self.files, self._hashes, strict=True))[:count]
-        return [
-            {
-                "name": storage.spelled(file.name),
-                "bytes": file.size,
-                "split": file.split,
-                "sha256": sha256.result(),
-            }
-            for file, sha256 in pairs
-        ]
+        return [self._identity(file) for file in range(min(count, len(self.files)))]
+
+    def _identity(self, number: int) -> dict[str, Any]:
+        file, sha256 = self.files[number], self._hashes[number].result()
+        self._check_unchanged(number)
+        name = storage.spelled(file.name)
+        return {"name": name, "bytes": file.size, "split": file.split, "sha256": sha256}
 
     def close(self) -> None:
         for sha256 in self._hashes:

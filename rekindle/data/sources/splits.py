@@ -47,15 +47,13 @@ def splits_of(paths: Sequence[str]) -> list[str | None]:
 
 
 def split_lines(
-    files: Iterable[tuple[str, str | None]], left_out: Iterable[tuple[str, str]]
+    files: Iterable[tuple[str, str | None]],
+    left_out: Iterable[tuple[str, str]],
+    undecided: str = "training",
 ) -> list[str]:
     """A line for each split, and for each reason to leave a file out. `files` are names and
-    splits, `left_out` names and reasons."""
-    titles = {
-        "train": "training",
-        "val": "validation",
-        None: "training, and validation by a hash of each document",
-    }
+    splits, `left_out` names and reasons; `undecided` says what becomes of the split None."""
+    titles = {"train": "training", "val": "validation", None: undecided}
     groups: dict[str, list[str]] = {title: [] for title in titles.values()}
     for name, split in files:
         groups[titles[split]].append(name)
