@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from rekindle import machine as machines
 from rekindle.checkpoint import Keep, Saver
 from rekindle.data import shards
 from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.evaluate import evaluator, tasks
 from rekindle.evaluate.evaluator import Evaluator
-from rekindle.evaluate.scoring import pack
+from rekindle.evaluate.scoring import Packed, pack
 from rekindle.evaluate.tasks import Task
 from rekindle.flags import flags_of
 from rekindle.model import LanguageModel
@@ -114,21 +116,31 @@ def start(
         work, model.config.block_size, device, world, compiled=compiled, sharded=is_sharded(model)
     )
     validation = shards.open_split(data, manifest, "val")
-    evaluate = Evaluator(
-        model=model,
+    evaluate = _make_evaluator(trainer, validation, packed, tokenizer, metrics)
+    return Session(run, trainer, unchanged, metrics, saver, evaluate, watch, console)
+
+
+def _make_evaluator(
+    trainer: Trainer,
+    validation: Sequence[np.ndarray],
+    packed: Sequence[Packed],
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+) -> Evaluator:
+    return Evaluator(
+        model=trainer.model,
         forward=trainer.compiled,
         body=trainer.compiled_body,
-        recipe=recipe,
+        recipe=trainer.recipe,
         validation=validation,
         tasks=packed,
         tokenizer=tokenizer,
         micro_batch=trainer.partition.micro_batch,
         device=trainer.device,
-        world=world,
+        world=trainer.world,
         logger=metrics,
-        console=console,
+        console=metrics.console,
     )
-    return Session(run, trainer, unchanged, metrics, saver, evaluate, watch, console)
 
 
 def _introduce(run: Run, trainer: Trainer, console: Console) -> None:

@@ -1,18 +1,17 @@
 """Training without a folder: `build` makes all that one process holds while it trains."""
 
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rekindle import __version__, checkpoint, lookup, recipes
+from rekindle import __version__, checkpoint, lookup, placement, recipes
 from rekindle.checkpoint import Checkpoint, Description
 from rekindle.data.batches import Batches, Partition, Prefetcher, Windows
 from rekindle.errors import UserError
@@ -26,8 +25,6 @@ from rekindle.runtime import distributed, replicas
 from rekindle.runtime.device import Device, choose_compute
 from rekindle.runtime.distributed import World
 from rekindle.runtime.guard import Guard
-from rekindle.runtime.micro_batch import choose_micro_batch, must_recompute
-from rekindle.runtime.sharding import is_sharded, shard
 from rekindle.runtime.warm_up import WarmUp, warm_up
 from rekindle.train import StepResult, train_step
 
@@ -213,9 +210,9 @@ def build(
     which each is a shard.
 
     `machine`: from `resolve`; by default the best of what is here. `ranks`: by default what
-    torchrun says. `model` and `optimizer`: the classes that the recipe's configurations belong to,
-    if they are not in `MODELS` and `OPTIMIZERS`. `compute`: another way to compute than the
-    machine's. `check` is called before and after a batch is read, and may raise.
+    torchrun says. `model`, `optimizer`: the classes of the recipe's configurations, if they are not
+    in `MODELS` and `OPTIMIZERS`. `compute`: another way to compute than the machine's. `check` is
+    called before and after a batch is read, and may raise.
 
     Sets threads, the precision of matmuls and deterministic algorithms for the whole process.
     Raises `UserError` if the recipe does not fit the data or the machine.
@@ -234,15 +231,12 @@ def build(
         torch.manual_seed(recipe.seed)  # on the CPU, so that every rank has the same weights
         module = (model or lookup.model_for(recipe.model))(recipe.model).use(compute)
     model_class = type(module)  # sharding gives it one of its own
-    _move(module, machine, device, world)
+    placement.move(module, machine, device, world)
     optim = (optimizer or lookup.optimizer_for(recipe.optim))(module, recipe.optim)
-    machine = _fit(machine, module, compute, b.rows, b.length, device, world)
+    machine = placement.fit(machine, module, compute, b.rows, b.length, device, world)
     assert machine.micro_batch
     partition = Partition.of(b.rows, machine.micro_batch, world.rank, world.size)
-    compiled, body = _compile(module, machine)
-    forward = compiled
-    if not is_sharded(module):
-        forward = distributed.data_parallel(cast(nn.Module, compiled), world, device.torch)
+    compiled, body = placement.compile_model(module, machine)
     return Trainer(
         recipe=recipe,
         machine=machine,
@@ -252,51 +246,10 @@ def build(
         model_class=model_class,
         compiled=compiled,
         compiled_body=body,
-        forward=forward,
+        forward=placement.data_parallel(module, compiled, device, world),
         optimizer=optim,
         guard=Guard(recipe.spike),
         batches=batches,
         partition=partition,
         check=check,
-    )
-
-
-def _move(model: LanguageModel, machine: Machine, device: Device, world: World) -> None:
-    """To the device, whole or sharded: from the CPU, as a GPU may not have room for all of it."""
-    if machine.shard and world.size > 1:
-        shard(model, device.torch, world)
-    else:
-        cast(nn.Module, model).to(device.torch)
-
-
-def _fit(
-    machine: Machine,
-    model: LanguageModel,
-    compute: Compute,
-    rows: int,
-    T: int,
-    device: Device,
-    world: World,
-) -> Machine:
-    """The machine with what only its memory decides: recomputation and micro-batch size."""
-    recompute = machine.recompute
-    if recompute is None:
-        recompute = must_recompute(model, T, device, world)
-    model.use(dataclasses.replace(compute, recompute=recompute))
-    micro_batch = machine.micro_batch or choose_micro_batch(model, rows, T, device, world)
-    return dataclasses.replace(machine, recompute=recompute, micro_batch=micro_batch)
-
-
-def _compile(
-    model: LanguageModel, machine: Machine
-) -> tuple[Forward, Callable[..., Tensor] | None]:
-    """The model and its body, compiled if the machine says so. They share their parameters with
-    `model`, whose names stay clean."""
-    if not machine.compile:
-        return model, None
-    # It warns of a CUDA toolkit without a GPU, which does not matter on a CPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    return (
-        torch.compile(cast(nn.Module, model), fullgraph=True, dynamic=False),
-        torch.compile(model.body, fullgraph=True, dynamic=False),
     )

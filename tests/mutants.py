@@ -29,7 +29,7 @@ EXPLAINED: dict[str, str] = {
     "data.batches.Prefetcher._put: 0.1 => 0.2": "how often it looks whether to stop",
     "evaluate.loss.validation_loss: True => False #2": "on a CPU no copy is asynchronous",
     "data.sources.hub.HubSource._wait: not coming.done() => coming.done()": "a progress line",
-    "data.sources.jsonl._lines: 1 => 2 in 1 << 20": "the size of a buffer",
+    "data.sources.jsonl._buffered: 1 => 2 in 1 << 20": "the size of a buffer",
     "storage.files.remove_unfinished: True => False #2": "only if another removes a file meanwhile",
     "data.prepare._Preparation.__init__: 0 => 1 #2": "one token more in a line that rounds it",
 }
@@ -75,9 +75,9 @@ HAND = [
     ("other order at odd widths", "data.batches", "_feistel",
      "low_bits = bits // 2", "low_bits = (bits + 1) // 2"),
     ("ids wrap", "data.shards", "_as_ids", "tokens.dtype != np.uint16", "False"),
-    ("other validation hash", "data.encoding", "is_validation",
+    ("other validation hash", "data.sources.base", "validation_hash",
      'b"rekindle validation"', 'b"rekindle Validation"'),
-    ("big-endian validation", "data.encoding", "is_validation", '"little"', '"big"'),
+    ("big-endian validation", "data.sources.base", "validation_hash", '"little"', '"big"'),
     ("schedule off by one", "optim.schedule", "learning_rate", "(step + 1) / warmup",
      "step / warmup"),
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Answers that nobody reads on, and streams that are closed: no traceback, and nothing lost."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def test_a_full_disk_is_an_error(
 def test_a_closed_stdout_is_no_error(
     run: Path, shard_set: Path, tiny_flags: list[str], command: str
 ) -> None:
-    command = command.replace("DATA", str(shard_set)).replace("FLAGS", " ".join(tiny_flags))
+    command = command.replace("DATA", str(shard_set)).replace("FLAGS", shlex.join(tiny_flags))
     done = shell(f"{command} >&-", run)
     assert (done.returncode, done.stderr) == (0, "")
     if "train" in command:

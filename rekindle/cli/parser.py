@@ -69,7 +69,9 @@ def _add_prepare(commands: Any) -> None:
         "  rekindle prepare fineweb-edu-10bt --layout lecture --out data/fineweb-edu\n"
         "  rekindle prepare fineweb-10bt-tokenized --out data/fineweb\n"
         "  rekindle prepare --parquet DIR --out data/mine\n"
-        "Killed or stopped, the same command goes on; when all is there, it does nothing.",
+        "Files or folders with the word val, valid, validation or dev in their name are held out;\n"
+        "those with test or eval are left out. A folder stands for all such files below it.\n"
+        "Killed or stopped, the same command resumes; when all is there, it does nothing.",
     )  # fmt: skip
     source = p.add_argument_group("where the text comes from (one of)")
     source.add_argument(

@@ -1,5 +1,10 @@
-"""What an earlier `prepare` left in a folder: all shards, some of them, or other data."""
+"""What an earlier `prepare` left in a folder: all shards, some of them, or other data.
 
+A source whose files have identities is compared file by file. Where a file has changed before all
+was finished, the shards made before that file are kept, and preparing resumes behind them.
+"""
+
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +15,28 @@ from rekindle.data.shards import Manifest
 from rekindle.data.sources.base import Source
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
+from rekindle.schema import mismatch
 
 PENDING = {"documents": int, "pieces": [str]}
-FORM = {  # of what `prepare` saves with each shard; one of the splits is pending
-    "source": dict, "cursor": [int], "offset?": int, "shards": [shards.SHARD],
-    "tokenizer_sha256?": str,
+POSITION = {  # in the source, behind a finished shard; one of the splits is pending
+    "cursor": [int],
+    "offset?": int,
     "pending": tuple({split: PENDING} for split in SPLITS),
-}  # fmt: skip
+}
+FORM = POSITION | {  # of what `prepare` saves with each shard
+    "source": dict,
+    "shards": [shards.SHARD],
+    "tokenizer_sha256?": str,
+    "fraction?": float,
+    # The last position in each file, and how many shards were finished then.
+    "history?": [POSITION | {"finished": int}],
+}
+FILE = {"name": str, "bytes": int, "split": (str, None), "sha256": str}
+START: dict[str, Any] = {
+    "cursor": [0, 0],
+    "offset": 0,
+    "pending": {"val": {"documents": 0, "pieces": []}},
+}
 
 
 def finished(
@@ -43,11 +63,15 @@ def saved_state(source: Source, out: Path, settings: dict[str, Any]) -> dict[str
     if not path.exists():
         return None
     state = storage.read_json(path, FORM)
-    pieces = [name for entry in state["pending"].values() for name in entry["pieces"]]
-    names = [*(entry["name"] for entry in state["shards"]), *pieces]
+    if any(len(entry["cursor"]) != 2 for entry in (state, *state.get("history", []))):
+        raise UserError(f"{path} is damaged: remove {out} and prepare again")
+    names = [*(entry["name"] for entry in state["shards"]), *pieces_of(state)]
     if not all(map(shards.is_name, names)):  # pieces are removed when they are in a shard
         raise UserError(f"{path} names files of other folders: remove {out} and prepare again")
-    _compare(out, source, state["source"], settings)
+    if _files(state["source"]) is None:
+        _compare(out, source, state["source"], settings)
+    else:  # a file that has changed costs only what was made of it
+        _compare_settings(out, state["source"], settings)
     for entry in state["shards"]:
         if len(shards.open_shard(out / entry["name"])) != entry["tokens"]:
             raise UserError(
@@ -57,8 +81,89 @@ def saved_state(source: Source, out: Path, settings: dict[str, Any]) -> dict[str
     return state
 
 
+def pieces_of(state: dict[str, Any]) -> set[str]:
+    """The files of pending tokens that a state may be resumed with."""
+    positions = [state, *state.get("history", [])]
+    pending = [entry for position in positions for entry in position["pending"].values()]
+    return {name for entry in pending for name in entry["pieces"]}
+
+
+def without_changed_files(state: dict[str, Any], source: Source) -> tuple[dict[str, Any], str]:
+    """The state before the first file that is not what it was, and a line that says so; the same
+    state and an empty line if all are."""
+    before = _files(state["source"])
+    if before is None or (now := source.identities(len(before))) is None:
+        return state, ""
+    same = [_content(a) == _content(b) for a, b in zip(before, now, strict=False)]
+    if all(same) and len(same) == len(before):
+        return state, ""
+    changed = same.index(False) if False in same else len(same)
+    history = [entry for entry in state.get("history", []) if entry["cursor"][0] < changed]
+    entry: dict[str, Any] = history[-1] if history else START
+    kept = entry.get("finished", 0)
+    back = state | {"cursor": entry["cursor"], "pending": entry["pending"]}
+    back["offset"] = entry.get("offset", 0)
+    back |= {"history": history, "shards": state["shards"][:kept]}
+    back["source"] = state["source"] | {"files": before[: entry["cursor"][0] + 1]}
+    if not history:  # nothing is left that another share would contradict
+        back.pop("fraction", None)
+    difference = _difference(before, source.identities(len(source.files)) or now)
+    shares = f"{kept} of {len(state['shards'])} finished shards are kept"
+    return back, f"{difference}: {shares}, what follows is made again"
+
+
+def remove_others(out: Path, state: dict[str, Any]) -> None:
+    """Remove shards that are not, or no longer, among those of an unfinished preparation."""
+    kept = {entry["name"] for entry in state["shards"]}
+    for path in out.glob("*.bin"):
+        if re.fullmatch(r"(train|val)_\d{6}\.bin", path.name) and path.name not in kept:
+            path.unlink()
+
+
+def _files(record: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The identities of files in what a manifest or a state keeps of a source, if it has any."""
+    files = record.get("files")
+    return None if mismatch(files, [FILE]) else files
+
+
+def _content(identity: dict[str, Any]) -> tuple[Any, ...]:
+    return identity["bytes"], identity["sha256"], identity["split"]
+
+
+def _difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """The first file that differs, in words."""
+    old = {entry["name"]: entry for entry in before}
+    new = {entry["name"]: entry for entry in now}
+    for name in [*old, *new]:
+        if name not in new:
+            return f"{name} is not there any more"
+        if name not in old:
+            return f"{name} is new"
+        if old[name]["split"] != new[name]["split"]:
+            return f"{name} belongs to another split"
+        if _content(old[name]) != _content(new[name]):
+            return f"{name} has changed"
+    return "the files come in another order"
+
+
 def _compare(out: Path, source: Source, record: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise `UserError` unless `record`, found in `out`, is of this source and these settings."""
+    _compare_settings(out, record, settings)
+    before = _files(record)
+    if before is not None and (now := source.identities(len(source.files))) is not None:
+        if list(map(_content, before)) != list(map(_content, now)):
+            raise UserError(
+                f"{out} was prepared from other text: {_difference(before, now)}; give another "
+                "--out, or remove it"
+            )
+    elif not source.is_same(record):
+        raise UserError(
+            f"{out} was prepared from {record.get('name')!r} (revision {record.get('revision')}), "
+            f"and {source.name!r} is not the same text: give another --out, or remove it"
+        )
+
+
+def _compare_settings(out: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
     earlier = {"layout": "documents"} | record.get("settings", {})  # older ones name no layout
     for key, value in settings.items():
         if earlier.get(key) != value:
@@ -66,11 +171,6 @@ def _compare(out: Path, source: Source, record: dict[str, Any], settings: dict[s
                 f"{out} was prepared with {key} {earlier.get(key)}, not {value}: "
                 "give another --out, or remove it"
             )
-    if not source.is_same(record):
-        raise UserError(
-            f"{out} was prepared from {record.get('name')!r} (revision {record.get('revision')}), "
-            f"and {source.name!r} is not the same text: give another --out, or remove it"
-        )
 
 
 def compare_vocabulary(out: Path, sha256: str, tokenizer: Tokenizer) -> None:

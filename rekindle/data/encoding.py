@@ -1,30 +1,31 @@
 """Blocks of documents → blocks of tokens, in order, on every core."""
 
-import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rekindle.data.cores import usable_cores
-from rekindle.data.sources.base import Block, Source
+from rekindle.data.sources.base import Block, Part, Source, validation_hash
 from rekindle.data.tokenizer import Tokenizer, string_buffers
+from rekindle.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 AHEAD = 2  # blocks that are read while every thread is busy
+LONGEST_WORD = 16 << 20  # bytes in which a tokenizer finds no place to cut; 20 times that in memory
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A block of documents as tokens."""
+    """A block of documents, or of a part of one, as tokens."""
 
     block: Block
-    tokens: np.ndarray  # uint16, each document led by end_of_text
+    tokens: np.ndarray  # uint16, each document, and each part of one, led by end_of_text
     starts: np.ndarray  # (documents + 1,) where each begins, and the end of the last
     validation: np.ndarray  # (documents,) bool: belongs to the validation split
 
@@ -41,7 +42,7 @@ def encoded_blocks(
     with ThreadPoolExecutor(threads) as pool:
         under_way: deque[Future[Encoded]] = deque()
         try:
-            for block in _blocks(source, cursor):
+            for block in _cut(_blocks(source, cursor), source, tokenizer):
                 split = source.files[block.file].split
                 under_way.append(pool.submit(_encode, block, tokenizer, split, fraction))
                 if len(under_way) > threads + AHEAD:
@@ -59,12 +60,41 @@ def _blocks(source: Source, cursor: tuple[int, int]) -> Iterator[Block]:
         yield from source.blocks(file, skip if file == first else 0)
 
 
+def _cut(blocks: Iterator[Block], source: Source, tokenizer: Tokenizer) -> Iterator[Block]:
+    """The blocks with parts of documents cut where their tokens are those of the whole: what
+    follows such a place in one part goes to the next."""
+    import pyarrow as pa
+
+    rest, begins = b"", False
+    for block in blocks:
+        if block.part is None:
+            yield block
+            continue
+        begins = begins or block.part.begins
+        text = rest + block.texts[0].as_buffer().to_pybytes()
+        end = len(text) if block.part.ends else tokenizer.last_cut(text)
+        if end or block.part.ends:
+            part = Part(begins, block.part.ends, block.part.hash)
+            yield replace(block, texts=pa.array([text[:end]], pa.string()), part=part)
+            begins = False
+        rest = text[end:]
+        if len(rest) > LONGEST_WORD:
+            raise UserError(
+                f"{source.files[block.file].name}: document {block.first + 1} holds more than "
+                f"{LONGEST_WORD:,} bytes without a space or another place where --tokenizer "
+                f"{tokenizer.name} begins a new word: break them into lines, or leave them out"
+            )
+
+
 def _encode(block: Block, tokenizer: Tokenizer, split: str | None, fraction: float) -> Encoded:
     tokens, starts = tokenizer.encode_documents(block.texts)
-    if split is None:
-        validation = is_validation(block.texts, fraction)
-    else:
+    if split is not None:
         validation = np.full(len(block.texts), split == "val")
+    elif block.part:  # too long to be held out where the hash is not known
+        hash = block.part.hash
+        validation = np.array([hash is not None and hash < _limit(fraction)])
+    else:
+        validation = is_validation(block.texts, fraction)
     return Encoded(block, tokens, starts, validation)
 
 
@@ -74,11 +104,15 @@ def is_validation(texts: "pa.StringArray", fraction: float) -> np.ndarray:
     Decided by a hash of the text alone, so that the same text is on one side wherever it stands.
     """
     offsets, data = string_buffers(texts)
-    view, limit = memoryview(data.data), int(fraction * 2**64)
+    view, limit = memoryview(data.data), _limit(fraction)
 
     def chosen(start: int, end: int) -> bool:
-        digest = hashlib.blake2b(view[start:end], digest_size=8, key=b"rekindle validation")
-        return int.from_bytes(digest.digest(), "little") < limit
+        return validation_hash(view[start:end]) < limit
 
     ends = offsets.tolist()
     return np.fromiter(map(chosen, ends[:-1], ends[1:]), bool, len(texts))
+
+
+def _limit(fraction: float) -> int:
+    """Documents whose `validation_hash` is below it are `fraction` of all."""
+    return int(fraction * 2**64)

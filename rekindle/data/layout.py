@@ -1,9 +1,10 @@
 """Which tokens go into which shard.
 
 `documents`: a hash of its text puts a document into training or validation, and a shard ends with
-the document that fills it. `lecture`: what the lecture's script makes of the same text (fineweb.py
-of karpathy/build-nanogpt): one stream of tokens in the source's order, cut every `shard_tokens`
-tokens, through documents too; the first shard is validation, all others are training.
+the document that fills it, or in the middle of one that fills a shard alone. `lecture`: what the
+lecture's script makes of the same text (fineweb.py of karpathy/build-nanogpt): one stream of tokens
+in the source's order, cut every `shard_tokens` tokens, through documents too; the first shard is
+validation, all others are training.
 """
 
 from abc import ABC, abstractmethod
@@ -16,11 +17,12 @@ import numpy as np
 from rekindle.data import shards
 from rekindle.data.encoding import Encoded
 from rekindle.data.samples import Samples
-from rekindle.data.sources.base import Source
+from rekindle.data.sources.base import Part, Source
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 
 VAL_MARGIN = 1.15  # how much text there is was only estimated, and fewer would cut that short
+LONG_TOKENS = 100_000_000  # a document that fills a shard of so many, or a larger one, is cut
 MOST_VALIDATION = 0.1  # of all documents, so that small data is not swallowed
 SPLITS = ("train", "val")
 
@@ -45,18 +47,32 @@ class Layout(ABC):
     """The tokens that are not in a shard yet, and the position in the source behind them."""
 
     fraction = 0.0  # of all documents that a hash puts into validation
+    undecided = "training"  # what becomes of files that no name puts into a split
 
     def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
         self.tokenizer = tokenizer
         self.shard_tokens: int = settings["shard_tokens"]
         self.cursor = (0, 0)  # file, and how many of its documents are done
         self.offset = 0  # tokens of the document at the cursor that are done
+        self.position = 0  # tokens of it that were read by this call
         self.pending = {split: Pending(tokenizer) for split in SPLITS}
 
     @abstractmethod
     def add(self, encoded: Encoded) -> Iterator[str]:
         """Add a block. Yields a split each time its pending tokens fill a shard; the caller calls
         `take` before it asks for the next."""
+
+    def _part(self, encoded: Encoded, part: Part) -> np.ndarray:
+        """The tokens of a part of a document that are not done yet."""
+        tokens = encoded.tokens if part.begins else encoded.tokens[1:]
+        start = 0 if part.begins else self.position
+        self.position = start + len(tokens)
+        return tokens[max(0, self.offset - start) :]
+
+    def _done(self, encoded: Encoded, count: int, end: bool) -> None:
+        """`count` tokens more of the document at the cursor are done, and at the `end` all."""
+        self.cursor = (encoded.block.file, encoded.block.first + end)
+        self.offset = 0 if end else self.offset + count
 
     def take(self, split: str) -> Pending:
         """The pending tokens of a split, which are pending no longer."""
@@ -85,8 +101,14 @@ class Documents(Layout):
     def __init__(self, source: Source, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
         super().__init__(tokenizer, settings)
         self.fraction = _validation_fraction(source, tokenizer, settings["val_tokens"])
+        if self.fraction:
+            self.undecided = "training, and validation by a hash of each document"
+        self.cut = 0  # tokens of the document at the cursor that are in earlier shards
 
     def add(self, encoded: Encoded) -> Iterator[str]:
+        if part := encoded.block.part:
+            yield from self._add_part(encoded, part)
+            return
         documents, start = len(encoded.validation), 0
         while start < documents:
             end = min(self._filled_by(split, encoded, start) for split in SPLITS)
@@ -97,6 +119,21 @@ class Documents(Layout):
                 if self.pending[split].tokens >= self.shard_tokens:
                     yield split
             start = end
+
+    def _add_part(self, encoded: Encoded, part: Part) -> Iterator[str]:
+        split = "val" if encoded.validation[0] else "train"
+        tokens, pending = self._part(encoded, part), self.pending[split]
+        if len(tokens):
+            pending.append(tokens, int(self.offset == 0))
+            pending.samples.offer(encoded.block.texts, np.arange(1), encoded.tokens, encoded.starts)
+        self._done(encoded, len(tokens), part.ends)
+        if part.ends:
+            self.cut = 0
+            if pending.tokens >= self.shard_tokens:
+                yield split
+        elif self.offset - self.cut >= max(self.shard_tokens, LONG_TOKENS):
+            self.cut = self.offset
+            yield split
 
     def _filled_by(self, split: str, encoded: Encoded, start: int) -> int:
         """One past the document with which a shard of `split` is full, or past the block's last."""
@@ -118,6 +155,10 @@ class Documents(Layout):
         pending.append(tokens, len(numbers))
         pending.samples.offer(encoded.block.texts, numbers, encoded.tokens, starts)
 
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
+        super().restore(state, folder)
+        self.cut = self.offset
+
     def leftover(self, made: int) -> dict[str, Pending]:
         train, val = self.pending["train"], self.pending["val"]
         if self.fraction and not made and not train.pieces:
@@ -131,6 +172,8 @@ class Lecture(Layout):
     Nothing of a cut document is saved: a resumed call encodes it again and skips what is done.
     """
 
+    undecided = "validation in the first shard, then training"
+
     def __init__(self, source: Source, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
         super().__init__(tokenizer, settings)
         self.split = "val"  # of the shard that is being filled
@@ -141,6 +184,9 @@ class Lecture(Layout):
             )
 
     def add(self, encoded: Encoded) -> Iterator[str]:
+        if part := encoded.block.part:
+            yield from self._add_part(encoded, part)
+            return
         start, starts = self.offset, encoded.starts
         while start < len(encoded.tokens):
             room = self.shard_tokens - self.pending[self.split].tokens
@@ -153,6 +199,21 @@ class Lecture(Layout):
                 yield self.split
                 self.split = "train"
             start = end
+
+    def _add_part(self, encoded: Encoded, part: Part) -> Iterator[str]:
+        tokens = self._part(encoded, part)
+        texts, starts = encoded.block.texts, encoded.starts
+        if not len(tokens):
+            self._done(encoded, 0, part.ends)
+        while len(tokens):
+            pending = self.pending[self.split]
+            now, tokens = np.split(tokens, [self.shard_tokens - pending.tokens])
+            pending.append(now, int(self.offset == 0))
+            pending.samples.offer(texts, np.arange(1), encoded.tokens, starts)
+            self._done(encoded, len(now), part.ends and not len(tokens))
+            if pending.tokens == self.shard_tokens:
+                yield self.split
+                self.split = "train"
 
     def _append(self, encoded: Encoded, start: int, end: int) -> None:
         """Add the tokens `start` to `end` of a block."""

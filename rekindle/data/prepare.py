@@ -15,7 +15,14 @@ import numpy as np
 
 from rekindle import storage
 from rekindle.data import shards
-from rekindle.data.earlier import compare_vocabulary, finished, saved_state
+from rekindle.data.earlier import (
+    compare_vocabulary,
+    finished,
+    pieces_of,
+    remove_others,
+    saved_state,
+    without_changed_files,
+)
 from rekindle.data.encoding import encoded_blocks
 from rekindle.data.layout import LAYOUTS, Pending
 from rekindle.data.progress import Progress
@@ -23,6 +30,7 @@ from rekindle.data.samples import Samples
 from rekindle.data.shards import Manifest, Shard
 from rekindle.data.sources.base import Source
 from rekindle.data.sources.ready_made import ReadyMade
+from rekindle.data.sources.splits import split_lines
 from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.errors import UserError
 from rekindle.observe.console import Console
@@ -62,6 +70,11 @@ def prepare(
             if isinstance(source, ReadyMade):
                 return source.take(out, tokenizer, console, lock)
             return _prepare(source, out, tokenizer, settings, console, lock)
+    except MemoryError:
+        raise UserError(
+            f"the memory does not suffice to prepare {out}: end other programs, or "
+            "use fewer cores (such as `taskset -c 0,1 rekindle ...`); the same command resumes"
+        ) from None
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: {error.strerror or error}; mend that and run the same "
@@ -116,11 +129,32 @@ def _prepare(
         source.open(folder / "downloads", console)
         preparation = _Preparation(source, out, tokenizer, settings, console)
         if state:
-            console.say(f"going on in {out} after {len(state['shards'])} finished shards")
-            preparation.restore(state)
+            preparation.restore(_resumable(state, source, out, console))
+        _say_splits(source, preparation.layout.undecided, console)
         return preparation.run()
     finally:
         source.close()
+
+
+def _resumable(state: Any, source: Source, out: Path, console: Console) -> dict[str, Any]:
+    """The state to resume from: without what was made of files that have changed since."""
+    state, said = without_changed_files(state, source)
+    if said:
+        console.say(said)
+        storage.write_json(out / shards.UNFINISHED / shards.STATE, state)
+    remove_others(out, state)
+    console.say(f"going on in {out} after {len(state['shards'])} finished shards")
+    return state
+
+
+def _say_splits(source: Source, undecided: str, console: Console) -> None:
+    """Print which files belong to which split. Raises `UserError` if none is left to train on."""
+    files = [(file.name, file.split) for file in source.files]
+    lines = split_lines(files, source.left_out, undecided)
+    if all(file.split == "val" for file in source.files):
+        raise UserError(f"{source.name} holds nothing to train on: {'; '.join(lines)}")
+    for line in lines:
+        console.say(line)
 
 
 class _Preparation:
@@ -141,6 +175,7 @@ class _Preparation:
         self.layout = LAYOUTS[settings["layout"]](source, tokenizer, settings)
         self.sizes = np.cumsum([0, *(file.size for file in source.files)])
         self.shards: list[Shard] = []
+        self.history: list[dict[str, Any]] = []  # the last position in each file, to go back to
         self.tokens = 0  # made by this call
         self.console, self.progress = console, Progress(console, "tokens")
         self.disk = ThreadPoolExecutor(1)
@@ -149,6 +184,8 @@ class _Preparation:
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from what `_commit` wrote."""
         self.shards = [Shard(**entry) for entry in state["shards"]]
+        self.history = state.get("history", [])
+        self.layout.fraction = state.get("fraction", self.layout.fraction)
         self.layout.restore(state, self.folder)
 
     def run(self) -> Manifest:
@@ -181,12 +218,19 @@ class _Preparation:
         samples, rest.samples = rest.samples, Samples(self.tokenizer)
         name = f"{other}-{len(self.shards):06d}.bin"  # unique: each commit adds a shard
         saved = [*rest.saved, name] if pieces else rest.saved
-        state = {
-            "source": self.record,
-            "tokenizer_sha256": self.tokenizer.sha256,
-            "cursor": self.layout.cursor,
+        file = self.layout.cursor[0]
+        position = {
+            "cursor": list(self.layout.cursor),
             "offset": self.layout.offset,
             "pending": {other: {"documents": rest.documents, "pieces": saved}},
+        }
+        if self.history and self.history[-1]["cursor"][0] == file:
+            self.history.pop()
+        self.history.append(position | {"finished": len(self.shards) + 1})
+        state = position | {
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "fraction": self.layout.fraction,
+            "history": list(self.history),
         }
         rest.saved = saved
 
@@ -196,14 +240,22 @@ class _Preparation:
                 samples.check(str(self.folder / name))
                 shards.write_shard(self.folder / name, pieces)
             entries = [asdict(entry) for entry in self.shards]
-            storage.write_json(self.folder / shards.STATE, state | {"shards": entries})
-            # From here on a resume starts behind this shard: what was kept for it may go.
-            for piece in full.saved:
-                (self.folder / piece).unlink()
-            self.source.release(state["cursor"][0])
+            whole = state | {"source": self._record(file + 1), "shards": entries}
+            storage.write_json(self.folder / shards.STATE, whole)
+            # From here on a resume starts behind this shard, or another one of the history: what
+            # was kept for those before may go.
+            for path in set(self.folder.glob("*.bin")):
+                if path.name not in pieces_of(whole):
+                    path.unlink()
+            self.source.release(file)
             return shard
 
         self.writing = self.disk.submit(write)
+
+    def _record(self, count: int) -> dict[str, Any]:
+        """What is kept of the source, of which the first `count` files were read."""
+        files = self.source.identities(count)
+        return self.record if files is None else self.record | {"files": files}
 
     def _written(self) -> None:
         """Wait for the shard that is being written, if one is, and raise what went wrong."""
@@ -227,11 +279,15 @@ class _Preparation:
                 self._write_shard(split, pending)
         if not self.shards:
             raise UserError(f"{self.source.name} holds no documents: nothing was prepared")
+        if all(shard.split == "val" for shard in self.shards):
+            raise UserError(
+                f"{self.source.name} holds nothing to train on: all its documents are validation"
+            )
         manifest = Manifest(
             self.tokenizer.name,
             self.tokenizer.sha256,
             self.tokenizer.vocab_size,
-            self.record,
+            self._record(len(self.source.files)),
             tuple(sorted(self.shards, key=lambda shard: (shard.split, shard.name))),
         )
         manifest.write(self.out)

@@ -4,7 +4,6 @@ Whole data sets go through a fast encoder; `Tokenizer.encode` is the reference. 
 each shard is compared, and one different token stops the preparation.
 """
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,15 +17,12 @@ if TYPE_CHECKING:
 
 MOST = 32  # documents a shard
 LONGEST = 1 << 15  # characters of a document that are compared; the reference is slow
-# GPT-2 never merges across a space that stands between two words, so what lies before one is
-# encoded alike with and without the rest.
-BOUNDARY = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 
 
 @dataclass(frozen=True)
 class _Sample:
     number: int  # of the document within its shard
-    text: str
+    text: str  # all of it, or a little more of its beginning than is compared
     tokens: np.ndarray
 
 
@@ -48,8 +44,10 @@ class Samples:
             if (self._count + k) % self._stride:  # the stride has doubled meanwhile
                 continue
             i = numbers[k]
-            encoded = tokens[starts[i] + 1 : starts[i + 1]].copy()  # not the whole block's memory
-            self._keep(_Sample(self._count + k, texts[i].as_py(), encoded))
+            start = starts[i] + 1
+            end = min(starts[i + 1], start + 4 * LONGEST)  # a character has four bytes at most
+            encoded = tokens[start:end].copy()  # not the whole block's memory
+            self._keep(_Sample(self._count + k, texts[i].as_py()[: LONGEST + 1], encoded))
         self._count += len(numbers)
 
     def _keep(self, sample: _Sample) -> None:
@@ -64,10 +62,10 @@ class Samples:
             text, tokens = sample.text, sample.tokens.tolist()
             shortened = len(text) > LONGEST
             if shortened:
-                ends = [match.start() for match in BOUNDARY.finditer(text, 0, LONGEST)]
-                if not ends:  # one endless word: there is no safe place to cut
+                start = text[:LONGEST].encode()
+                text = start[: self._tokenizer.last_cut(start)].decode()
+                if not text:  # one endless word: there is no safe place to cut
                     continue
-                text = text[: ends[-1]]
             expected = self._tokenizer.encode(text)
             if shortened:
                 tokens = tokens[: len(expected)]

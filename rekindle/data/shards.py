@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rekindle import storage
+from rekindle.data import content
 from rekindle.errors import UserError
 from rekindle.schema import mismatch
 
@@ -163,6 +164,9 @@ def open_shard(path: Path) -> np.ndarray:
     except OSError as error:
         raise UserError(f"the shard {path} cannot be read ({error.strerror})") from None
     if len(header) < HEADER_BYTES // 4 or tuple(header[:2]) != (MAGIC, VERSION):
+        kind = content.what_is(header.tobytes())
+        if kind == content.LFS:
+            raise UserError(f"{path} is {content.describe(kind)}")
         raise UserError(f"{path} does not start with the header of a token shard: prepare it again")
     count = int(header[2])
     if size != HEADER_BYTES + 2 * count:

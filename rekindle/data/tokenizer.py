@@ -9,14 +9,16 @@ import json
 import tempfile
 import threading
 from base64 import b64encode
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from rekindle.data.cutting import first_cut, last_cut
+from rekindle.data.letters import Letters, differing_letters
 from rekindle.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ END_OF_TEXT = "<|endoftext|>"
 # that it cannot arise across a border; a text that holds it is encoded in another way.
 SEPARATOR = "<|rekindle:ffc12fb7c5ad between documents|>"
 
+PIECE_BYTES = 1 << 12  # of a text that holds letters on which the encoders differ
 FORGET_BYTES = 256 << 20  # text after which the fast encoder is made anew, in 0.04 s
 
 
@@ -52,6 +55,12 @@ class Tokenizer(Protocol):
         `end_of_text`; and where each begins, then where the last ends. `texts` holds at least one
         document and no nulls.
         """
+        ...
+
+    def last_cut(self, text: bytes) -> int:
+        """The last place at which UTF-8 `text` may be cut: both sides, encoded apart, give the
+        tokens of the whole, whatever comes before and after `text`. Bytes from the beginning; 0 if
+        there is none."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
@@ -81,6 +90,9 @@ class ByteTokenizer:
         tokens = np.full(starts[-1], self.end_of_text, np.uint16)
         tokens[ordinary] = data[offsets[0] : offsets[-1]]
         return tokens, starts
+
+    def last_cut(self, text: bytes) -> int:
+        return len(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(t for t in tokens if t < 256).decode(errors="replace")
@@ -119,6 +131,8 @@ class GPT2Tokenizer:
         import pyarrow as pa
         from pyarrow import compute
 
+        if self._unsettled.are_in(texts):
+            return self._encode_slowly(texts.to_pylist())
         # All documents as one text, with what the encoder takes for one token between them: the
         # tokens come back in a row, already separated, and no text passes through Python.
         together = pa.ListArray.from_arrays(pa.array([0, len(texts)], pa.int32()), texts)
@@ -133,10 +147,30 @@ class GPT2Tokenizer:
         return tokens, np.append(starts, len(tokens))
 
     def _encode_slowly(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        documents = [[self.end_of_text, *self.encode(text)] for text in texts]
+        documents = [[self.end_of_text, *self._encode_in_pieces(text.encode())] for text in texts]
         tokens = [token for document in documents for token in document]
         starts = np.cumsum([0, *map(len, documents)])
         return np.array(tokens, np.uint16), starts
+
+    def _encode_in_pieces(self, text: bytes) -> Iterator[int]:
+        """By the reference only where the encoders differ: it cannot take a million spaces."""
+        start = 0
+        while start < len(text):
+            end = first_cut(text, start + PIECE_BYTES)
+            piece, start = text[start:end], end
+            decoded = piece.decode()
+            if SEPARATOR in decoded or self._unsettled.pattern.search(decoded):
+                yield from self._tiktoken.encode_ordinary(decoded)
+            else:
+                yield from self._fast.encode(piece).tolist()
+
+    @cached_property
+    def _unsettled(self) -> Letters:
+        """Letters of which the two encoders have different tables."""
+        return Letters(differing_letters(self._tiktoken.encode_ordinary, self._fast.encode))
+
+    def last_cut(self, text: bytes) -> int:
+        return last_cut(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tiktoken.decode(tokens)

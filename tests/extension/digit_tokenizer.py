@@ -27,6 +27,9 @@ class DigitTokenizer:
         starts = np.cumsum([0, *map(len, documents)])
         return np.concatenate(documents).astype(np.uint16), starts
 
+    def last_cut(self, text: bytes) -> int:
+        return len(text)
+
     def decode(self, tokens: Sequence[int]) -> str:
         return "".join(self.alphabet[token] for token in tokens)
 

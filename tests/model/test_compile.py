@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rekindle import trainer
+from rekindle import placement
 from rekindle.data.tokenizer import ByteTokenizer
 from rekindle.evaluate import scoring
 from rekindle.evaluate.loss import Forward, validation_loss
@@ -53,7 +53,7 @@ def make_model(config: GPT2Config = CONFIG) -> GPT2:
 def compiled(model: GPT2) -> Compiled:
     """Compiled as training does it."""
     machine = dataclasses.replace(resolve(MachineOptions(device="cpu")), compile=True)
-    forward, transformer = trainer._compile(model, machine)
+    forward, transformer = placement.compile_model(model, machine)
     assert forward is not model
     assert transformer
     return Compiled(model, forward, transformer)

@@ -26,8 +26,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
         _PATHS
         | {
             "metavar": "DIR",
-            "help": "Parquet files, or folders of them, with a column `text`; val*.parquet is "
-            "validation",
+            "help": "Parquet files, or folders of them, with a column `text`",
         },
     ),
     "jsonl": ("jsonl.JsonLinesSource", _PATHS | {"metavar": "FILE", "help": "JSON lines, `text`"}),
@@ -69,6 +68,11 @@ def _dataset(name: str) -> "Source | ReadyMade":
         return ready_made.PublishedShards()
     if name in hub.DATASETS:
         return hub.HubSource(*hub.DATASETS[name])
+    if Path(name).exists():
+        raise UserError(
+            f"{name} is a file or folder here, not a data set of the hub: give --parquet {name}, "
+            "--jsonl or --text"
+        )
     if "/" in name:
         repository, _, folder = name.partition(":")
         return hub.HubSource(repository, folder)

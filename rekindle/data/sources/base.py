@@ -4,6 +4,7 @@ A source is a fixed list of files, each a sequence of documents that is the same
 So a position to resume from is two integers: the file, and how many of its documents are done.
 """
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,13 +27,29 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Says that a block holds one text, which is a part of a document too long for one block."""
+
+    begins: bool  # the document
+    ends: bool
+    hash: int | None  # `validation_hash` of the whole document; None if it is too long to be held
+
+
+@dataclass(frozen=True)
 class Block:
-    """Some consecutive documents of one file."""
+    """Some consecutive documents of one file, or a part of one."""
 
     texts: "pa.StringArray"  # no nulls, valid UTF-8
     file: int
     first: int  # number of the first document within its file
     done: float  # part of the file that has been read when this block ends, 0 to 1
+    part: Part | None = None
+
+
+def validation_hash(text: bytes | memoryview) -> int:
+    """What decides whether a document is held out: 64 bits that depend on its text alone."""
+    digest = hashlib.blake2b(text, digest_size=8, key=b"rekindle validation")
+    return int.from_bytes(digest.digest(), "little")
 
 
 class Source(Protocol):
@@ -45,6 +62,7 @@ class Source(Protocol):
     revision: str
     licence: str
     files: Sequence[SourceFile]
+    left_out: Sequence[tuple[str, str]] = ()  # files that are not read: name, reason
 
     @property
     @abstractmethod
@@ -55,6 +73,11 @@ class Source(Protocol):
     @abstractmethod
     def fingerprint(self) -> str:
         """Identifies the content, so that a folder is not continued with other text. Hex."""
+
+    def identities(self, count: int) -> list[dict[str, Any]] | None:
+        """What identifies each of the first `count` files, as JSON, so that a change of one of them
+        concerns that one alone. None for a source that is identified as a whole."""
+        return None
 
     @abstractmethod
     def blocks(self, file: int, skip: int = 0) -> Iterator[Block]:
@@ -81,10 +104,3 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Nothing more will be read."""
-
-
-def splits_of(names: Sequence[str]) -> list[str | None]:
-    """The split of each file of a set. Files named `val*` are validation, and then all others are
-    training; without one, each split is None: documents are split by their hash."""
-    held_out = [name.startswith("val") for name in names]
-    return [("val" if held else "train") if any(held_out) else None for held in held_out]

@@ -9,13 +9,14 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from rekindle import hub
 from rekindle.data.progress import Progress
-from rekindle.data.sources.base import Block, Source, SourceFile, splits_of
+from rekindle.data.sources.base import Block, Source, SourceFile
 from rekindle.data.sources.parquet import parquet_blocks
+from rekindle.data.sources.splits import LEFT_OUT, splits_of
 from rekindle.errors import UserError
 from rekindle.observe.console import Console
 
@@ -31,7 +32,7 @@ INSTEAD = "where there is no network, download the files elsewhere and use --par
 class HubSource(Source):
     """All Parquet files below a folder of a dataset, with a column `text`.
 
-    Files named `val*` are validation; files named `test*` are left out.
+    The names of files and of folders below that one say which are validation or left out.
     """
 
     def __init__(self, repository: str, folder: str = "") -> None:
@@ -56,16 +57,15 @@ class HubSource(Source):
         listing = hub.list_files(
             self._repository, self._folder, ".parquet", self._pinned, instead=INSTEAD
         )
-        kept = [file for file in listing.files if not _base(file).startswith("test")]
+        splits = splits_of([self._place(file) for file in listing.files])
+        pairs = list(zip(listing.files, splits, strict=True))
+        self.left_out = [(file.path, LEFT_OUT) for file, split in pairs if split == "test"]
+        kept = [(file, split) for file, split in pairs if split != "test"]
         if not kept:
             raise UserError(f"{self.name} on the hub has no *.parquet file to train on")
-        self._listing = dataclasses.replace(listing, files=tuple(kept))
+        self._listing = dataclasses.replace(listing, files=tuple(file for file, _ in kept))
         self.revision, self.licence = listing.revision, listing.licence
-        splits = splits_of([_base(file) for file in kept])
-        self.files = [
-            SourceFile(file.path, file.size, split)
-            for file, split in zip(kept, splits, strict=True)
-        ]
+        self.files = [SourceFile(file.path, file.size, split) for file, split in kept]
         self._pool = ThreadPoolExecutor(1)
 
     @property
@@ -114,6 +114,7 @@ class HubSource(Source):
             raise hub.StoppedError
         self._received += received
 
-
-def _base(file: hub.RemoteFile) -> str:
-    return PurePosixPath(file.path).name
+    def _place(self, file: hub.RemoteFile) -> str:
+        """The path below the folder that was named."""
+        folder = f"{self._folder}/" if self._folder else ""
+        return file.path.removeprefix(folder)

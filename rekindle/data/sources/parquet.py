@@ -4,28 +4,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from rekindle.data import content
 from rekindle.data.sources import local
-from rekindle.data.sources.base import Block, splits_of
-from rekindle.data.sources.local import LocalSource
+from rekindle.data.sources.base import Block
+from rekindle.data.sources.local import LocalSource, Piece, parts
 from rekindle.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+MOST_ROWS = 256  # read at once: what they decode to is not known before
+MOST_INDICES = 1 << 16  # the same of a dictionary column, which is decoded step by step
+
 
 class ParquetSource(LocalSource):
-    """Parquet files with a column `text`. Files named `val*` are the validation split."""
+    """Parquet files with a column `text`."""
 
     suffixes = (".parquet",)
-
-    def splits(self) -> list[str | None]:
-        return splits_of([path.name for path in self.paths])
 
     @property
     def text_bytes(self) -> int:
         return sum(parquet_text_bytes(path) for path in self.paths)
 
-    def blocks(self, file: int, skip: int = 0) -> Iterator[Block]:
+    def read(self, file: int, skip: int) -> Iterator[Block]:
         return parquet_blocks(self.paths[file], file, skip)
 
 
@@ -36,17 +39,23 @@ def _open_parquet(path: Path) -> Any:
 
     try:
         # Arrow would by default keep all that was read of a file, 2 GB of one of FineWeb's.
-        opened = pq.ParquetFile(path, pre_buffer=False)
+        opened = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
         schema = opened.schema_arrow
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, MemoryError):
+            raise
+        kind = content.what_is(content.head_of(path))
+        if kind and kind != content.PARQUET:
+            raise UserError(f"{path} is {content.describe(kind)}") from None
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a whole Parquet file ({reason}): get it again") from None
-    if "text" not in schema.names:
-        columns = ", ".join(schema.names) or "none"
-        raise UserError(f"{path} has no column 'text' (its columns: {columns})")
+    columns = ", ".join(schema.names) or "none"
+    if (count := schema.names.count("text")) != 1:
+        wrong = f"has {count} columns 'text'" if count else "has no column 'text'"
+        raise UserError(f"{path} {wrong} (its columns: {columns})")
     kind = schema.field("text").type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
         raise UserError(f"{path}: the column 'text' holds {kind}, not strings")
     return opened
 
@@ -54,15 +63,14 @@ def _open_parquet(path: Path) -> Any:
 def parquet_text_bytes(path: Path) -> int:
     """Bytes of the column `text`, from the file's metadata."""
     with _open_parquet(path) as opened:
-        return _text_bytes(opened.metadata)
+        groups = range(opened.metadata.num_row_groups)
+        return sum(_group_bytes(opened.metadata, group) for group in groups)
 
 
-def _text_bytes(metadata: Any) -> int:
+def _group_bytes(metadata: Any, group: int) -> int:
+    """Bytes of the column `text` in one row group, as they are encoded but not compressed."""
     columns = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    return sum(
-        metadata.row_group(i).column(columns.index("text")).total_uncompressed_size
-        for i in range(metadata.num_row_groups)
-    )
+    return metadata.row_group(group).column(columns.index("text")).total_uncompressed_size
 
 
 def parquet_blocks(path: Path, file: int, skip: int) -> Iterator[Block]:
@@ -70,33 +78,92 @@ def parquet_blocks(path: Path, file: int, skip: int) -> Iterator[Block]:
     import pyarrow as pa
 
     rows = first = 0  # rows read; number of the next document
+    waiting: list[pa.StringArray] = []  # for one block, which ends before document `first`
     try:
         with _open_parquet(path) as opened:
             total_rows = max(1, opened.metadata.num_rows)
-            # Few rows at a time: the batch size, not the row group, bounds what is in memory.
-            mean = max(1, _text_bytes(opened.metadata) // total_rows)
-            batch = min(max(local.BLOCK_BYTES // mean, 16), 1 << 16)
-            for record in opened.iter_batches(batch, columns=["text"]):
-                rows += len(record)
-                texts = record.column(0).drop_null()
+            for column, enough in _columns(opened):
+                rows += len(column)
+                texts = column.drop_null()
                 start = min(max(skip - first, 0), len(texts))
-                for part in _parts(texts.slice(start)):
-                    part.validate(full=True)  # Parquet does not promise UTF-8; the tokenizer does
-                    yield Block(part, file, first + start, rows / total_rows)
-                    start += len(part)
-                first += len(texts)
+                first += start
+                for some in _decoded(texts.slice(start)):
+                    some.validate(full=True)  # Parquet does not promise UTF-8; the tokenizer does
+                    waiting.append(some)
+                    first += len(some)
+                    if _is_full(waiting, enough):
+                        yield from _blocks(waiting, file, first, rows / total_rows)
+                        waiting = []
+            if waiting:
+                yield from _blocks(waiting, file, first, 1.0)
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, MemoryError):
+            raise
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged near row {rows} ({reason}): get it again") from None
 
 
-def _parts(texts: Any) -> Iterator["pa.StringArray"]:
-    """Cut an array of strings, plain or large, into plain ones of about `BLOCK_BYTES`."""
+def _columns(opened: Any) -> Iterator[tuple[Any, int]]:
+    """The column `text`, few rows at a time, and how many rows should make a block. The number of
+    rows, not the row group, bounds what is in memory."""
     import pyarrow as pa
 
-    if len(texts) > 1 and texts.nbytes > 2 * local.BLOCK_BYTES:
-        middle = len(texts) // 2
-        yield from _parts(texts.slice(0, middle))
-        yield from _parts(texts.slice(middle))
-    elif len(texts):
-        yield texts.cast(pa.string())
+    is_dictionary = pa.types.is_dictionary(opened.schema_arrow.field("text").type)
+    most = MOST_INDICES if is_dictionary else MOST_ROWS
+    for group in range(opened.metadata.num_row_groups):
+        count = max(1, opened.metadata.row_group(group).num_rows)
+        mean = max(1, _group_bytes(opened.metadata, group) // count)
+        enough = min(max(local.BLOCK_BYTES // mean, 1), 1 << 16)
+        batch = most if is_dictionary else min(enough, most)
+        for record in opened.iter_batches(batch, row_groups=[group], columns=["text"]):
+            column = record.column(0)
+            is_view = column.type == pa.string_view()
+            yield column.cast(pa.large_string()) if is_view else column, enough
+
+
+def _decoded(texts: Any) -> Iterator["pa.StringArray"]:
+    """Strings of any kind as plain ones, in arrays of at most `BLOCK_BYTES` or of one string."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    if pa.types.is_dictionary(texts.type):
+        lengths = compute.call_function("binary_length", [texts.dictionary])
+        lengths = lengths.take(texts.indices)
+    else:
+        lengths = compute.call_function("binary_length", [texts])
+    ends = np.cumsum(lengths.fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64)
+    start = 0
+    while start < len(texts):
+        before = ends[start - 1] if start else 0
+        end = int(np.searchsorted(ends, before + local.BLOCK_BYTES, side="right"))
+        end = max(end, start + 1)
+        some = texts.slice(start, end - start)
+        some = some.dictionary_decode() if pa.types.is_dictionary(some.type) else some
+        yield some.cast(pa.string())
+        start = end
+
+
+def _is_full(waiting: list["pa.StringArray"], enough: int) -> bool:
+    rows, size = sum(map(len, waiting)), sum(some.nbytes for some in waiting)
+    return rows >= enough or size >= local.BLOCK_BYTES
+
+
+def _blocks(waiting: list["pa.StringArray"], file: int, end: int, done: float) -> Iterator[Block]:
+    """The documents up to number `end` as one block; long ones among them in parts."""
+    import pyarrow as pa
+
+    short: list[pa.StringArray] = []
+    number = end - sum(map(len, waiting))
+    for some in waiting:
+        if len(some) == 1 and some.nbytes > local.PART_BYTES:
+            if short:
+                count = sum(map(len, short))
+                yield Block(pa.concat_arrays(short), file, number - count, done)
+                short = []
+            text = some[0].as_buffer().to_pybytes()
+            yield from parts(Piece(text, done), file, number)
+        else:
+            short.append(some)
+        number += len(some)
+    if short:
+        yield Block(pa.concat_arrays(short), file, number - sum(map(len, short)), done)

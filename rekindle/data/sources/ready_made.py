@@ -12,6 +12,7 @@ from rekindle.data import shards
 from rekindle.data.cores import usable_cores
 from rekindle.data.progress import Progress
 from rekindle.data.shards import Manifest, Shard
+from rekindle.data.sources.splits import LEFT_OUT, split_lines, split_of
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 from rekindle.observe.console import Console
@@ -43,6 +44,7 @@ class ShardFolder(ReadyMade):
         self.paths = sorted(path for path in folder.glob("*.bin") if path.name[0] != ".")
         if not self.paths:
             raise UserError(f"{folder} holds no shards (*.bin)")
+        self.kept = [path for path in self.paths if split_of(path.name) != "test"]
 
     def take(
         self, out: Path, tokenizer: Tokenizer, console: Console, lock: storage.Lock
@@ -52,13 +54,16 @@ class ShardFolder(ReadyMade):
         if (out / shards.MANIFEST).exists():
             manifest = shards.read_manifest(out)
             shards.check_sizes(out, manifest)
-            if {shard.name for shard in manifest.shards} != {path.name for path in self.paths}:
+            named = {shard.name for shard in manifest.shards}
+            kept, all_of_them = ({path.name for path in some} for some in (self.kept, self.paths))
+            if named not in (kept, all_of_them):  # which earlier versions took
                 raise UserError(f"{out / shards.MANIFEST} names other shards: remove it first")
             console.say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
             return manifest
+        _say_splits([path.name for path in self.paths], f"the folder {out}", console)
         lock.take()
         with ThreadPoolExecutor(usable_cores()) as pool:
-            entries = list(pool.map(lambda path: _describe(path, tokenizer), self.paths))
+            entries = list(pool.map(lambda path: _describe(path, tokenizer), self.kept))
         source = {
             "name": f"shards: {storage.spelled(self.folder.resolve().name)}",
             "revision": "local",
@@ -124,7 +129,9 @@ class _Fetch:
         storage.remove_unfinished(self.folder)
         hub.remove_partial(self.folder)
         self.listing = listing
-        self.files = [file for file in listing.files if "/" not in file.path]
+        files = [file for file in listing.files if "/" not in file.path]
+        _say_splits([file.path for file in files], listing.repository, console)
+        self.files = [file for file in files if split_of(file.path) != "test"]
         self.entries = {entry["name"]: Shard(**entry) for entry in state["shards"]}
         self.source = {
             "name": published.repository,
@@ -174,8 +181,20 @@ class _Fetch:
         self.progress.update(self.received, (self.before + self.received) / self.total)
 
 
+def _say_splits(names: Sequence[str], where: str, console: Console) -> None:
+    """Print which shards belong to which split. Raises `UserError` if none is left to train on."""
+    splits = {name: split_of(name) or "train" for name in names}
+    left_out = [(name, LEFT_OUT) for name in names if splits[name] == "test"]
+    kept = [(name, splits[name]) for name in names if splits[name] != "test"]
+    lines = split_lines(kept, left_out)
+    if "train" not in splits.values():
+        raise UserError(f"{where} holds nothing to train on: {'; '.join(lines)}")
+    for line in lines:
+        console.say(line)
+
+
 def _describe(path: Path, tokenizer: Tokenizer) -> Shard:
-    split = "val" if "val" in path.name else "train"
+    split = split_of(path.name) or "train"
     return shards.describe_shard(path, split, tokenizer.end_of_text, tokenizer.vocab_size)
 
 

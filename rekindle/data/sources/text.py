@@ -2,13 +2,18 @@
 
 import codecs
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from rekindle.data import content
+from rekindle.data.cutting import character
 from rekindle.data.sources import local
 from rekindle.data.sources.base import Block
-from rekindle.data.sources.local import LocalSource, gather
+from rekindle.data.sources.local import LocalSource, Piece, gather
 from rekindle.data.tokenizer import END_OF_TEXT
 from rekindle.errors import UserError
+
+NEWLINES = b"\r\n"
 
 
 class TextSource(LocalSource):
@@ -19,37 +24,84 @@ class TextSource(LocalSource):
 
     suffixes = (".txt", ".md", ".text")
 
-    def blocks(self, file: int, skip: int = 0) -> Iterator[Block]:
-        documents = self._documents(self.paths[file], self.files[file].size)
-        return gather(documents, file, skip)
-
-    def _documents(self, path: Path, size: int) -> Iterator[tuple[bytes, float]]:
-        for raw, start in _split(path, END_OF_TEXT.encode()):
-            try:
-                raw.decode()
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path} is not UTF-8 text (byte {start + error.start}: {error.reason}): "
-                    "convert it first"
-                ) from None
-            end = start + len(raw)
-            text = raw.removeprefix(codecs.BOM_UTF8) if start == 0 else raw.lstrip(b"\r\n")
-            text = text if end == size else text.rstrip(b"\r\n")
-            if text.strip():
-                yield text, min(1.0, end / max(1, size))
+    def read(self, file: int, skip: int) -> Iterator[Block]:
+        path, size = self.paths[file], self.files[file].size
+        kind = content.what_is(content.head_of(path))
+        if kind and kind != content.PAGE:  # a page is text like any other
+            raise UserError(f"{path} is {content.describe(kind)}")
+        return gather(_documents(path, size), file, skip)
 
 
-def _split(path: Path, separator: bytes) -> Iterator[tuple[bytes, int]]:
-    """The parts of a file between separators and where each starts; reads only as far as needed."""
+@dataclass(frozen=True)
+class _Raw:
+    """Bytes between two separators, or some of them where they are many."""
+
+    data: bytes
+    start: int  # offset in the file
+    begins: bool
+    ends: bool
+
+
+def _documents(path: Path, size: int) -> Iterator[Piece]:
+    for raw in _split(path, END_OF_TEXT.encode()):
+        _check_utf8(raw, path)
+        text, end = raw.data, raw.start + len(raw.data)
+        if raw.begins:
+            text = text.removeprefix(codecs.BOM_UTF8) if raw.start == 0 else text.lstrip(NEWLINES)
+        if raw.ends and end != size:
+            text = text.rstrip(NEWLINES)
+        if (text and not text.isspace()) or not (raw.begins and raw.ends):
+            yield Piece(text, min(1.0, end / max(1, size)), raw.begins, raw.ends)
+
+
+def _check_utf8(raw: _Raw, path: Path) -> None:
+    """Part by part, since text takes up to four times the memory of its bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for at in range(0, max(1, len(raw.data)), local.PART_BYTES):
+        before = len(decoder.getstate()[0])  # of a character that is cut here
+        end = at + local.PART_BYTES
+        try:
+            decoder.decode(raw.data[at:end], final=end >= len(raw.data))
+        except UnicodeDecodeError as error:
+            place = raw.start + at - before + error.start
+            raise UserError(
+                f"{path} is not UTF-8 text (byte {place}: {error.reason}): convert it first"
+            ) from None
+
+
+def _split(path: Path, separator: bytes) -> Iterator[_Raw]:
+    """The parts of a file between separators; reads only as far as needed, and cuts a part that
+    is longer than `LONG_BYTES`."""
     buffer = bytearray()
     start = searched = 0  # offset of the buffer in the file; how much of it has no separator
+    begins = True
     with open(path, "rb") as file:
         while chunk := file.read(local.BLOCK_BYTES):
             buffer += chunk
             while (found := buffer.find(separator, searched)) >= 0:
-                yield bytes(buffer[:found]), start
+                yield _Raw(_copy(buffer, found), start, begins, True)
                 del buffer[: found + len(separator)]
                 start += found + len(separator)
-                searched = 0
+                searched, begins = 0, True
             searched = max(0, len(buffer) - len(separator) + 1)
-    yield bytes(buffer), start
+            if len(buffer) > local.LONG_BYTES or not begins:
+                end = _cut(buffer, searched)
+                yield _Raw(_copy(buffer, end), start, begins, False)
+                del buffer[:end]
+                start, searched, begins = start + end, searched - end, False
+    yield _Raw(bytes(buffer), start, begins, True)
+
+
+def _copy(buffer: bytearray, end: int) -> bytes:
+    """The beginning of a buffer, copied once."""
+    with memoryview(buffer) as view:
+        return bytes(view[:end])
+
+
+def _cut(buffer: bytearray, limit: int) -> int:
+    """Where a document that goes on may be cut: between two characters, and not within what may
+    prove to be a separator or the newlines before it."""
+    end = limit
+    while end and buffer[end - 1] in NEWLINES:
+        end -= 1
+    return character(buffer, end or limit)
