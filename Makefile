@@ -28,6 +28,7 @@ gpu-checks: setup
 	.venv/bin/python -m benchmarks.hopper --check
 	.venv/bin/python -m benchmarks.traffic --check
 	.venv/bin/python -m benchmarks.roofline --check
+	.venv/bin/python -m benchmarks.scaling --check
 
 lint: setup
 	.venv/bin/ruff format --check .
