@@ -5,6 +5,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ BACKWARD, LOSS = "MLP backward, K = 768", "cross-entropy"
 
 
 @pytest.mark.parametrize("architecture", CARDS)
-@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
-def test_no_rule_is_broken(architecture: str, version: str) -> None:
-    for case, found in result("hopper.json")["triton"][version][architecture].items():
+@pytest.mark.parametrize("triton", ["3.6.0", "3.9.0"])
+def test_no_rule_is_broken(architecture: str, triton: str) -> None:
+    for case, found in result("hopper.json")["triton"][triton][architecture].items():
         assert hopper.violations(case, CARDS[architecture], found) == []
 
 
@@ -72,6 +73,16 @@ def test_differences_name_the_place() -> None:
         "b: None, expected {'z': 3}",
     ]
     assert hopper.differences({}, {"new": 1}) == ["new: 1, expected None"]
+
+
+def test_a_figure_that_changed_is_unexpected() -> None:
+    committed = result("hopper.json")
+    found = copy.deepcopy(committed["triton"][locked("triton")])
+    assert hopper.unexpected(committed, locked("triton"), found) == []
+    found["sm_90"][LOSS][""]["registers"] += 1
+    (said,) = hopper.unexpected(committed, locked("triton"), found)
+    assert f"sm_90: {LOSS}" in said
+    assert hopper.unexpected(committed, "99.0", found) == []
 
 
 def test_each_case_launches_one_kernel() -> None:
@@ -106,6 +117,20 @@ def test_what_traffic_forbids(planted: Callable[[dict[str, Any]], None], words: 
     planted(ways)
     (said,) = traffic.violations(ways)
     assert words in said
+
+
+def test_traffic_that_changed_is_complained_of() -> None:
+    committed = result("traffic.json")
+    committed["versions"]["torch"] = version("torch")
+    ways = copy.deepcopy(committed["ways"])
+    assert traffic.complaints(committed, ways) == []
+    ways["bf16"]["layer"]["kernels"] += 1
+    (said,) = traffic.complaints(committed, ways)
+    assert "bf16: layer: kernels" in said
+    committed["versions"]["torch"] = "99.0"
+    assert traffic.complaints(committed, ways) == []
+    copied(ways)
+    assert len(traffic.complaints(committed, ways)) == 1
 
 
 # ---- Predictions ---------------------------------------------------------------------------------

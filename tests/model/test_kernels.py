@@ -533,7 +533,19 @@ def test_the_cpu_and_fp32_are_plain_pytorchs(
 
 COMPILE = """
 from benchmarks import absent, hopper
+from rekindle.model.kernels import mlp
 card = absent.CARDS["sm_90"]
+absent.pretend_to_triton(card)
+
+def made_for(rows):
+    with hopper._recording() as recorders:
+        hopper.forward(rows, 768, 3072)
+    [(arguments, options)] = recorders["_matmul_gelu_kernel"].calls
+    options |= mlp.CONFIGURATIONS[0].all_kwargs()
+    return mlp._matmul_gelu_kernel.fn.warmup(*arguments, grid=(1,), **options)
+
+# 15, 16 (which 16 divides) and 17 bits of rows: what is compiled once serves all.
+assert made_for(16_384) is made_for(32_768) is made_for(65_536)
 for case in ("cross-entropy", "MLP forward, no gradient", "MLP backward, sizes that do not divide"):
     found = hopper.compile_case(case, card)
     assert not hopper.violations(case, card, found), found
