@@ -44,9 +44,9 @@ class LayerNorm(nn.LayerNorm):
     nor their gradients are rounded to bf16. Compiled, it moves the same bytes."""
 
     def forward(self, input: Tensor) -> Tensor:
-        # The CPU's kernel takes bf16 beside float32 weights and needs no copy, but rounds gradients.
+        # The CPU's kernel takes bf16 beside float32 weights without a copy, but rounds gradients.
         direct = input.device.type == "cpu" and not torch.is_grad_enabled()
-        x = input if direct else input.float()
+        x = input if direct else input.to(self.weight.dtype)
         normed = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         return normed.to(input.dtype)
 

@@ -262,12 +262,12 @@ def assert_rounded(ours: Tensor, exact: Tensor) -> None:
 
 def test_gradients_of_logits_are_rounded_to_nearest() -> None:
     torch.manual_seed(0)
-    logits = torch.randn(4, 5000, device=DEVICE).to(BF16)
-    targets = torch.tensor([3, 99, 50, 4999], device=DEVICE)
+    logits = torch.randn(3, 5000, device=DEVICE).to(BF16)
+    targets = torch.tensor([3, 99, 4999], device=DEVICE)
     exact = logits.double().requires_grad_()
     F.cross_entropy(exact, targets).backward()
     assert exact.grad is not None
-    cross_entropy._row_losses(logits, targets, torch.tensor(4, device=DEVICE), write_grad=True)
+    cross_entropy._row_losses(logits, targets, torch.tensor(3, device=DEVICE), write_grad=True)
     assert_rounded(logits, exact.grad)
 
 
@@ -333,7 +333,7 @@ def _configuration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("_configuration")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_configuration(dtype: torch.dtype) -> None:
-    assert_same_mlp(*make_mlp(300, 72, 520, dtype))
+    assert_same_mlp(*make_mlp(600, 72, 520, dtype))
 
 
 @pytest.mark.usefixtures("_configuration")

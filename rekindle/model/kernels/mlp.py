@@ -61,6 +61,7 @@ def _gelu_store(product, bias, pre, out, M, N, top, left, row_stride, BACKWARD: 
     tl.store(out + corner + offsets, result.to(out.dtype.element_ty), mask=mask)
 
 
+@jit(do_not_specialize=["M_bits"])  # which would compile anew for the value 16
 def _matmul_gelu_kernel(
     a, b, bias, pre, out, M, N, row_stride, b_stride_k, b_stride_n, M_bits,
     K: tl.constexpr, BACKWARD: tl.constexpr, FLOAT: tl.constexpr,
@@ -121,7 +122,7 @@ if triton:
         CONFIGURATIONS[:1] if INTERPRETED else CONFIGURATIONS,
         key=["M_bits", "N", "K", "BACKWARD"],  # not M: evaluation has many sizes of batches
         prune_configs_by={"early_config_prune": _candidates},
-    )(triton.jit(_matmul_gelu_kernel, do_not_specialize=["M_bits"]))  # 16 would compile anew
+    )(_matmul_gelu_kernel)
 
 
 def _matmul_gelu(
