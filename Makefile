@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up all they need: uv (in .uv, if it is not installed) and the
 # locked environment (in .venv). To use a Python of your own, with your own torch, see the README.
-.PHONY: demo test test-all lint setup lock clean
+.PHONY: demo test test-all gpu-checks lint setup lock clean
 
 # Without --system-certs a machine behind a proxy with its own certificates cannot download.
 export UV_SYSTEM_CERTS := 1
@@ -21,6 +21,14 @@ test: setup
 # The slow tests as well.
 test-all: setup
 	$(PYTEST) -m ''
+
+# What can be known of the GPU path without a GPU: the machine code of the Triton kernels, what
+# Inductor generates for a training step, and the predictions that follow.
+gpu-checks: setup
+	.venv/bin/python -m benchmarks.hopper --check
+	.venv/bin/python -m benchmarks.traffic --check
+	.venv/bin/python -m benchmarks.roofline --check
+	.venv/bin/python -m benchmarks.scaling --check
 
 lint: setup
 	.venv/bin/ruff format --check .

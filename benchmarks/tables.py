@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import predicted
+
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 INTRO = """# Benchmarks
@@ -236,6 +238,19 @@ TABLES = (
           "step).", _startup),
     Table("The ladder on a CPU", "ladder-cpu.json", "rekindle ladder --device cpu --steps 6",
           "The same model, weights and tokens on every rung.", _ladder),
+    Table("What a training step moves on an H200", "traffic.json",
+          "python -m benchmarks.traffic",
+          "Counted in the code that Inductor generates for a card that is not there, a micro-batch "
+          "of 64 × 1,024 tokens: GB of all kernels but matmuls and attention, each reading and "
+          "writing its buffers once. What our own loss kernel moves is not in it.",
+          predicted.traffic),
+    Table("Predicted training step", "predictions.json", "python -m benchmarks.roofline",
+          "**Predictions**, made before any measurement, from the table above and assumed rates.",
+          predicted.steps),
+    Table("Predicted gains of what is not built", "predictions.json",
+          "python -m benchmarks.roofline",
+          "**Hand estimates** on an H200, before any measurement; to be built after a profile on a "
+          "card.", predicted.levers),
     Table("Training step on a GPU", "gpu-step.json", f"{GPU} step --data DIR",
           "GPT-2 124M, 524,288 tokens a step, beside the lecture's final configuration (targets on "
           "one H200: 600,000 tokens/s and 1.06 × `lecture`).", _gpu_step),

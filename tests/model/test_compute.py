@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rekindle.model.attention import attend
 from rekindle.model.compute import Compute
-from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2 import GPT2, LayerNorm
 from rekindle.model.gpt2_config import GPT2Config
 
 CONFIG = GPT2Config(
@@ -74,6 +74,42 @@ def test_bf16_is_bf16_and_its_weights_are_not(model: GPT2, batch: tuple[Tensor, 
     model.use(Compute(dtype=torch.bfloat16))(*batch)
     assert seen == [torch.bfloat16]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_bf16_rounds_neither_the_weights_of_layer_norms_nor_their_gradients() -> None:
+    torch.manual_seed(0)
+    norm, x = LayerNorm(64), torch.randn(50, 64).bfloat16()
+    with torch.no_grad():
+        norm.weight.fill_(1 + 2**-9)  # which bf16 rounds to 1
+        norm.bias.fill_(2**-12)
+    with torch.no_grad():
+        asked = norm(x)
+    y = norm(x)
+    exact = F.layer_norm(x.double(), (64,), norm.weight.double(), norm.bias.double(), norm.eps)
+    for found in (asked, y):
+        assert found.dtype == torch.bfloat16
+        assert (found == exact.bfloat16()).float().mean() > 0.99
+    upstream = torch.randn(50, 64).bfloat16()
+    y.backward(upstream)
+    normed = F.layer_norm(x.double(), (64,), eps=norm.eps)
+    assert norm.weight.grad is not None
+    exact = (upstream * normed).sum(0)
+    torch.testing.assert_close(norm.weight.grad.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_training_passes_no_mask(
+    model: GPT2, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's backward pass with a mask is NaN at some lengths (pytorch#196678)."""
+    masks, fused = [], F.scaled_dot_product_attention
+
+    def watch(*qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        masks.append((attn_mask, is_causal))
+        return fused(*qkv, attn_mask=attn_mask, is_causal=is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    loss_and_gradients(model, batch)
+    assert masks == CONFIG.n_layer * [(None, True)]
 
 
 def test_recompute_keeps_less_for_backward(model: GPT2, batch: tuple[Tensor, Tensor]) -> None:

@@ -18,7 +18,7 @@ else:
 
 # Triton reads TRITON_INTERPRET when it is imported and then runs kernels in NumPy, for tests.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-jit: Any = triton.jit if triton else lambda kernel: kernel
+jit: Any = triton.jit if triton else lambda kernel=None, **_: kernel or (lambda later: later)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

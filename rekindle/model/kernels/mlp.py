@@ -61,7 +61,7 @@ def _gelu_store(product, bias, pre, out, M, N, top, left, row_stride, BACKWARD: 
     tl.store(out + corner + offsets, result.to(out.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["M_bits"])  # which would compile anew for the value 16
 def _matmul_gelu_kernel(
     a, b, bias, pre, out, M, N, row_stride, b_stride_k, b_stride_n, M_bits,
     K: tl.constexpr, BACKWARD: tl.constexpr, FLOAT: tl.constexpr,
@@ -110,15 +110,16 @@ def _candidates(configs: list[Any], named_args: dict[str, Any], **_: Any) -> lis
     return configs[:1] if torch.are_deterministic_algorithms_enabled() else configs
 
 
+CONFIGURATIONS: list[Any] = []  # that autotuning chooses from
 if triton:
-    _configs = [
+    CONFIGURATIONS = [
         triton.Config(
             {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "GROUP": 8}, num_warps=w, num_stages=s
         )
         for m, n, w, s in [(128, 128, 8, 3), (128, 256, 8, 3), (256, 128, 8, 3), (128, 128, 4, 4)]
     ]
     _matmul_gelu_kernel = triton.autotune(
-        _configs[:1] if INTERPRETED else _configs,
+        CONFIGURATIONS[:1] if INTERPRETED else CONFIGURATIONS,
         key=["M_bits", "N", "K", "BACKWARD"],  # not M: evaluation has many sizes of batches
         prune_configs_by={"early_config_prune": _candidates},
     )(_matmul_gelu_kernel)
