@@ -163,7 +163,7 @@ def hellaswag(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> 
     from rekindle.runtime.device import choose_compute
 
     device = get_device(o.device)
-    model = GPT2(recipes.get_recipe(o.recipe).model.for_training()).to(device.torch)  # type: ignore
+    model = GPT2(recipes.get_recipe(o.recipe).model.for_training()).to(device.torch)
     model.use(choose_compute(device, model.config.block_size))
     task, tokenizer = HellaSwag(), get_tokenizer("gpt2")
     began = time.perf_counter()

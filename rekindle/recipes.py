@@ -14,9 +14,7 @@ from typing import Any
 
 from rekindle.errors import UserError
 from rekindle.flags import flag
-from rekindle.model import ModelConfig
 from rekindle.model.gpt2_config import SIZES, GPT2Config
-from rekindle.optim import OptimizerConfig
 from rekindle.optim.adamw_config import AdamWConfig
 
 
@@ -59,9 +57,9 @@ class Recipe:
 
     name: str
     about: str
-    model: ModelConfig = SIZES["gpt2"]
+    model: Any = SIZES["gpt2"]  # a `ModelConfig`, of the model's own class
     batch: Batch = Batch()
-    optim: OptimizerConfig = field(default_factory=AdamWConfig)
+    optim: Any = field(default_factory=AdamWConfig)  # an `OptimizerConfig`
     schedule: Schedule = Schedule()
     steps: int = flag(19_073, "optimizer steps in all")  # 10B tokens at 524,288 a step [lecture]
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")  # [lecture]

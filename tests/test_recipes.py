@@ -50,7 +50,7 @@ def test_flatten_and_override_are_inverse() -> None:
     assert recipes.override(demo, {}) == demo
     changed = recipes.override(demo, {"steps": 3, "optim.lr": 0.5, "optim.eps": 0.25})
     assert (changed.steps, changed.optim.lr, changed.optim.eps) == (3, 0.5, 0.25)
-    assert changed.optim.beta2 == demo.optim.beta2  # type: ignore
+    assert changed.optim.beta2 == demo.optim.beta2
     assert demo.optim.lr == RECIPES["demo"].optim.lr == 3e-3  # the recipe itself has not changed
 
 

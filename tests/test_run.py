@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
         torch.manual_seed(seed)
         order = permute(np.arange(8), len(windows), f"{seed} 0".encode())
         tokens = torch.from_numpy(windows[order].astype(np.int64))
-        _, loss = GPT2(tiny.model)(tokens[:, :-1], tokens[:, 1:])  # type: ignore
+        _, loss = GPT2(tiny.model)(tokens[:, :-1], tokens[:, 1:])
         assert loss is not None
         assert logged[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def trained(tiny: Recipe) -> tuple[GPT2, AdamW]:
     """A model that has taken three steps."""
     torch.manual_seed(0)
-    model = GPT2(tiny.model)  # type: ignore
+    model = GPT2(tiny.model)
     optimizer = AdamW(model, AdamWConfig(lr=1e-2))
     for _ in range(3):
         step(model, optimizer)
@@ -69,7 +69,7 @@ def test_weights_and_optimizer_come_back(
     trained: tuple[GPT2, AdamW], saved: Path, tiny: Recipe
 ) -> None:
     model, optimizer = trained
-    other = GPT2(tiny.model)  # type: ignore
+    other = GPT2(tiny.model)
     other_optimizer = AdamW(other, AdamWConfig(lr=1e-2))
     loaded = checkpoint.load(saved)
     assert loaded.step == 3
@@ -117,7 +117,7 @@ def test_a_snapshot_takes_twelve_bytes_a_parameter(
 
 
 def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, save: Callable) -> None:
-    model = GPT2(tiny.model)  # type: ignore
+    model = GPT2(tiny.model)
     optimizer = AdamW(model, AdamWConfig(lr=1e-2))
     loaded = checkpoint.load(save(0, model, optimizer))
     other = AdamW(model, AdamWConfig(lr=1e-2))

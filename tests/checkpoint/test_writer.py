@@ -42,7 +42,7 @@ class Training:
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.folder, self.describe = folder, describe
-        self.model = GPT2(recipe.model)  # type: ignore
+        self.model = GPT2(recipe.model)
         self.optimizer = AdamW(self.model, AdamWConfig(lr=1e-2))
         self.steps, self.printed = 0, io.StringIO()
         log = JsonLinesLogger(storage.JsonLines(folder / "metrics.jsonl"), pytest.fail)

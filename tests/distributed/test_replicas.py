@@ -69,7 +69,7 @@ class Stub(World):
 @pytest.fixture
 def trained(tiny: Recipe) -> tuple[GPT2, AdamW]:
     """A model and its optimizer after one step."""
-    model = GPT2(tiny.model.for_training())  # type: ignore
+    model = GPT2(tiny.model.for_training())
     optimizer = AdamW(model, AdamWConfig(lr=1e-3))
     for p in model.parameters():
         p.grad = torch.ones_like(p)

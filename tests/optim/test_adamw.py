@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def model(tiny: Recipe) -> GPT2:
     torch.manual_seed(0)
-    return GPT2(tiny.model)  # type: ignore
+    return GPT2(tiny.model)
 
 
 def test_it_is_pytorchs_adamw_with_decay_of_matrices_only(model: GPT2) -> None:

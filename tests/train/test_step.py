@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def model(tiny: Recipe) -> GPT2:
     torch.manual_seed(0)
-    return GPT2(tiny.model)  # type: ignore
+    return GPT2(tiny.model)
 
 
 @pytest.fixture

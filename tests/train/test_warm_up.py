@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_it_leaves_no_trace(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = GPT2(tiny.model)  # type: ignore
+    model = GPT2(tiny.model)
     optimizer = AdamW(model, AdamWConfig(lr=1e-2))
     weights = [p.detach().clone() for p in model.parameters()]
     x, y = torch.randint(257, (2, 4, 16))
