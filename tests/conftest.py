@@ -47,7 +47,7 @@ LONGEST = (
     "train/test_wiring.py",
     "parity/test_verify.py",
     "model/test_compile.py",
-    "generate/test_cache.py",
+    "sampling/test_cache.py",
     "train/test_resume.py",
 )
 
