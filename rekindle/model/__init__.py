@@ -97,7 +97,9 @@ class LanguageModel(Protocol):
     def parameters(self) -> Iterator["nn.Parameter"]: ...
     def named_parameters(self) -> Iterator[tuple[str, "nn.Parameter"]]: ...
     def parameter_roles(self) -> dict[str, str]:
-        """{name: "embedding", "matrix" or "vector"} for exactly the `named_parameters`."""
+        """{name: role} for exactly the `named_parameters`. What optimizers distinguish:
+        "embedding" (the head too, if it is tied), "value_embedding", "head", "matrix" (of a hidden
+        layer), "vector" (a bias, gain or gate) and "scalar" (a learned factor)."""
         ...
 
     def parameter_count(self) -> int:
@@ -116,7 +118,8 @@ class LanguageModel(Protocol):
 def __getattr__(name: str) -> Any:
     if name == "MODELS":
         from rekindle.model.gpt2 import GPT2
+        from rekindle.model.modern import Modern
 
-        models: dict[str, type[LanguageModel]] = {"gpt2": GPT2}
+        models: dict[str, type[LanguageModel]] = {"gpt2": GPT2, "modern": Modern}
         return models
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

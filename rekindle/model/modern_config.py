@@ -1,0 +1,106 @@
+"""The shape of the modern model, and a switch for each of its ideas. Imports no torch, so that
+recipes can."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from rekindle.errors import UserError
+
+SIZES = ("n_layer", "n_embd", "head_size", "block_size", "vocab_size", "padded_vocab_size")
+
+
+@dataclass(frozen=True)
+class ModernConfig:
+    """Everything that decides the model's parameters and arithmetic. `modern.py` explains each
+    idea where it acts; 0, False or -1 switches it off.
+
+    Raises `UserError` if no model can have these sizes.
+    """
+
+    n_layer: int = 12
+    n_embd: int = 768
+    head_size: int = 128  # n_embd / head_size heads; 128 is the fastest on a GPU
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50257  # real ids
+    padded_vocab_size: int = 0  # rows of the embeddings and the head, with padding; 0: vocab_size
+    rotary_base: int = 1024  # longest wavelength of the rotary positions, over 2 pi
+    qk_norm: bool = True  # queries and keys of unit mean square
+    relu_squared: bool = True  # instead of GELU
+    zero_init: bool = True  # output projections and the head begin at zero
+    untied: bool = True  # the head has weights of its own
+    soft_cap: float = 15.0  # the largest logit of the head
+    value_embeddings: int = 3  # for as many layers at either end
+    value_gates: bool = True  # by how much each head adds its value embedding
+    embedding_shortcut: bool = True  # from the embedding into every block
+    window: int = 0  # tokens that three of four layers look back at, themselves included
+    document_token: int = -1  # id that begins a document; attention does not look further back
+
+    def __post_init__(self) -> None:
+        if self.padded_vocab_size == 0:
+            object.__setattr__(self, "padded_vocab_size", self.vocab_size)  # the class is frozen
+        for f in fields(self):
+            self._check(f.name, getattr(self, f.name), f.default)
+        if self.head_size % 4 or self.n_embd % self.head_size:
+            raise UserError(
+                f"head_size {self.head_size} must be a multiple of 4 that divides "
+                f"n_embd {self.n_embd}"
+            )
+        if self.padded_vocab_size < self.vocab_size:
+            raise UserError(
+                f"padded_vocab_size {self.padded_vocab_size} is less than "
+                f"vocab_size {self.vocab_size}"
+            )
+        if self.document_token >= self.vocab_size:
+            raise UserError(f"document_token {self.document_token} is not in the vocabulary")
+        if 2 * self.value_embeddings > self.n_layer:
+            raise UserError(
+                f"value_embeddings {self.value_embeddings} is more than half of "
+                f"n_layer {self.n_layer}"
+            )
+
+    @staticmethod
+    def _check(name: str, value: Any, default: Any) -> None:
+        """Raises `UserError` unless `value` is of the type of `default` and not too small."""
+        if isinstance(default, bool):
+            if type(value) is not bool:
+                raise UserError(f"{name} must be true or false, but is {value!r}")
+        elif isinstance(default, float):
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise UserError(f"{name} must be a number of at least 0, but is {value!r}")
+        else:
+            least = 1 if name in SIZES else min(default, 0)
+            if type(value) is not int or value < least:
+                raise UserError(
+                    f"{name} must be a whole number of at least {least}, but is {value!r}"
+                )
+
+    @classmethod
+    def from_dict(cls, described: dict[str, Any]) -> "ModernConfig":
+        """The configuration that a file describes, with every field present.
+
+        Raises `UserError` if a field is missing or no model can have these values.
+        """
+        for f in fields(cls):
+            if f.name not in described:
+                raise UserError(f"{f.name} is missing")
+        return cls(**{f.name: described[f.name] for f in fields(cls)})
+
+    def for_training(self) -> "ModernConfig":
+        """The same model with the vocabulary padded to a multiple of 128 rows (50,257 → 50,304), a
+        size that tensor cores handle faster."""
+        return replace(self, padded_vocab_size=-(-self.vocab_size // 128) * 128)
+
+    @property
+    def attention_scale(self) -> float:
+        """What queries times keys are multiplied by.
+
+        Normalised ones have a product of at most head_size, so the largest score is scale times
+        that, whatever the head size: 0.12 · 128 = 15.36 [modded-nanogpt, whose heads have 128].
+        The bare 0.12 holds heads of 32 to 3.8, which cost 0.03 nats a byte [SURPASS].
+        """
+        return 15.36 / self.head_size if self.qk_norm else self.head_size**-0.5
+
+    def is_windowed(self, layer: int) -> bool:
+        """Three layers with a window, then one without, and none in the last [nanochat]."""
+        return bool(self.window) and (layer + 1) % 4 != 0 and layer != self.n_layer - 1
