@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from rekindle.model import kernels
 from rekindle.model.attention import attend, attend_once
 from rekindle.model.cache import KVCache, LayerCache
 from rekindle.model.compute import Compute
@@ -37,11 +38,6 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)
-
-
-def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """Bend logits so that none passes ±`cap`; 0 leaves them as they are."""
-    return logits * (cap / (logits.square() + cap * cap).sqrt()) if cap else logits
 
 
 class Attention(nn.Module):
@@ -197,7 +193,11 @@ class Modern(nn.Module):
         `block_size`."""
         if idx.shape[1] + (0 if cache is None else cache.length) > self.config.block_size:
             raise ValueError(f"the context is longer than block_size = {self.config.block_size}")
-        logits = self.head(self.body(idx, cache))  # (B, T, V)
+        x = self.body(idx, cache)  # (B, T, C)
+        if targets is not None and self.compute.loss_kernel:
+            x, y, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight.to(x.dtype)
+            return None, kernels.linear_cross_entropy(x, weight, y, cap=self.config.soft_cap)
+        logits = self.head(x)  # (B, T, V)
         if targets is None:
             return logits[..., : self.config.vocab_size], None
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -280,7 +280,7 @@ class Modern(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """(..., C) → logits (..., V) in float32, padding rows included."""
-        return soft_cap(self.lm_head(x).float(), self.config.soft_cap)
+        return kernels.soft_cap(self.lm_head(x).float(), self.config.soft_cap)
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """(N, C) outputs of the body, (N,) targets → the cross-entropy of each in nats, (N,)

@@ -5,6 +5,8 @@ for before Triton is imported, so all these tests run in one process of their ow
 collected here reports what became of each of them there.
 """
 
+import functools
+import math
 import os
 import subprocess
 import sys
@@ -113,7 +115,9 @@ def assert_same(f: Function, plain: Function, *inputs: Tensor, upstream: Tensor)
 def exact_form(plain: Function) -> Function:
     if plain is kernels.plain_mlp:
         return plain
-    return lambda h, w, t: F.cross_entropy(h @ w.T, t)  # the plain form calls float()
+    cap = plain.keywords["cap"] if isinstance(plain, functools.partial) else 0.0
+    # The plain form calls float().
+    return lambda h, w, t: F.cross_entropy(kernels.soft_cap(h @ w.T, cap), t)
 
 
 # ---- Cross-entropy -------------------------------------------------------------------------------
@@ -138,6 +142,28 @@ def assert_same_loss(*inputs: Tensor) -> None:
 @pytest.mark.parametrize(("N", "rows"), [(6, V), (1, V), (5, 50), (3, 8192)])
 def test_cross_entropy(dtype: torch.dtype, N: int, rows: int) -> None:
     assert_same_loss(*make_head(N, rows=rows, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "rows"), [(6, V), (5, 50)])
+@pytest.mark.parametrize("cap", [0.5, 15.0])
+def test_cross_entropy_of_capped_logits(dtype: torch.dtype, N: int, rows: int, cap: float) -> None:
+    """Far above the cap and below it; ignored rows, and columns beyond the vocabulary."""
+    hidden, weight, targets = make_head(N, rows=rows, dtype=dtype)
+    targets[1] = -100
+    assert 1 < (hidden @ weight.T).abs().max() < 15
+    ours = functools.partial(linear_cross_entropy, cap=cap)
+    plain = functools.partial(kernels.plain_linear_cross_entropy, cap=cap)
+    assert_same(ours, plain, hidden, weight, targets, upstream=THIRD)
+    loss = ours(hidden, weight, targets)
+    assert abs(loss - math.log(rows)) < cap + 0.5
+    assert abs(loss - linear_cross_entropy(hidden, weight, targets)) > 0.01
+
+
+def test_capped_losses_of_bad_targets_are_nan() -> None:
+    hidden, weight, targets = make_head(dtype=BF16)
+    targets[1] = V
+    assert linear_cross_entropy(hidden, weight, targets, cap=15.0).isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -209,9 +235,11 @@ def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatc
     hidden, weight, targets = make_head(dtype=BF16)
     wanted, row_losses = [], cross_entropy._row_losses
 
-    def watch(logits: Tensor, targets: Tensor, count: Tensor, write_grad: bool) -> Tensor:
+    def watch(
+        logits: Tensor, targets: Tensor, count: Tensor, write_grad: bool, cap: float
+    ) -> Tensor:
         wanted.append(write_grad)
-        return row_losses(logits, targets, count, write_grad)
+        return row_losses(logits, targets, count, write_grad, cap)
 
     monkeypatch.setattr(cross_entropy, "_row_losses", watch)
     with torch.no_grad():
@@ -354,6 +382,9 @@ def test_operators_are_what_the_compiler_expects(want_grad: bool) -> None:
         inputs = [t.detach() for t in inputs]
     ops = torch.ops.rekindle
     torch.library.opcheck(ops.linear_cross_entropy.default, (hidden, weight, targets, want_grad))
+    torch.library.opcheck(
+        ops.linear_cross_entropy.default, (hidden, weight, targets, want_grad, 15.0)
+    )
     torch.library.opcheck(ops.mlp.default, (*inputs, want_grad))
     _, _, _, w2, _ = (t.detach() for t in inputs)
     pre = torch.randn(20, 24, device=DEVICE).to(BF16)
@@ -479,10 +510,11 @@ def compiled(kernel, constants, options, **types):
     source = ASTSource(kernel, signature, constants)
     return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
-for write in (True, False):
-    constants = dict(IGNORED=-100, WRITE_GRAD=write, BLOCK=8192)
-    compiled(_cross_entropy_kernel, constants, {"num_warps": 32}, logits="*bf16", targets="*i64",
-             losses="*fp32", count="*i64", row_stride="i32", V="i32")
+for write, cap in ((True, 0.0), (False, 0.0), (True, 15.0), (False, 15.0)):
+    constants = dict(IGNORED=-100, WRITE_GRAD=write, CAP=cap, BLOCK=8192)
+    made = compiled(_cross_entropy_kernel, constants, {"num_warps": 32}, logits="*bf16",
+                    targets="*i64", losses="*fp32", count="*i64", row_stride="i32", V="i32")
+    assert ("sqrt" in made.asm["ptx"]) == bool(cap)  # without a cap nothing of it is left
 pointers = {name: "*bf16" for name in ("a", "b", "bias", "pre", "out")}
 sizes = {name: "i32" for name in ("M", "N", "row_stride", "b_stride_k", "b_stride_n",
          "M_bits")}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from rekindle.errors import UserError
 from rekindle.evaluate.scoring import tree_mask
 from rekindle.generate.sampling import predict
-from rekindle.model import modern
+from rekindle.model import kernels, modern
 from rekindle.model.compute import Compute
 from rekindle.model.modern import Modern
 from rekindle.model.modern_config import ModernConfig
@@ -182,7 +182,7 @@ def test_gradients_are_those_of_finite_differences(idx: Tensor) -> None:
 
     def value() -> Tensor:
         x = model.body(idx) * upstream
-        return modern.soft_cap(3 * x, 5.0).sum()
+        return kernels.soft_cap(3 * x, 5.0).sum()
 
     value().backward()
     for name, p in model.named_parameters():
