@@ -8,6 +8,7 @@ H heads of size D, V rows of the (padded) vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,13 @@ from rekindle.model.gpt2 import HEAD_ROWS, Linear
 from rekindle.model.modern_config import ModernConfig
 
 GATE_CHANNELS = 12  # of the stream, that the gates of the value embeddings read
-PADDED = ("embedding", "value_embedding", "head")  # roles whose parameters have V rows
+ROLES = {
+    "wte": "embedding",  # and the head, if they are tied
+    "values": "value_embedding",
+    "lm_head": "head",
+    "gate": "vector",
+    "shortcut": "scalar",
+}
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, (B or 1, T, 1, D / 2)
 
@@ -62,7 +69,7 @@ class Attention(nn.Module):
         value: Tensor | None,  # (B, T, C) value embedding of each token
         rotation: Rotation | None,
         mask: Tensor | None,
-        cache: LayerCache | None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         c, (B, T, C) = self.config, x.shape
         heads = (B, T, C // c.head_size, c.head_size)
@@ -119,19 +126,12 @@ class Block(nn.Module):
         self.attn = Attention(config, has_value)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        first: Tensor,  # (B, T, C) the normalised embedding
-        value: Tensor | None,
-        rotation: Rotation | None,
-        mask: Tensor | None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, first: Tensor, *attention: Any) -> Tensor:
+        """`first` (B, T, C): the normalised embedding. `attention`: what else attention takes."""
         if self.shortcut is not None:
             stream, embedding = self.shortcut.to(x.dtype).unbind()
             x = stream * x + embedding * first
-        x = x + self.attn(norm(x), value, rotation, mask, cache)
+        x = x + self.attn(norm(x), *attention)
         return x + self.mlp(norm(x))
 
 
@@ -155,7 +155,7 @@ class Modern(nn.Module):
         self._init_weights()
 
     def _table(self, layer: int) -> int | None:
-        """Which value embedding a layer has: the first layers and the last share them in order."""
+        """Which value embedding a layer has, if any: the first and the last layers share them."""
         tables, from_end = self.config.value_embeddings, self.config.n_layer - 1 - layer
         return layer if layer < tables else tables - 1 - from_end if from_end < tables else None
 
@@ -187,10 +187,8 @@ class Modern(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Token ids (B, T) → `(logits, loss)`; with `targets` (B, T), of which -100 are ignored,
-        the mean cross-entropy in nats and no logits; without, the logits (B, T, vocab_size).
-        Padding rows count in the loss. Raises `ValueError` if T and what the cache holds pass
-        `block_size`."""
+        """Token ids (B, T) → logits or, with `targets`, the loss, as in `LanguageModel`. Raises
+        `ValueError` if T and what the cache holds pass `block_size`."""
         if idx.shape[1] + (0 if cache is None else cache.length) > self.config.block_size:
             raise ValueError(f"the context is longer than block_size = {self.config.block_size}")
         x = self.body(idx, cache)  # (B, T, C)
@@ -243,25 +241,22 @@ class Modern(nn.Module):
     def _masks(
         self, idx: Tensor, cache: KVCache | None, positions: Tensor, mask: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Who may look at whom, for layers without and with a window: (B or 1, 1, T, S), or None
-        where each token looks at all before it."""
+        """Who may look at whom, for layers without and with a window: broadcast to (B, 1, T, S), or
+        None where each token looks at all before it."""
         c, T = self.config, idx.shape[1]
-        past = 0 if cache is None else cache.length
-        S = past + T if mask is None else mask.shape[-1]
-        has_documents = c.document_token >= 0
-        if not has_documents and not 0 < c.window < S:
+        S = (0 if cache is None else cache.length) + T if mask is None else mask.shape[-1]
+        if c.document_token < 0 and not 0 < c.window < S:
             return mask, mask
         slots = torch.arange(S, device=idx.device)
-        explicit = mask is not None
-        if mask is None:
-            mask = (slots <= slots[past:, None]).view(1, 1, T, S)
-        if has_documents:
-            queries, keys = self._documents(idx, cache, mask if explicit else None)
-            mask = mask & (queries.unsqueeze(-1) == keys.unsqueeze(-2)).unsqueeze(1)
-        # What stands in the cache stands in order.
-        keys = positions if cache is None else slots
+        visible = slots <= slots[S - T :, None] if mask is None else mask
+        if c.document_token >= 0:
+            queries, keys = self._documents(idx, cache, mask)
+            visible = visible & (queries.unsqueeze(2) == keys.unsqueeze(1)).unsqueeze(1)
+        if not c.window:
+            return visible, visible
+        keys = positions if cache is None else slots  # what a cache holds stands in order
         near = positions.unsqueeze(-1) - keys.unsqueeze(-2) < c.window  # (T, S) or (B, T, S)
-        return mask, mask & (near.unsqueeze(-3) if near.dim() == 3 else near)
+        return visible, visible & near.unsqueeze(-3)
 
     def _documents(
         self, idx: Tensor, cache: KVCache | None, mask: Tensor | None
@@ -283,38 +278,28 @@ class Modern(nn.Module):
         return kernels.soft_cap(self.lm_head(x).float(), self.config.soft_cap)
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """(N, C) outputs of the body, (N,) targets → the cross-entropy of each in nats, (N,)
-        float32, 0 where the target is -100. Without gradients, the logits of at most `HEAD_ROWS`
-        rows exist at a time."""
+        """(N, C), (N,) targets → the cross-entropy of each in nats, (N,) float32, 0 where it is
+        -100. Without gradients, the logits of at most `HEAD_ROWS` rows exist at a time."""
         pieces = zip(x.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
         return torch.cat([F.cross_entropy(self.head(x), y, reduction="none") for x, y in pieces])
 
     def parameter_roles(self) -> dict[str, str]:
-        """What each parameter is: "embedding" (the head too, if they are tied), "value_embedding",
-        "head", "matrix", "vector" (the gates) or "scalar" (the shortcut's scales)."""
-        kinds = {
-            "wte": "embedding",
-            "values": "value_embedding",
-            "lm_head": "head",
-            "gate": "vector",
-            "shortcut": "scalar",
-        }
+        """What each parameter is; those without a line in `ROLES` are matrices."""
         return {
-            name: next((kinds[part] for part in name.split(".") if part in kinds), "matrix")
+            name: next((ROLES[part] for part in name.split(".") if part in ROLES), "matrix")
             for name, _ in self.named_parameters()
         }
 
     def parameter_count(self) -> int:
         """Numbers in all parameters, without the padding rows of the embeddings and the head."""
         c = self.config
-        padded = [r for r in self.parameter_roles().values() if r in PADDED]
         padding = (c.padded_vocab_size - c.vocab_size) * c.n_embd
-        return sum(p.numel() for p in self.parameters()) - len(padded) * padding
+        padded = 1 + c.value_embeddings + c.untied
+        return sum(p.numel() for p in self.parameters()) - padded * padding
 
     def flops_per_token(self, T: int) -> int:
-        """Floating-point operations per trained token in a context of T tokens, counted as for
-        GPT-2: 6 for every weight of a matmul, and 12·n_embd for each token that a layer's window
-        spans."""
+        """Floating-point operations per trained token in a context of T tokens: 6 for every weight
+        of a matmul, and 12·n_embd for each token that a layer's window spans."""
         c, roles = self.config, self.parameter_roles()
         in_matmuls = ("matrix", "vector")
         weights = sum(p.numel() for n, p in self.named_parameters() if roles[n] in in_matmuls)
@@ -322,6 +307,5 @@ class Modern(nn.Module):
         return 6 * (weights + self.lm_head.weight.numel()) + 12 * c.n_embd * sum(spans)
 
     def new_cache(self, B: int, capacity: int) -> KVCache:
-        """An empty key-value cache for B rows of up to `capacity` positions; its last layer holds
-        the number of each position's document."""
+        """A key-value cache; with document masks its last layer holds the documents' numbers."""
         return KVCache(self.config.n_layer + (self.config.document_token >= 0), B, capacity)

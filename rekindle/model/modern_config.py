@@ -41,39 +41,29 @@ class ModernConfig:
             object.__setattr__(self, "padded_vocab_size", self.vocab_size)  # the class is frozen
         for f in fields(self):
             self._check(f.name, getattr(self, f.name), f.default)
-        if self.head_size % 4 or self.n_embd % self.head_size:
-            raise UserError(
-                f"head_size {self.head_size} must be a multiple of 4 that divides "
-                f"n_embd {self.n_embd}"
-            )
-        if self.padded_vocab_size < self.vocab_size:
-            raise UserError(
-                f"padded_vocab_size {self.padded_vocab_size} is less than "
-                f"vocab_size {self.vocab_size}"
-            )
-        if self.document_token >= self.vocab_size:
-            raise UserError(f"document_token {self.document_token} is not in the vocabulary")
-        if 2 * self.value_embeddings > self.n_layer:
-            raise UserError(
-                f"value_embeddings {self.value_embeddings} is more than half of "
-                f"n_layer {self.n_layer}"
-            )
+        D, C, V, L = self.head_size, self.n_embd, self.vocab_size, self.n_layer
+        rows, token, tables = self.padded_vocab_size, self.document_token, self.value_embeddings
+        for wrong, reason in (
+            (D % 4 or C % D, f"head_size {D} must be a multiple of 4 that divides n_embd {C}"),
+            (rows < V, f"padded_vocab_size {rows} is less than vocab_size {V}"),
+            (token >= V, f"document_token {token} is not in the vocabulary"),
+            (2 * tables > L, f"value_embeddings {tables} is more than half of n_layer {L}"),
+        ):
+            if wrong:
+                raise UserError(reason)
 
     @staticmethod
     def _check(name: str, value: Any, default: Any) -> None:
         """Raises `UserError` unless `value` is of the type of `default` and not too small."""
+        least = 1 if name in SIZES else min(default, 0)
+        wanted, fits = f"a whole number of at least {least}", type(value) is int and value >= least
         if isinstance(default, bool):
-            if type(value) is not bool:
-                raise UserError(f"{name} must be true or false, but is {value!r}")
+            wanted, fits = "true or false", type(value) is bool
         elif isinstance(default, float):
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise UserError(f"{name} must be a number of at least 0, but is {value!r}")
-        else:
-            least = 1 if name in SIZES else min(default, 0)
-            if type(value) is not int or value < least:
-                raise UserError(
-                    f"{name} must be a whole number of at least {least}, but is {value!r}"
-                )
+            is_number = type(value) in (int, float)
+            wanted, fits = "a number of at least 0", is_number and 0 <= value < math.inf
+        if not fits:
+            raise UserError(f"{name} must be {wanted}, but is {value!r}")
 
     @classmethod
     def from_dict(cls, described: dict[str, Any]) -> "ModernConfig":
@@ -81,10 +71,10 @@ class ModernConfig:
 
         Raises `UserError` if a field is missing or no model can have these values.
         """
-        for f in fields(cls):
-            if f.name not in described:
-                raise UserError(f"{f.name} is missing")
-        return cls(**{f.name: described[f.name] for f in fields(cls)})
+        names = [f.name for f in fields(cls)]
+        if missing := [name for name in names if name not in described]:
+            raise UserError(f"{missing[0]} is missing")
+        return cls(**{name: described[name] for name in names})
 
     def for_training(self) -> "ModernConfig":
         """The same model with the vocabulary padded to a multiple of 128 rows (50,257 → 50,304), a

@@ -4,23 +4,15 @@
 Shapes in comments: K matrices of one shape, R rows and C columns, are one stack.
 """
 
-from collections.abc import Iterator
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rekindle.errors import UserError
 from rekindle.optim.muon_config import MuonConfig
 
 STATES = ("exp_avg", "exp_avg_sq")  # of AdamW
-
-
-class Model(Protocol):
-    """What `Muon` asks of a `LanguageModel`."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-    def parameter_roles(self) -> dict[str, str]: ...
 
 
 def orthogonalize(stack: Tensor) -> Tensor:
@@ -37,13 +29,13 @@ def orthogonalize(stack: Tensor) -> Tensor:
 
 
 class Muon:
-    """Muon for the parameters with the role "matrix", AdamW for the others.
+    """Muon for those parameters of a `LanguageModel` whose role is "matrix", AdamW for the others.
 
     Matrices of one shape are one stack: a step is a few batched matmuls, where `torch.optim.Muon`
     loops over the tensors. The state is allocated here. Raises `UserError` if the model is sharded.
     """
 
-    def __init__(self, model: Model, config: MuonConfig) -> None:
+    def __init__(self, model: Any, config: MuonConfig) -> None:
         self._config, self._lr = config, config.lr
         roles = model.parameter_roles()
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
