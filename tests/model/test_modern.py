@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from rekindle.errors import UserError
 from rekindle.evaluate.scoring import tree_mask
-from rekindle.generate.sampling import predict
+from rekindle.generate import sampling
+from rekindle.generate.sampling import generate, predict
 from rekindle.model import kernels, modern
 from rekindle.model.compute import Compute
 from rekindle.model.modern import Modern
@@ -265,6 +266,25 @@ def test_cached_is_uncached(changes: dict[str, Any], fix: bool, prompt: int, idx
             logits.append(predict(model, idx[:, t : t + 1], cache))
             cache.advance(1)
     torch.testing.assert_close(torch.stack(logits, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_text_is_eagers_and_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of fixed shapes, whose place in the text is a tensor: nothing is compiled anew."""
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = make_model(TINY, block_size=64, document_token=16)
+    expected = generate(model, [8, 9, 10], 40, num=3, use_cache=False)
+    assert (expected[:, 3:] == 16).any(1).all()
+    assert torch.equal(generate(model, [8, 9, 10], 40, num=3), expected)
+    torch._dynamo.reset()
+    step = torch.compile(predict, fullgraph=True, dynamic=False, backend=backend)
+    monkeypatch.setattr(sampling, "compile_step", lambda: step)
+    assert torch.equal(generate(model, [8, 9, 10], 40, num=3, compile=True), expected)
+    assert len(graphs) == 1
 
 
 def test_a_prompt_in_parts_is_refused(idx: Tensor) -> None:

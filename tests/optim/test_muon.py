@@ -18,7 +18,7 @@ from rekindle.model.modern import Modern
 from rekindle.model.modern_config import ModernConfig
 from rekindle.optim import OPTIMIZERS, muon
 from rekindle.optim.muon import Muon, orthogonalize
-from rekindle.optim.muon_config import MuonConfig
+from rekindle.optim.muon_config import MuonConfig, warmup_steps
 from rekindle.recipes import Recipe
 
 NO, YES = torch.tensor(False), torch.tensor(True)
@@ -91,12 +91,14 @@ def test_without_extras_it_is_pytorchs_muon_and_adamw(
     model: Any, nesterov: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over four steps with different rates; theirs made to compute in float32."""
-    config = dataclasses.replace(BARE, nesterov=nesterov, weight_decay=0.3, cautious=False)
+    rates = {"embedding": 0.3, "value_embedding": 0.1, "head": 0.024, "vector": 0.01,
+             "scalar": 0.005}  # fmt: skip
+    config = dataclasses.replace(
+        BARE, nesterov=nesterov, weight_decay=0.3, cautious=False, embedding_lr=0.3, value_lr=0.1,
+        head_lr=0.024, vector_lr=0.01, scalar_lr=0.005,
+    )  # fmt: skip
     plain = copy.deepcopy(model)
     roles = plain.parameter_roles()
-    rates = {"embedding": 0.3, "value_embedding": 0.1, "head": 0.024, "vector": 0.015,
-             "scalar": 0.005}  # fmt: skip
-    config = dataclasses.replace(config, scalar_lr=0.005)
     theirs: list[Any] = [
         torch.optim.Muon(list(matrices(plain).values()), lr=0.02, momentum=0.9, nesterov=nesterov,
                          weight_decay=0.3),
@@ -231,6 +233,51 @@ def test_matrices_of_one_shape_are_one_batch(model: Any, monkeypatch: pytest.Mon
     draw_gradients(model)
     Muon(model, BARE).step(NO)
     assert sorted(stacks) == [(2, 32, 128), (2, 128, 32), (8, 32, 32)]
+
+
+def moved_by_one_step(C: int) -> dict[str, float]:
+    """How far one step by the rules moves what comes out of each kind of layer, for an input of
+    unit size: root mean square over the outputs, relative to the rate of matrices."""
+    torch.manual_seed(0)
+    model: Any = Modern(
+        ModernConfig(n_layer=1, n_embd=C, head_size=16, block_size=16, vocab_size=500,
+                     value_embeddings=0)
+    )  # fmt: skip
+    config = MuonConfig.by_rule(C, 1_000)
+    x = {size: torch.randn(size) for size in (C, 4 * C)}
+    draw_gradients(model)
+    model.lm_head.weight.grad = torch.randn(500, 1) * x[C]  # a head's gradients are its inputs
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Muon(model, dataclasses.replace(config, weight_decay=0.0)).step(NO)
+    layers = {"square": "h.0.attn.q", "tall": "h.0.mlp.fc", "wide": "h.0.mlp.proj",
+              "head": "lm_head"}  # fmt: skip
+    moved = {}
+    for kind, name in layers.items():
+        change = dict(model.named_parameters())[f"{name}.weight"] - before[f"{name}.weight"]
+        moved[kind] = (change @ x[change.shape[1]]).square().mean().sqrt().item() / config.lr
+    return moved
+
+
+def test_the_rules_move_every_layer_as_far_at_two_widths() -> None:
+    narrow, wide = moved_by_one_step(32), moved_by_one_step(128)
+    for kind in ("square", "tall", "wide"):
+        assert narrow[kind] == pytest.approx(1, rel=0.25), kind  # singular values are 0.7 to 1.2
+        assert wide[kind] == pytest.approx(1, rel=0.25), kind
+    assert narrow["head"] == pytest.approx(wide["head"], rel=0.2)
+
+
+def test_the_rules_are_those_of_the_sources_at_their_size_and_length() -> None:
+    full, small = MuonConfig.by_rule(768, 3_250), MuonConfig.by_rule(128, 150)
+    assert (full.head_lr, full.momentum_warmup, full.weight_decay) == pytest.approx(
+        (0.004, 325, 0.05)
+    )
+    assert (small.head_lr, small.momentum_warmup) == pytest.approx((0.024, 15))
+    # What is left of a weight at the end, if nothing else moved it, is the same for both.
+    left = [(1 - c.lr * c.weight_decay) ** n for c, n in ((full, 3_250), (small, 150))]
+    assert left[0] == pytest.approx(left[1], rel=0.15)
+    assert {small.lr, full.lr} == {0.03}
+    assert [warmup_steps(n) for n in (0, 74, 150, 3_250)] == [0, 0, 2, 43]
+    assert MuonConfig.by_rule(128, 0).momentum_warmup == 0
 
 
 def test_it_trains_gpt2_too(tiny: Recipe) -> None:
