@@ -353,6 +353,22 @@ def test_every_way_computes_the_same(
     assert_near(gradients(model.use(compute), model, idx), expected, tolerance)
 
 
+def test_autocast_multiplies_in_bf16(model: Any, idx: Tensor) -> None:
+    """As a CPU trains by default: attention too, though rotary angles are float32."""
+    expected, seen = gradients(model, model, idx), []
+    attend = model.h[0].attn._attend
+
+    def note(*qkv: Tensor | None) -> Tensor:
+        seen.extend(t.dtype for t in qkv[:3] if t is not None)
+        return attend(*qkv)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(model.h[0].attn, "_attend", note)
+        assert_near(gradients(model, model, idx), expected, 0.2)
+        assert model.body(idx).dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_bf16_is_bf16_and_its_weights_are_not(model: Any, idx: Tensor) -> None:
     seen = []
     model.h[1].register_forward_hook(lambda *args: seen.append(args[-1].dtype))
