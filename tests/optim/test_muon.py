@@ -129,19 +129,22 @@ def test_without_extras_it_is_pytorchs_muon_and_adamw(
 
 
 def test_momentum_rises_with_the_updates_that_count(model: Any) -> None:
+    """In the average and in Nesterov's step ahead of it."""
     config = dataclasses.replace(BARE, momentum_start=0.5, momentum_warmup=4)
-    ours = Muon(model, config)
-    gradient = torch.randn(32, 32)
-    expected = torch.zeros(32, 32)
+    ours, weight = Muon(model, config), model.h[1].attn.k.weight
+    average, expected = torch.zeros(32, 32), weight.detach().clone()
     for momentum, skip in ((0.6, NO), (0.7, YES), (0.7, NO), (0.8, NO), (0.9, NO), (0.9, NO)):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        model.h[1].attn.k.weight.grad = gradient
+        weight.grad = torch.randn(32, 32)
         ours.step(skip)
         if not skip:
-            expected = momentum * expected + (1 - momentum) * gradient
+            average = momentum * average + (1 - momentum) * weight.grad
+            ahead = momentum * average + (1 - momentum) * weight.grad
+            expected -= 0.02 * orthogonalize(ahead[None])[0]
         seen = ours.state_tensors()["momentum.h.1.attn.k.weight"]
-        torch.testing.assert_close(seen, expected)
+        torch.testing.assert_close(seen, average)
+        torch.testing.assert_close(weight.detach(), expected)
 
 
 def test_decay_is_only_where_the_update_shrinks(model: Any) -> None:
