@@ -93,9 +93,8 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The place for FlexAttention, which would skip what windows and documents hide."""
-        T = q.shape[2]
-        causal = mask is None and T > 1  # one new position may look at all of them
-        if T == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        causal = mask is None and q.shape[2] > 1  # one new position may look at all of them
+        if q.shape[2] == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
             return attend_once(q, k, v, mask)
         if self.compute.attention == "plain":
             return attend(q, k, v, mask, causal)
@@ -216,8 +215,7 @@ class Modern(nn.Module):
         x = first = norm(self.wte(idx)).to(self.compute.dtype)  # (B, T, C)
         values = [table(idx) for table in self.values]
         for i, block in enumerate(self.h):
-            table = self._table(i)
-            value = None if table is None else values[table]
+            value = None if (table := self._table(i)) is None else values[table]
             inputs = (x, first, value, rotation, masks[self.config.is_windowed(i)])
             if self.compute.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)

@@ -7,6 +7,8 @@ tokens. [ours]: the modern model, 128 wide, 75 to 300 steps of 4,096 bytes (benc
 
 from dataclasses import dataclass
 
+from rekindle.errors import UserError
+
 
 @dataclass(frozen=True)
 class MuonConfig:
@@ -27,6 +29,10 @@ class MuonConfig:
     beta1: float = 0.8  # this and the next two of AdamW [track 3]
     beta2: float = 0.95
     eps: float = 1e-10
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:  # the other rates keep their ratios to it
+            raise UserError(f"lr must be above 0, but is {self.lr}")
 
     @classmethod
     def by_rule(cls, n_embd: int, steps: int) -> "MuonConfig":

@@ -308,6 +308,12 @@ def test_a_sharded_model_is_refused(model: Any) -> None:
         Muon(model, BARE)
 
 
+@pytest.mark.parametrize("lr", [0.0, -0.01, math.nan])
+def test_a_rate_that_the_others_cannot_be_relative_to_is_refused(lr: float) -> None:
+    with pytest.raises(UserError, match="lr must be above 0"):
+        MuonConfig(lr=lr)
+
+
 def test_the_table_has_it_and_its_numbers_need_no_torch(
     python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
