@@ -1,5 +1,6 @@
 """Muon: momentum that is made orthogonal before it becomes an update of a matrix (Jordan et al.
 2024, https://kellerjordan.github.io/posts/muon/). AdamW trains whatever is no hidden matrix.
+With AdamW for the matrices too, a loss is 0.20 nats a byte higher (benchmarks/LOG.md).
 
 Shapes in comments: K matrices of one shape, R rows and C columns, are one stack.
 """
