@@ -45,10 +45,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine down to a fraction of the peak."""
+    """Linear warm-up, then a cosine, or a constant rate with a linear cool-down at the end."""
 
+    kind: str = flag("cosine", "cosine, or linear: constant, then a linear cool-down")
     warmup: int = flag(715, "steps of linear warm-up")  # 375M tokens as in [GPT-3]
     final: float = flag(0.1, "last learning rate, as a fraction of the peak")
+    cooldown: float = flag(0.6, "with linear: fraction of the steps that the cool-down takes")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 ORDERS = ("shuffled", "sequential", "lecture")
+SCHEDULES = ("cosine", "linear")
 
 _LECTURE = Recipe(
     name="gpt2-124m",
@@ -212,6 +215,8 @@ def override(value: Any, changes: dict[str, Any], prefix: str = "") -> Any:
 def check(recipe: Recipe) -> None:
     """Refuse numbers that cannot be trained with. Raises `UserError` that names the flag."""
     for name, value in flatten(recipe).items():
+        if name.startswith("model."):  # which checks itself
+            continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, int | float) and not value >= 0:  # nor is nan
             raise UserError(f"{flag} must be at least 0, but is {value}")
@@ -232,6 +237,15 @@ def check(recipe: Recipe) -> None:
             f"--batch.length {batch.length}"
         )
     _check_order(batch)
+    _check_schedule(recipe.schedule)
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    if schedule.kind not in SCHEDULES:
+        raise UserError(f"--schedule.kind is {' or '.join(SCHEDULES)}, not {schedule.kind!r}")
+    for name, value in (("final", schedule.final), ("cooldown", schedule.cooldown)):
+        if value > 1:
+            raise UserError(f"--schedule.{name} is a fraction, at most 1, but is {value}")
 
 
 def _check_order(batch: Batch) -> None:
