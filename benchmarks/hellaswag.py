@@ -22,7 +22,7 @@ from rekindle.data.tokenizer import get_tokenizer
 from rekindle.evaluate.scoring import CPU_TOKENS, candidate_losses, pack
 from rekindle.evaluate.tasks.hellaswag import HellaSwag, Question, read_questions, tokenize
 from rekindle.model.gpt2 import GPT2
-from rekindle.recipes import SIZES
+from rekindle.model.gpt2_config import SIZES
 from rekindle.runtime.device import Device, choose_compute
 
 RESULT = Path(__file__).parent / "results" / "hellaswag-cpu.json"

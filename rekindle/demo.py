@@ -1,6 +1,5 @@
 """The whole road in a few minutes: text, tokens, training, loss, samples, and what comes next."""
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -19,12 +18,12 @@ def demo(data: Path, out: Path, device: str, steps: int | None) -> None:
     """Prepare Python's own manual, train a small GPT-2 on it, and tell what happened."""
     began = time.perf_counter()
     on_gpu = get_device(device).torch.type != "cpu"
-    recipe = recipes.get_recipe("demo-gpu" if on_gpu else "demo")
-    recipe = dataclasses.replace(recipe, steps=steps or recipe.steps)
+    recipe = recipes.get_recipe("demo-gpu" if on_gpu else "demo-fast")
+    recipe = recipes.with_steps(recipe, steps or recipe.steps)
     print("1. Text → tokens: the manual and docstrings that every Python carries")
     source = from_arguments(embedded=True)
     prepare(source, data, tokenizer="bytes", val_tokens=recipe.eval_tokens)
-    print(f"\n2. Tokens → a GPT-2: the recipe `{recipe.name}`, {recipe.about}")
+    print(f"\n2. Tokens → a model: the recipe `{recipe.name}`, {recipe.about}")
     run = train_run(recipe, data, out, RunOptions(machine=MachineOptions(device=device)))
     print(_summary(recipe.name, data, run.folder, time.perf_counter() - began))
 

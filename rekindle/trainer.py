@@ -92,6 +92,7 @@ class Trainer:
             warmup=schedule.warmup,
             steps=self.recipe.steps,
             final=schedule.final,
+            cooldown=schedule.cooldown if schedule.kind == "linear" else None,
         )
         self.at(f"step {self.step}")
         result = train_step(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rekindle.model.compute import Compute
 
 
-MODELS = {"gpt2": "rekindle.model.gpt2.GPT2"}
+MODELS = {"gpt2": "rekindle.model.gpt2.GPT2", "modern": "rekindle.model.modern.Modern"}
 
 
 class ModelConfig(Protocol):
@@ -146,7 +146,9 @@ class LanguageModel(HasParameters, Protocol):
         ...
 
     def parameter_roles(self) -> dict[str, str]:
-        """{name: "embedding", "matrix" or "vector"} for exactly the `named_parameters`."""
+        """{name: role} for exactly the `named_parameters`. What optimizers distinguish:
+        "embedding" (the head too, if it is tied), "value_embedding", "head", "matrix" (of a hidden
+        layer), "vector" (a bias, gain or gate) and "scalar" (a learned factor)."""
         ...
 
     def parameter_count(self) -> int:

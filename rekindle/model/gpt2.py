@@ -18,25 +18,7 @@ from rekindle.model.attention import attend, attend_once
 from rekindle.model.cache import KVCache, LayerCache
 from rekindle.model.compute import Compute
 from rekindle.model.gpt2_config import GPT2Config
-
-HEAD_ROWS = 2_048  # that `losses` gives the head at once: their logits take 0.4 GB in float32
-
-
-class Linear(nn.Linear):
-    """A linear layer in its input's type: the weights stay float32 and are cast where they act.
-
-    If they have been cast for good (`GPT2.cast`), it is the input that is cast to their type.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(*self.cast(input))
-
-    def cast(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input, weight and bias in one type."""
-        if self.weight.dtype != torch.float32:
-            return input.to(self.weight.dtype), self.weight, self.bias
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return input, self.weight.to(input.dtype), bias
+from rekindle.model.linear import Linear, cast_linears, losses_in_pieces
 
 
 class LayerNorm(nn.LayerNorm):
@@ -193,28 +175,8 @@ class GPT2(nn.Module):
         return self
 
     def cast(self, dtype: torch.dtype, rows: int = 0) -> "GPT2":
-        """Cast the weights of all products once, for a model that is asked and not trained;
-        returns it.
-
-        Without, each pass casts them anew, which for a single token takes longer than the products.
-        The results are the same: tables and norms stay float32, so that the head, cast as well, is
-        no longer the table that reads tokens. For one or two `rows` of one token, float32 weights
-        on a CPU with more outputs than inputs are laid out by columns: a third faster to read.
-        """
-        for module in self.modules():
-            if not isinstance(module, Linear):
-                continue
-            weight, bias = module.weight.detach().to(dtype), module.bias
-            if (
-                0 < rows <= 2
-                and dtype == torch.float32
-                and weight.device.type == "cpu"
-                and weight.shape[0] > weight.shape[1]
-            ):
-                weight = weight.t().contiguous().t()
-            module.weight = nn.Parameter(weight, requires_grad=False)
-            if bias is not None:
-                module.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        """Cast the weights of all matmuls once, for sampling; returns the model."""
+        cast_linears(self, dtype, rows)
         return self
 
     def _init_weights(self) -> None:
@@ -266,12 +228,8 @@ class GPT2(nn.Module):
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """(N, C) outputs of the body, (N,) targets → the cross-entropy of each in nats, (N,)
-        float32, 0 where the target is -100. Without gradients, the logits of at most `HEAD_ROWS`
-        rows exist at a time."""
-        pieces = zip(x.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-        return torch.cat(
-            [F.cross_entropy(self.head(x).float(), y, reduction="none") for x, y in pieces]
-        )
+        float32, 0 where the target is -100. Without gradients, few logits exist at a time."""
+        return losses_in_pieces(self.head, x, targets)
 
     def parameter_roles(self) -> dict[str, str]:
         """What each parameter is: "embedding" (which is also the head), "matrix" or "vector"."""

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from rekindle.optim.gradients import grad_norm as grad_norm
 
-OPTIMIZERS = {"adamw": "rekindle.optim.adamw.AdamW"}
+OPTIMIZERS = {"adamw": "rekindle.optim.adamw.AdamW", "muon": "rekindle.optim.muon.Muon"}
 
 
 class OptimizerConfig(Protocol):

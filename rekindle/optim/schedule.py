@@ -1,18 +1,49 @@
-"""The learning rate as a function of the step."""
+"""The learning rate as a function of the step: two kinds of schedule."""
 
 import math
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, steps: int, final: float) -> float:
-    """The lecture's schedule at the update numbered `step`, from 0.
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    warmup: int,
+    steps: int,
+    final: float,
+    cooldown: float | None = None,
+) -> float:
+    """The learning rate of the update numbered `step`, from 0: by the lecture's cosine, or with a
+    `cooldown` by `linear_learning_rate`.
 
     Linear from peak/warmup at step 0 to `peak` at the end of warm-up, a cosine from there to
-    `final`·peak at `steps`, and that for ever after. Never negative, and a run shorter than its
+    `final`·peak at `steps`, and that value from then on. Never negative, and a run shorter than its
     warm-up only warms up.
     """
+    if cooldown is not None:
+        return linear_learning_rate(
+            step, peak=peak, warmup=warmup, steps=steps, cooldown=cooldown, final=final
+        )
     if step >= steps:
         return final * peak
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / (steps - warmup)  # 0 ... 1
     return final * peak + (1 - final) * peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def linear_learning_rate(
+    step: int, *, peak: float, warmup: int, steps: int, cooldown: float, final: float
+) -> float:
+    """Warm-up, constant, linear cool-down: the learning rate at the update numbered `step`, from 0.
+
+    Linear from peak/warmup at step 0 to `peak` at the end of warm-up, `peak` until the last
+    `cooldown` (0 to 1) of the `steps` begins, from there a straight line to `final`·peak at
+    `steps`, and that value from then on. Where the two lines meet the smaller one counts, so a run
+    shorter than its warm-up never reaches the peak. Known as WSD or trapezoid (Hu et al. 2024,
+    MiniCPM; Hägele et al. 2024): a run can be prolonged from its constant part.
+    """
+    if step >= steps:
+        return final * peak
+    rising = (step + 1) / warmup if step < warmup else 1.0
+    left = (steps - step) / (cooldown * steps) if cooldown else 1.0  # 1 at the cool-down's start
+    return peak * min(rising, final + (1 - final) * min(1.0, left))

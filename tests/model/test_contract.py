@@ -11,14 +11,25 @@ from torch import Tensor, nn
 from rekindle import lookup
 from rekindle.model import MODELS
 from rekindle.model.compute import Compute
-from rekindle.model.gpt2 import GPT2, HEAD_ROWS
+from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
+from rekindle.model.linear import HEAD_ROWS
+from rekindle.model.modern import Modern
+from rekindle.model.modern_config import ModernConfig
 
-CONFIGS = {
-    "gpt2": GPT2Config(
-        n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=50, padded_vocab_size=64
-    )
+SIZES: dict[str, Any] = {
+    "n_layer": 2,
+    "n_embd": 32,
+    "block_size": 24,
+    "vocab_size": 50,
+    "padded_vocab_size": 64,
 }
+CONFIGS = {
+    "gpt2": GPT2Config(n_head=2, **SIZES),
+    "modern": ModernConfig(head_size=16, value_embeddings=1, **SIZES),
+}
+EMBEDDINGS = {"embedding", "value_embedding"}
+ROLES = {*EMBEDDINGS, "head", "matrix", "vector", "scalar"}
 
 
 @pytest.fixture(params=MODELS)
@@ -93,14 +104,15 @@ def test_losses_are_float32_whatever_the_model_computes_in(model: Any, idx: Tens
 def test_roles_cover_exactly_the_parameters(model: Any) -> None:
     roles, parameters = model.parameter_roles(), dict(model.named_parameters())
     assert roles.keys() == parameters.keys()
-    assert set(roles.values()) <= {"embedding", "matrix", "vector"}
-    dimensions = {"embedding": 2, "matrix": 2, "vector": 1}
-    assert all(parameters[name].dim() == dimensions[role] for name, role in roles.items())
+    assert set(roles.values()) <= ROLES
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, role in roles.items():
-        assert (role == "embedding") == (id(parameters[name]) in embedding), name
-        assert (role == "matrix") == (id(parameters[name]) in linear - embedding), name
+        p = parameters[name]
+        assert role in EMBEDDINGS or id(p) not in embedding, name
+        assert (role in {*EMBEDDINGS, "head"}) == (p.shape[0] in (64, 24)), name  # ids, positions
+        assert p.dim() == 2 if role in {*EMBEDDINGS, "head", "matrix"} else p.numel() < 32**2, name
+        assert role != "matrix" or id(p) in linear, name
 
 
 def test_blocks_hold_what_repeats(model: Any) -> None:
@@ -113,7 +125,7 @@ def test_blocks_hold_what_repeats(model: Any) -> None:
 
 
 def test_padding_rows_are_not_counted(model: Any) -> None:
-    padding = (64 - 50) * 32
+    padding = (64 - 50) * 32 * sum(p.shape[0] == 64 for p in model.parameters())
     assert model.parameter_count() == sum(p.numel() for p in model.parameters()) - padding
 
 
@@ -141,6 +153,7 @@ def test_positions_and_mask_reach_the_body(model: Any, idx: Tensor) -> None:
         torch.testing.assert_close(both[:, 4:], model.body(idx[:, 4:]), rtol=1e-4, atol=1e-5)
 
 
-def test_gpt2_is_in_the_table() -> None:
-    assert lookup.models()["gpt2"] is GPT2
+def test_the_table_names_the_models() -> None:
+    assert lookup.models() == {"gpt2": GPT2, "modern": Modern}
     assert lookup.model_for(GPT2Config()) is GPT2
+    assert lookup.model_for(ModernConfig()) is Modern

@@ -5,7 +5,9 @@ for before Triton is imported, so all these tests run in one process of their ow
 collected here reports what became of each of them there.
 """
 
+import functools
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -131,7 +133,9 @@ def assert_same(f: Function, plain: Function, *inputs: Tensor, upstream: Tensor)
 def exact_form(plain: Function) -> Function:
     if plain is kernels.plain_mlp:
         return plain
-    return lambda h, w, t: F.cross_entropy(h @ w.T, t)  # the plain form calls float()
+    cap = plain.keywords["cap"] if isinstance(plain, functools.partial) else 0.0
+    # The plain form calls float().
+    return lambda h, w, t: F.cross_entropy(kernels.soft_cap(h @ w.T, cap), t)
 
 
 # ---- Cross-entropy -------------------------------------------------------------------------------
@@ -156,6 +160,28 @@ def assert_same_loss(*inputs: Tensor) -> None:
 @pytest.mark.parametrize(("N", "rows"), [(6, V), (1, V), (5, 50), (3, 8192)])
 def test_cross_entropy(dtype: torch.dtype, N: int, rows: int) -> None:
     assert_same_loss(*make_head(N, rows=rows, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "rows"), [(6, V), (5, 50)])
+@pytest.mark.parametrize("cap", [0.5, 15.0])
+def test_cross_entropy_of_capped_logits(dtype: torch.dtype, N: int, rows: int, cap: float) -> None:
+    """Far above the cap and below it; ignored rows, and columns beyond the vocabulary."""
+    hidden, weight, targets = make_head(N, rows=rows, dtype=dtype)
+    targets[1] = -100
+    assert 1 < (hidden @ weight.T).abs().max() < 15
+    ours = functools.partial(linear_cross_entropy, cap=cap)
+    plain = functools.partial(kernels.plain_linear_cross_entropy, cap=cap)
+    assert_same(ours, plain, hidden, weight, targets, upstream=THIRD)
+    loss = ours(hidden, weight, targets)
+    assert abs(loss - math.log(rows)) < cap + 0.5
+    assert abs(loss - linear_cross_entropy(hidden, weight, targets)) > 0.01
+
+
+def test_capped_losses_of_bad_targets_are_nan() -> None:
+    hidden, weight, targets = make_head(dtype=BF16)
+    targets[1] = V
+    assert linear_cross_entropy(hidden, weight, targets, cap=15.0).isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -227,9 +253,11 @@ def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatc
     hidden, weight, targets = make_head(dtype=BF16)
     wanted, row_losses = [], cross_entropy._row_losses
 
-    def watch(logits: Tensor, targets: Tensor, count: Tensor, write_grad: bool) -> Tensor:
+    def watch(
+        logits: Tensor, targets: Tensor, count: Tensor, write_grad: bool, cap: float
+    ) -> Tensor:
         wanted.append(write_grad)
-        return row_losses(logits, targets, count, write_grad)
+        return row_losses(logits, targets, count, write_grad, cap)
 
     monkeypatch.setattr(cross_entropy, "_row_losses", watch)
     with torch.no_grad():
@@ -418,6 +446,9 @@ def test_operators_are_what_the_compiler_expects(want_grad: bool) -> None:
         inputs = [t.detach() for t in inputs]
     ops = torch.ops.rekindle
     torch.library.opcheck(ops.linear_cross_entropy.default, (hidden, weight, targets, want_grad))
+    torch.library.opcheck(
+        ops.linear_cross_entropy.default, (hidden, weight, targets, want_grad, 15.0)
+    )
     torch.library.opcheck(ops.mlp.default, (*inputs, want_grad))
     _, _, _, w2, _ = (t.detach() for t in inputs)
     pre = torch.randn(20, 24, device=DEVICE).to(BF16)
@@ -544,11 +575,13 @@ def made_for(rows):
     options |= mlp.CONFIGURATIONS[0].all_kwargs()
     return mlp._matmul_gelu_kernel.fn.warmup(*arguments, grid=(1,), **options)
 
+import functools
 # 15, 16 (which 16 divides) and 17 bits of rows: what is compiled once serves all.
 assert made_for(16_384) is made_for(32_768) is made_for(65_536)
 for case in ("cross-entropy", "MLP forward, no gradient", "MLP backward, sizes that do not divide"):
     found = hopper.compile_case(case, card)
     assert not hopper.violations(case, card, found), found
+import math
 """
 
 

@@ -1,10 +1,11 @@
 """The learning rate at the steps where others have had it wrong, against the lecture's formula."""
 
+import itertools
 import math
 
 import pytest
 
-from rekindle.optim.schedule import learning_rate
+from rekindle.optim.schedule import learning_rate, linear_learning_rate
 from rekindle.recipes import RECIPES
 
 LECTURE = {"peak": 6e-4, "warmup": 715, "steps": 19_073, "final": 0.1}
@@ -70,3 +71,49 @@ def test_it_is_never_negative_and_never_above_the_peak(
 def test_a_run_shorter_than_its_warm_up_only_warms_up() -> None:
     rates = [learning_rate(s, peak=1.0, warmup=100, steps=10, final=0.1) for s in range(10)]
     assert rates == pytest.approx([(s + 1) / 100 for s in range(10)])
+
+
+# ---- Linear --------------------------------------------------------------------------------------
+
+TRAPEZOID = {"peak": 0.03, "warmup": 10, "steps": 200, "cooldown": 0.6, "final": 0.1}
+
+
+def test_warm_up_constant_cool_down() -> None:
+    rates = [linear_learning_rate(step, **TRAPEZOID) for step in range(300)]
+    assert rates[0] == pytest.approx(0.003)  # never 0: the first step counts
+    assert rates[4] == pytest.approx(0.015)
+    assert rates[9:81] == [0.03] * 72  # the last 60 % of 200 steps begin at step 80
+    assert rates[81] == pytest.approx(0.03 * (1 - 0.9 / 120))
+    assert rates[140] == pytest.approx(0.03 * 0.55)  # halfway from 1 to 0.1
+    assert rates[199] == pytest.approx(0.03 * (0.1 + 0.9 / 120))
+    assert rates[200:] == [0.003] * 100
+
+
+def test_the_cool_down_is_a_straight_line_of_the_whole() -> None:
+    """To zero over 60 %: what is left of the run, over the length of the cool-down, whatever the
+    steps."""
+    for steps in (75, 1_000):
+        for step in range(steps):
+            rate = linear_learning_rate(
+                step, peak=2.0, warmup=0, steps=steps, cooldown=0.6, final=0
+            )
+            assert rate == pytest.approx(2 * min(1, (steps - step) / (0.6 * steps)))
+
+
+def test_without_a_cool_down_the_peak_stays() -> None:
+    numbers = {**TRAPEZOID, "cooldown": 0.0}
+    assert [linear_learning_rate(s, **numbers) for s in range(9, 200)] == [0.03] * 191
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(10, 200), (715, 10), (10, 12), (0, 1), (0, 0)])
+@pytest.mark.parametrize("cooldown", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
+def test_no_rate_is_negative_above_the_peak_or_zero_before_the_end(
+    warmup: int, steps: int, cooldown: float, final: float
+) -> None:
+    numbers = {"peak": 1.0, "warmup": warmup, "steps": steps, "cooldown": cooldown, "final": final}
+    rates = [linear_learning_rate(step, **numbers) for step in range(steps + 3)]
+    assert all(0 < rate <= 1 for rate in rates[:steps])
+    assert rates[steps:] == [final] * 3
+    falls = [a >= b for a, b in itertools.pairwise(rates)]
+    assert falls == sorted(falls)  # it rises, and once it has begun to fall it goes on falling

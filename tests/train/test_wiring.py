@@ -33,7 +33,8 @@ NUMBERS: dict[str, Any] = {
     "batch.lecture_micro_tokens": 48,
     "optim.lr": 0.02, "optim.beta1": 0.8, "optim.beta2": 0.9, "optim.eps": 1e-3,
     "optim.weight_decay": 0.4, "grad_clip": 0.6, "spike": 2.0,
-    "schedule.warmup": 5, "schedule.final": 0.25, "steps": 46, "seed": 7, "eval_every": 6,
+    "schedule.kind": "linear", "schedule.warmup": 5, "schedule.final": 0.25,
+    "schedule.cooldown": 0.5, "steps": 46, "seed": 7, "eval_every": 6,
     "eval_tokens": 210, "checkpoint_every": 4, "keep_checkpoints": 2, "keep_best": 2,
     "keep_every": 20, "prompt": "b c", "passage": "b c d",
 }  # fmt: skip
@@ -134,9 +135,8 @@ def nats(w: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
 
 
 def lr_of(step: int, steps: int) -> float:
-    if step < 5:
-        return 0.02 * (step + 1) / 5
-    return 0.02 * (0.25 + 0.75 * (1 + math.cos(math.pi * (step - 5) / (steps - 5))) / 2)
+    rising = min(1, (step + 1) / 5)
+    return 0.02 * min(rising, 0.25 + 0.75 * min(1, (steps - step) / (0.5 * steps)))
 
 
 def is_spike(loss: float, losses: list[float]) -> bool:

@@ -16,31 +16,47 @@ from rekindle.model.kernels.common import in_autocast_dtype, jit, tl, why_not
 IGNORED = -100  # the target that counts in no loss, as in F.cross_entropy
 
 
-def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Bend logits so that none passes ±`cap`: cap · x / sqrt(x² + cap²); 0 leaves them."""
+    return logits * (cap / (logits.square() + cap * cap).sqrt()) if cap else logits
+
+
+def plain_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, cap: float = 0.0
+) -> Tensor:
     """What `linear_cross_entropy` computes."""
-    return F.cross_entropy((hidden @ weight.T).float(), targets)
+    return F.cross_entropy(soft_cap((hidden @ weight.T).float(), cap), targets)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, cap: float = 0.0
+) -> Tensor:
     """Mean cross-entropy in nats of a linear head: a float32 scalar, NaN if no target counts.
 
-    `hidden` (N, C), `weight` (V, C), `targets` (N,) int64, of which -100 is ignored. The gradient
+    `hidden` (N, C), `weight` (V, C), `targets` (N,) int64, of which -100 is ignored; the logits go
+    through `soft_cap` first if `cap` is not 0. The gradient
     of the logits takes the place of the logits, so that N × V numbers are held once. A target that
     is neither -100 nor in [0, V) makes the loss NaN. Raises `ValueError` if the shapes do not fit.
     """
     hidden, weight = in_autocast_dtype(hidden, weight)
     if why_not(hidden.device, hidden.dtype):
-        return plain_linear_cross_entropy(hidden, weight, targets)
+        return plain_linear_cross_entropy(hidden, weight, targets, cap=cap)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"{tuple(targets.shape)} targets for hidden {tuple(hidden.shape)}")
     want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _linear_cross_entropy(hidden, weight, targets, want_grad)[0]
+    return _linear_cross_entropy(hidden, weight, targets, want_grad, cap)[0]
+
+
+@jit
+def _bend(x, CAP: tl.constexpr):
+    """`soft_cap` is x times this, and its slope is this cubed."""
+    return CAP / tl.sqrt(x * x + CAP * CAP)
 
 
 @jit
 def _cross_entropy_kernel(
     logits, row_stride, targets, losses, count, V,
-    IGNORED: tl.constexpr, WRITE_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    IGNORED: tl.constexpr, WRITE_GRAD: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss, and if asked for, its gradient over its logits."""
     row = tl.program_id(0).to(tl.int64)  # N × V passes 2^31
@@ -49,12 +65,16 @@ def _cross_entropy_kernel(
     inside = (target >= 0) & (target < V)
     ignored = target == IGNORED
     at_target = tl.load(logits + target, mask=inside, other=float("nan")).to(tl.float32)
+    if CAP > 0:
+        at_target *= _bend(at_target, CAP)
 
     highest = -float("inf")
     total = 0.0  # sum of exp(logit - highest)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+        if CAP > 0:
+            x = tl.where(columns < V, x * _bend(x, CAP), -float("inf"))
         higher = tl.maximum(highest, tl.max(x, 0))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), 0)
         highest = higher
@@ -67,20 +87,27 @@ def _cross_entropy_kernel(
             columns = start + tl.arange(0, BLOCK)
             x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
             onehot = tl.where(columns == target, 1.0, 0.0)
-            grad = tl.where(ignored, 0.0, (tl.exp(x - log_total) - onehot) * weight)
+            if CAP > 0:
+                bend = _bend(x, CAP)
+                grad = (tl.exp(x * bend - log_total) - onehot) * (bend * bend * bend)
+            else:
+                grad = tl.exp(x - log_total) - onehot
+            grad = tl.where(ignored, 0.0, grad * weight)
             tl.store(logits + columns, grad.to(logits.dtype.element_ty), mask=columns < V)
 
 
-def _row_losses(logits: Tensor, targets: Tensor, count: Tensor, write_grad: bool) -> Tensor:
-    """Logits (N, V) → losses (N,), 0 where ignored. With `write_grad`, the logits become their own
-    gradient in a mean over `count` targets."""
+def _row_losses(
+    logits: Tensor, targets: Tensor, count: Tensor, write_grad: bool, cap: float = 0.0
+) -> Tensor:
+    """Logits (N, V) before the soft-cap → losses (N,), 0 where ignored. With `write_grad`, the
+    logits become their own gradient in a mean over `count` targets."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         # 32 warps a row: so few rows are under way at a time that L2 holds them until they are
         # read again. A block is then one load of 16 bytes per thread.
         _cross_entropy_kernel[(logits.shape[0],)](
             logits, logits.stride(0), targets.contiguous(), losses, count, logits.shape[1],
-            IGNORED, write_grad, BLOCK=8192, num_warps=32,
+            IGNORED, write_grad, cap, BLOCK=8192, num_warps=32,
         )  # fmt: skip
     return losses
 
@@ -88,23 +115,25 @@ def _row_losses(logits: Tensor, targets: Tensor, count: Tensor, write_grad: bool
 # Product and kernel are one operator that mutates nothing: a compiler has no reason for a copy.
 @torch.library.custom_op("rekindle::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, want_grad: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, want_grad: bool, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """→ the loss, and the gradient of the logits (N, V) if wanted, else an empty tensor."""
     logits = hidden @ weight.T  # (N, V)
     count = (targets != IGNORED).sum()
-    loss = _row_losses(logits, targets, count, want_grad).sum() / count
+    loss = _row_losses(logits, targets, count, want_grad, cap).sum() / count
     return loss, logits if want_grad else logits.new_empty(0)
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, want_grad: bool, cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     shape = (hidden.shape[0], weight.shape[0]) if want_grad else (0,)
     return hidden.new_empty((), dtype=torch.float32), hidden.new_empty(shape)
 
 
 def _save_for_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, _ = inputs
+    hidden, weight, *_ = inputs
     _, dlogits = output
     ctx.mark_non_differentiable(dlogits)
     ctx.set_materialize_grads(False)  # else autograd makes N × V zeros as the gradient of dlogits
@@ -116,7 +145,7 @@ def _cross_entropy_backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | 
     hidden, weight, dlogits = ctx.saved_tensors
     dhidden, dweight = dlogits @ weight, dlogits.T @ hidden
     # In fp32, or the scalar is rounded to bf16; and here, where it costs less than on the logits.
-    return *((d.float() * dloss).to(d.dtype) for d in (dhidden, dweight)), None, None
+    return *((d.float() * dloss).to(d.dtype) for d in (dhidden, dweight)), None, None, None
 
 
 _linear_cross_entropy.register_autograd(

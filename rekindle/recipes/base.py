@@ -1,20 +1,18 @@
-"""Every number of every training run. A recipe is named first and overridden by flags.
+"""What a recipe is: frozen dataclasses, each number with its source and its help; and their checks.
 
 Imports no torch. Sources: [lecture] "Let's reproduce GPT-2 (124M)", karpathy/build-nanogpt;
-[GPT-3] Brown et al. 2020, table 2.1 and appendix B; [sweep] garg-aayush/building-from-scratch;
-[ours] docs/wikipedia-on-a-laptop.md and `rekindle demo`.
+[GPT-3] Brown et al. 2020, table 2.1 and appendix B.
 """
 
 import dataclasses
 import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from rekindle.errors import UserError
 from rekindle.flags import flag
-from rekindle.model.gpt2_config import SIZES, GPT2Config
+from rekindle.model.gpt2_config import SIZES
 from rekindle.optim.adamw_config import AdamWConfig
 
 
@@ -45,10 +43,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine down to a fraction of the peak."""
+    """Linear warm-up, then a cosine, or a constant rate with a linear cool-down at the end."""
 
+    kind: str = flag("cosine", "cosine, or linear: constant, then a linear cool-down")
     warmup: int = flag(715, "steps of linear warm-up")  # 375M tokens as in [GPT-3]
     final: float = flag(0.1, "last learning rate, as a fraction of the peak")
+    cooldown: float = flag(0.6, "with linear: fraction of the steps that the cool-down takes")
 
 
 @dataclass(frozen=True)
@@ -91,93 +91,8 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 ORDERS = ("shuffled", "sequential", "lecture")
-
-_LECTURE = Recipe(
-    name="gpt2-124m",
-    about="GPT-2 124M as the lecture trains it: 10B tokens, in its order (--layout lecture)",
-    batch=Batch(order="lecture"),
-)
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        _LECTURE,
-        dataclasses.replace(
-            _LECTURE,
-            name="gpt2-124m-tuned",
-            about="the same with a global shuffle and 3 x the learning rate",
-            batch=Batch(order="shuffled"),
-            optim=AdamWConfig(lr=1.8e-3),  # 3.005 instead of 3.08 at the end [sweep]
-        ),
-        Recipe(
-            name="gpt2-medium",
-            about="GPT-2 355M with GPT-3 Medium's learning rate",
-            model=SIZES["gpt2-medium"],
-            optim=AdamWConfig(lr=3e-4),  # [GPT-3] table 2.1
-        ),
-        Recipe(
-            name="gpt2-large",
-            about="GPT-2 774M with GPT-3 Large's learning rate",
-            model=SIZES["gpt2-large"],
-            optim=AdamWConfig(lr=2.5e-4),  # [GPT-3] table 2.1
-        ),
-        Recipe(
-            name="gpt2-xl",
-            about="GPT-2 1558M with GPT-3 XL's learning rate and batch",
-            model=SIZES["gpt2-xl"],
-            optim=AdamWConfig(lr=2e-4),  # [GPT-3] table 2.1
-            batch=Batch(tokens=1_048_576),  # [GPT-3] table 2.1: 1M
-            schedule=Schedule(warmup=358),  # the same 375M tokens
-            steps=9_537,  # the same 10 billion tokens
-        ),
-        Recipe(
-            name="gpt2-10m",
-            about="a GPT-2 of 10M parameters that 2 CPU cores train in a quarter of an hour",
-            model=GPT2Config(n_layer=6, n_head=5, n_embd=160, block_size=256),
-            batch=Batch(tokens=8_192, length=256),
-            optim=AdamWConfig(lr=3e-3),  # [ours]
-            schedule=Schedule(warmup=30),
-            steps=300,
-            eval_every=50,
-            eval_tokens=262_144,
-            checkpoint_every=50,
-        ),
-        Recipe(
-            name="demo",
-            about="a byte-level GPT-2 for `rekindle demo` on a CPU",
-            model=GPT2Config(n_layer=4, n_head=4, n_embd=128, block_size=128),
-            batch=Batch(tokens=4_096, length=128),
-            optim=AdamWConfig(lr=3e-3),  # [ours]
-            schedule=Schedule(warmup=50),
-            steps=600,
-            eval_every=200,
-            eval_tokens=131_072,
-            checkpoint_every=200,
-            prompt="The ",
-        ),
-        Recipe(
-            name="demo-gpu",
-            about="a larger one for `rekindle demo` on a GPU",
-            model=GPT2Config(n_layer=6, n_head=6, n_embd=384, block_size=256),
-            batch=Batch(tokens=65_536, length=256),
-            optim=AdamWConfig(lr=2e-3),
-            schedule=Schedule(warmup=50),
-            steps=600,
-            eval_every=200,
-            eval_tokens=1_048_576,
-            checkpoint_every=200,
-            prompt="The ",
-        ),
-    )
-}
-
-
-def get_recipe(name: str) -> Recipe:
-    """The recipe called `name`. Raises `UserError` with the nearest names."""
-    if name not in RECIPES:
-        near = get_close_matches(name, RECIPES, n=3, cutoff=0.3) or list(RECIPES)
-        raise UserError(f"there is no recipe {name!r}: did you mean {' or '.join(near)}?")
-    return RECIPES[name]
+BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.momentum", "optim.momentum_start")
+SCHEDULES = ("cosine", "linear")
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -212,6 +127,8 @@ def override(value: Any, changes: dict[str, Any], prefix: str = "") -> Any:
 def check(recipe: Recipe) -> None:
     """Refuse numbers that cannot be trained with. Raises `UserError` that names the flag."""
     for name, value in flatten(recipe).items():
+        if name.startswith("model."):  # which checks itself
+            continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, int | float) and not value >= 0:  # nor is nan
             raise UserError(f"{flag} must be at least 0, but is {value}")
@@ -219,7 +136,7 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{flag} must be a finite number, but is {value}")
         if name == "seed" and value >= 2**63:
             raise UserError(f"{flag} must be below 2^63, but is {value}")
-        if name in ("optim.beta1", "optim.beta2") and value >= 1:
+        if name in BELOW_ONE and value >= 1:
             raise UserError(f"{flag} must be below 1, but is {value}")
     model, batch = recipe.model, recipe.batch
     if batch.length > model.block_size:
@@ -232,6 +149,15 @@ def check(recipe: Recipe) -> None:
             f"--batch.length {batch.length}"
         )
     _check_order(batch)
+    _check_schedule(recipe.schedule)
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    if schedule.kind not in SCHEDULES:
+        raise UserError(f"--schedule.kind is {' or '.join(SCHEDULES)}, not {schedule.kind!r}")
+    for name, value in (("final", schedule.final), ("cooldown", schedule.cooldown)):
+        if value > 1:
+            raise UserError(f"--schedule.{name} is a fraction, at most 1, but is {value}")
 
 
 def _check_order(batch: Batch) -> None:

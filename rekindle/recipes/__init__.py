@@ -1,0 +1,27 @@
+"""Every number of every training run."""
+
+from rekindle.recipes.base import (
+    FREE_ON_RESUME,
+    Batch,
+    Recipe,
+    Schedule,
+    check,
+    differences,
+    flatten,
+    override,
+)
+from rekindle.recipes.named import RECIPES, get_recipe, with_steps
+
+__all__ = [
+    "FREE_ON_RESUME",
+    "RECIPES",
+    "Batch",
+    "Recipe",
+    "Schedule",
+    "check",
+    "differences",
+    "flatten",
+    "get_recipe",
+    "override",
+    "with_steps",
+]
