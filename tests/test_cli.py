@@ -628,7 +628,7 @@ def test_the_whole_road(
 
     monkeypatch.setattr(module, "from_arguments", lambda *, embedded: None)
     monkeypatch.setattr(module, "prepare", prepare)
-    monkeypatch.setitem(recipes.RECIPES, "demo", tiny)
+    monkeypatch.setitem(recipes.RECIPES, "demo-fast", tiny)
     where = ["--data", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu"]
     outcome = rekindle("demo", *where, "--steps", 8)
     assert outcome.status == 0, outcome.err

@@ -119,7 +119,9 @@ def test_a_rollback_is_restore_with_another_batch(
         original = trainer.batches.batch
         trainer.batches.batch = lambda n, p: numbers.append(n) or original(n, p)  # type: ignore
         assert take(trainer, 2) == losses[2:]
-    assert numbers[:3] == [7, 7, 8]  # the warm-up reads the first one as well
+    assert numbers.count(7) == 2  # once for the warm-up, while a thread reads ahead
+    assert set(numbers) >= {7, 8}
+    assert min(numbers) == 7
 
 
 def test_all_steps_taken(tiny: Recipe, data: list[np.ndarray], machine: Machine) -> None:

@@ -16,6 +16,7 @@ from rekindle.data import prepare as rekindle_prepare
 from rekindle.data.sources.ready_made import PublishedShards, ShardFolder
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
 from rekindle.storage import Lock
 
 Nursery = Callable[..., Any]
@@ -166,7 +167,7 @@ def test_ready_made_shards_are_taken_by_one_process(
     with Lock(tmp_path) as first, Lock(tmp_path) as second:
         first.take()
         with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on "):
-            make(tmp_path).take(tmp_path, get_tokenizer("gpt2"), print, second)
+            make(tmp_path).take(tmp_path, get_tokenizer("gpt2"), Console(quiet=True), second)
     assert {path.name for path in tmp_path.iterdir()} == {"train.bin", ".lock"}
 
 
