@@ -21,3 +21,13 @@ class Stopped(Exception):
     def __init__(self, signal: int, said: str) -> None:
         super().__init__(said)
         self.status = 128 + signal
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, a GPU's, or of PyTorch on a CPU."""
+    name = type(error).__name__
+    return (
+        isinstance(error, MemoryError)
+        or name == "OutOfMemoryError"
+        or ("can't allocate memory" in str(error))
+    )

@@ -62,7 +62,7 @@ def open_run(
             "or give another --out"
         )
     if not loaded and forked_from:
-        loaded = checkpoint.load(Path(forked_from), model)
+        loaded = checkpoint.load(_find_parent(out, Path(forked_from), options.fork), model)
     if loaded:
         loaded.check_same(recipe.model, model, optimizer)
         _check_same_tokenizer(manifest, loaded)
@@ -112,9 +112,31 @@ def _check_same_run(
 
 
 def _check_same_parent(out: Path, forked_from: Path, fork: Path) -> None:
-    """Refuse another run or checkpoint than the one that `out` was forked from."""
-    if not forked_from.is_relative_to(os.path.abspath(fork)):
+    """Refuse another run or checkpoint than the one that `out` was forked from; it may have been
+    moved, so that its own name decides."""
+    named = Path(os.path.abspath(fork))
+    if forked_from.is_relative_to(named):
+        return
+    step, run = forked_from.name, forked_from.parent.parent.name
+    moved = named.name == run or (named.name == step and named.parent.parent.name == run)
+    if not moved or forked_from.exists():
         raise UserError(f"{out} was forked from {forked_from}: give --fork {fork} a new --out")
+
+
+def _find_parent(out: Path, forked_from: Path, fork: Path | None) -> Path:
+    """The checkpoint that a fork starts from, which has none of its own yet: where it was, or in
+    the run that `--fork` names now. Raises `UserError` if it is gone."""
+    if forked_from.exists():
+        return forked_from
+    moved = Path(os.path.abspath(fork)) if fork else forked_from
+    for path in (moved, moved / "checkpoints" / forked_from.name):
+        if path.name == forked_from.name and path.exists():
+            return path
+    raise UserError(
+        f"{forked_from}, which {out} was forked from, is gone, and {out} has saved nothing yet: "
+        "start the fork anew in another --out, with --fork and a checkpoint that is there (or, if "
+        "the run was moved, name it with --fork)"
+    )
 
 
 def _check_same_tokenizer(manifest: Manifest, start: Checkpoint) -> None:

@@ -1,5 +1,6 @@
 """Starting a run: everything is checked, then built, and only then is the folder written to."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rekindle import machine as machines
+from rekindle import recipes
 from rekindle.checkpoint import Keep, Saver
 from rekindle.data import shards
 from rekindle.data.tokenizer import Tokenizer, get_tokenizer
@@ -33,7 +35,7 @@ from rekindle.runtime.watchdog import Watchdog
 from rekindle.session import Session
 from rekindle.storage import Lock
 from rekindle.train import train
-from rekindle.trainer import Trainer, build
+from rekindle.trainer import Trainer, build, scheduled_rate
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def start(
         trainer.restore(run.checkpoint)
         run.checkpoint.model.clear()  # or its file stays open, even once the checkpoint is removed
     _introduce(run, trainer, console)
+    for line in _warnings(run, tokenizer):
+        console.say(f"note: {line}")
     if world.is_main:
         run.begin(lock, console)
     console.say(run.opening(world.size))
@@ -174,6 +178,25 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
         f"{run.recipe.batch.tokens:,} tokens a step = {p.micro_batch} rows x "
         f"{run.recipe.batch.length} x {p.accumulation} micro-steps x {p.ranks} ranks"
     )
+
+
+def _warnings(run: Run, tokenizer: Tokenizer) -> list[str]:
+    """What this command says that its user may not mean, a line each."""
+    recipe, found = run.recipe, recipes.warnings(run.recipe)
+    tokens, room = len(tokenizer.encode(recipe.prompt)), recipe.model.block_size
+    if tokens >= room:
+        found.append(f"--prompt has {tokens} tokens, and the context {room}: no samples are logged")
+    before = run.checkpoint.description.recipe.get("steps") if run.checkpoint else None
+    if before and before != recipe.steps and not run.forked_from and run.step < recipe.steps:
+        was, now = (
+            scheduled_rate(dataclasses.replace(recipe, steps=steps), step)
+            for steps, step in ((before, max(0, run.step - 1)), (recipe.steps, run.step))
+        )
+        found.append(
+            f"--steps was {before} and is now {recipe.steps}, so the learning rate schedule is "
+            f"another: {was:.2e} at step {run.step - 1}, {now:.2e} at step {run.step}"
+        )
+    return found
 
 
 def _open_metrics(

@@ -85,15 +85,7 @@ class Trainer:
             self.warm_up()
         self.at(f"the data of step {self.step}")
         x, y = self._next_batch()
-        schedule = self.recipe.schedule
-        lr = learning_rate(
-            self.step,
-            peak=self.recipe.optim.lr,
-            warmup=schedule.warmup,
-            steps=self.recipe.steps,
-            final=schedule.final,
-            cooldown=schedule.cooldown if schedule.kind == "linear" else None,
-        )
+        lr = scheduled_rate(self.recipe, self.step)
         self.at(f"step {self.step}")
         result = train_step(
             self.forward,
@@ -194,6 +186,19 @@ class Trainer:
         self.step = saved.step
         windows = saved.description.data_position["windows"]
         self.batch = windows // self.recipe.batch.rows if batch is None else batch
+
+
+def scheduled_rate(recipe: Recipe, step: int) -> float:
+    """The learning rate of a recipe at the step with this number."""
+    schedule = recipe.schedule
+    return learning_rate(
+        step,
+        peak=recipe.optim.lr,
+        warmup=schedule.warmup,
+        steps=recipe.steps,
+        final=schedule.final,
+        cooldown=schedule.cooldown if schedule.kind == "linear" else None,
+    )
 
 
 def build(

@@ -3,7 +3,10 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,6 +204,18 @@ _DTYPES = {  # safetensors' names
 }  # fmt: skip
 
 
+@contextmanager
+def _openable(file: Path) -> Iterator[Path]:
+    """A name under which safetensors can open `file`: it takes no name that is not UTF-8."""
+    if os.fsencode(file).isascii() or storage.spelled(file) == str(file):
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "tensors.safetensors")
+        link.symlink_to(file.absolute())
+        yield link
+
+
 def _read_tensors(
     file: Path,
     shapes: Callable[[Collection[str]], Mapping[str, tuple[int, ...]]],
@@ -212,7 +227,7 @@ def _read_tensors(
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "pt") as opened:
+        with _openable(file) as path, safe_open(path, "pt") as opened:
             found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             check_shapes({name: t.get_shape() for name, t in found.items()}, shapes(found))
             for name, tensor in found.items():

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rekindle.cli.parser import make_parser
-from rekindle.errors import Stopped, UserError
+from rekindle.errors import Stopped, UserError, is_out_of_memory
+
+# What needs less memory, by command.
+_ADVICE = {
+    "train": "give a smaller --micro-batch or --batch.length, or --recompute, or more ranks",
+    "sample": "ask for fewer --num or --tokens",
+    "eval": "score on a device with more memory, or a smaller model",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"rekindle: {stopped}", file=sys.stderr, flush=True)
         return stopped.status
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(
+            f"out of memory ({str(error).split('.')[0]}): {_ADVICE.get(options.name, 'give it a machine with more')}"
+        )
     except KeyboardInterrupt:
         print("\nrekindle: stopped; the same command resumes from what was saved", file=sys.stderr)
         return 130

@@ -48,7 +48,7 @@ def _add(commands: Any, name: str, function: Any, about: str, example: str = "")
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(command=function)
+    parser.set_defaults(command=function, name=name)
     return parser
 
 

@@ -9,6 +9,7 @@ from rekindle.recipes.base import (
     differences,
     flatten,
     override,
+    warnings,
 )
 from rekindle.recipes.named import RECIPES, get_recipe, with_steps
 
@@ -23,5 +24,6 @@ __all__ = [
     "flatten",
     "get_recipe",
     "override",
+    "warnings",
     "with_steps",
 ]

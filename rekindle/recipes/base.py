@@ -130,13 +130,15 @@ def check(recipe: Recipe) -> None:
         if name.startswith("model."):  # which checks itself
             continue
         flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, str):
+            _check_text(flag, value)
         if isinstance(value, int | float) and not value >= 0:  # nor is nan
             raise UserError(f"{flag} must be at least 0, but is {value}")
         if value == math.inf:
             raise UserError(f"{flag} must be a finite number, but is {value}")
         if name == "seed" and value >= 2**63:
             raise UserError(f"{flag} must be below 2^63, but is {value}")
-        if name in BELOW_ONE and value >= 1:
+        if name in BELOW_ONE and float(value) >= 1:
             raise UserError(f"{flag} must be below 1, but is {value}")
     model, batch = recipe.model, recipe.batch
     if batch.length > model.block_size:
@@ -150,6 +152,34 @@ def check(recipe: Recipe) -> None:
         )
     _check_order(batch)
     _check_schedule(recipe.schedule)
+    if recipe.steps < 1:
+        raise UserError(f"--steps must be at least 1, but is {recipe.steps}")
+    if recipe.eval_tokens < 1:
+        raise UserError(
+            "--eval-tokens must be at least 1: to train without validation, prepare the data with "
+            "--val-tokens 0"
+        )
+
+
+def _check_text(flag: str, text: str) -> None:
+    """Refuse what neither a tokenizer nor a JSON file can hold. Raises `UserError`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} is not UTF-8: give it in the encoding of this terminal") from None
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """What a recipe says that its user may not mean, a line each."""
+    found, warmup = [], recipe.schedule.warmup
+    if warmup >= recipe.steps:
+        found.append(
+            f"--schedule.warmup {warmup} is not shorter than --steps {recipe.steps}: the learning "
+            "rate never reaches its peak"
+        )
+    if not recipe.prompt:
+        found.append("--prompt is empty: no samples are logged")
+    return found
 
 
 def _check_schedule(schedule: Schedule) -> None:

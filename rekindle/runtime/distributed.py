@@ -11,11 +11,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from rekindle.errors import UserError
 
+_LAUNCHER = (
+    "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT belong together, so start the ranks "
+    "with torchrun, set all of them, or unset all of them"
+)
 PATIENCE = 600.0  # seconds that a rank waits for the others, unless told else
 
 
@@ -154,12 +158,38 @@ def gradient_sync(forward: object, world: World, *, now: bool) -> Iterator[None]
 
 
 def place() -> World:
-    """Where torchrun put this process, from its environment; alone without torchrun."""
-    return World(
-        rank=int(os.environ.get("RANK", 0)),
-        size=int(os.environ.get("WORLD_SIZE", 1)),
-        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-    )
+    """Where torchrun, or another launcher, put this process; alone without one.
+
+    Raises `UserError` unless the launcher's variables are all there, or none of the three that
+    number the ranks (a cluster may always set the address of its first host).
+    """
+    numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if not any(number is not None for number in numbers.values()):
+        return World()
+    rank, local_rank, size = (_number_of_launcher(name, text) for name, text in numbers.items())
+    if not 0 <= rank < size or not 0 <= local_rank < size:
+        raise UserError(
+            f"RANK {rank} and LOCAL_RANK {local_rank} must be below WORLD_SIZE {size}: see how the "
+            "ranks were started"
+        )
+    if size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            _launcher_says(name, os.environ.get(name))
+        _number_of_launcher("MASTER_PORT", os.environ.get("MASTER_PORT"))
+    return World(rank=rank, size=size, local_rank=local_rank)
+
+
+def _number_of_launcher(name: str, text: str | None) -> int:
+    text = _launcher_says(name, text)
+    if not text.isascii() or not text.isdigit():
+        raise UserError(f"{name} is {text!r}, which is not a whole number: {_LAUNCHER}")
+    return int(text)
+
+
+def _launcher_says(name: str, text: str | None) -> str:
+    if not text:
+        raise UserError(f"{name} is {'missing' if text is None else 'empty'}: {_LAUNCHER}")
+    return text
 
 
 @contextmanager
@@ -187,7 +217,8 @@ def connect(world: World, device: torch.device, limit: float = PATIENCE) -> str:
     on_gpu = device.type == "cuda"
     timeout = timedelta(seconds=max(1800, 2 * limit)) if limit else timedelta(days=365)
     try:
-        store, *_ = next(rendezvous("env://", timeout=timeout))
+        store = _open_store(world, timedelta(seconds=limit) if limit else timeout)
+        store.set_timeout(timeout)
         life = meet(store, world.rank, world.size, limit)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=PrefixStore(life, store), timeout=timeout,
@@ -199,6 +230,32 @@ def connect(world: World, device: torch.device, limit: float = PATIENCE) -> str:
             "give the same command again"
         ) from error
     return life
+
+
+def _open_store(world: World, timeout: timedelta) -> Store:
+    """The store through which the ranks meet: torchrun's, or else one that rank 0 opens. Nobody
+    waits for the others here, which `meet` does, and names those that are missing."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        return TCPStore(
+            host,
+            port,
+            is_master=world.is_main and not is_torchruns,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        where = f"MASTER_ADDR {host}, MASTER_PORT {port}"
+        if world.is_main and not is_torchruns:
+            raise UserError(
+                f"the ranks cannot meet at {where} ({reason(error)}): the port may be in use, so "
+                "give all ranks another MASTER_PORT"
+            ) from error
+        raise UserError(
+            f"rank 0 did not come to {where} within {timeout.total_seconds():.0f} s "
+            f"({reason(error)}): see what keeps it, and give the same command again"
+        ) from error
 
 
 def meet(store: Store, rank: int, size: int, limit: float) -> str:

@@ -392,6 +392,7 @@ def test_recompute_keeps_less_for_backward(model: Any, idx: Tensor) -> None:
     assert kept(Compute(recompute=True)) < kept(Compute()) / 2
 
 
+@pytest.mark.slow  # half a minute of compiling
 @pytest.mark.timeout(600)
 def test_compiled_is_eager(idx: Tensor) -> None:
     if reason := why_not_compile(torch.device("cpu")):

@@ -1,0 +1,55 @@
+"""Running out of memory is one line that says what helps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rekindle import trainer
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of mem"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "can't"),
+        (MemoryError(), "out of memory ()"),
+    ],
+)
+def test_in_a_step(
+    rekindle: Callable[..., Any], command: Callable[[Path], list[str]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, one_thread: None, error: BaseException, said: str,
+) -> None:  # fmt: skip
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(trainer, "train_step", fail)
+    outcome = rekindle(*command(tmp_path / "run"))
+    assert outcome.status == 2
+    assert said in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert "give a smaller --micro-batch" in outcome.err
+
+
+def test_any_other_error_of_torch_is_ours(
+    rekindle: Callable[..., Any], command: Callable[[Path], list[str]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, one_thread: None,
+) -> None:  # fmt: skip
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(trainer, "train_step", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        rekindle(*command(tmp_path / "run"))
+
+
+def test_a_real_allocation_that_no_machine_has(
+    rekindle: Callable[..., Any], command: Callable[[Path], list[str]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, one_thread: None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(trainer, "train_step", lambda *a, **o: torch.empty(2**50))
+    outcome = rekindle(*command(tmp_path / "run"))
+    assert outcome.status == 2, outcome.err
+    assert "can't allocate memory" in outcome.err
