@@ -13,9 +13,12 @@ from rekindle import trainer
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of mem"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "can't"),
-        (MemoryError(), "out of memory ()"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0"), "2 GiB)"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"),
+            "out of memory: ",
+        ),
+        (MemoryError(), "out of memory: "),
     ],
 )
 def test_in_a_step(
@@ -52,4 +55,4 @@ def test_a_real_allocation_that_no_machine_has(
     monkeypatch.setattr(trainer, "train_step", lambda *a, **o: torch.empty(2**50))
     outcome = rekindle(*command(tmp_path / "run"))
     assert outcome.status == 2, outcome.err
-    assert "can't allocate memory" in outcome.err
+    assert "out of memory (tried to allocate 4503599627370496 bytes): " in outcome.err

@@ -5,6 +5,7 @@ Nothing here imports torch before a command needs it, so that `--help` answers a
 
 import io
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -49,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return _fail(
-            f"out of memory ({str(error).split('.')[0]}): {_ADVICE.get(options.name, 'give it a machine with more')}"
-        )
+        size = re.search(r"tried to allocate [\d.]+ ?\w+", str(error), re.IGNORECASE)
+        advice = _ADVICE.get(options.name, "give it a machine with more")
+        return _fail(f"out of memory{f' ({size[0]})' if size else ''}: {advice}")
     except KeyboardInterrupt:
         print("\nrekindle: stopped; the same command resumes from what was saved", file=sys.stderr)
         return 130
