@@ -83,7 +83,7 @@ RECIPES = {
         ),
         _fast(
             "gpt2-124m-fast",
-            "the modern model and Muon, 1.7B tokens: predicted to reach the loss that GPT-2 took 10B for",
+            "the modern model and Muon; predicted to need 1.7B tokens for GPT-2's loss",
             ModernConfig(),
             steps=3_250,  # a prediction, from [track 3]
         ),
