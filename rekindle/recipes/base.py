@@ -152,8 +152,6 @@ def check(recipe: Recipe) -> None:
         )
     _check_order(batch)
     _check_schedule(recipe.schedule)
-    if recipe.steps < 1:
-        raise UserError(f"--steps must be at least 1, but is {recipe.steps}")
     if recipe.eval_tokens < 1:
         raise UserError(
             "--eval-tokens must be at least 1: to train without validation, prepare the data with "

@@ -495,4 +495,5 @@ def test_a_run_that_goes_on_holds_no_file_of_its_checkpoint(
 
     monkeypatch.setattr(rekindle.trainer, "learning_rate", look)
     assert "resumes at step 8 of 12" in train(tmp_path / "run").out
-    assert seen == [False] * 4
+    assert len(seen) >= 4
+    assert not any(seen)
