@@ -30,6 +30,10 @@ EXPLAINED: dict[str, str] = {
     "data.sources.jsonl.: 256 => 257 in 256 << 20": "a limit that any near it would do for",
     "cli.commands.train: recipes.check(recipe) => pass": "`open_run` checks too, after torch",
     "sampling.decoding._generate: torch.compiler.cudagraph_mark_step_begin() => pass": "CUDA only",
+    "checkpoint.writer.Snapshot.take: self._copied.record() => pass": "a GPU's copies only",
+    "data.sources.local.LocalSource.close: sha256.cancel() => pass": "it only saves time",
+    "data.layout.Lecture._add_part: self._done(encoded, 0, part.ends) => pass": "the next part, "
+    "or the next document, moves the cursor as well",
     "data.batches.Prefetcher._put: 0.1 => 0.2": "how often it looks whether to stop",
     "evaluate.loss.validation_loss: True => False #2": "on a CPU no copy is asynchronous",
     "data.sources.hub.HubSource._wait: not coming.done() => coming.done()": "a progress line",

@@ -307,3 +307,23 @@ def test_short_windows_on_a_cpu_have_their_attention_written_out() -> None:
     assert devices.choose_compute(gpu, 16).dtype == torch.bfloat16
     assert not devices.choose_compute(gpu, 16).loss_kernel
     assert devices.choose_compute(gpu, 16, kernels=True).loss_kernel
+
+
+@pytest.mark.parametrize(
+    ("precision", "cpu", "mps", "old_gpu", "gpu"),
+    [
+        ("fp32", True, True, True, True),
+        ("autocast", True, False, False, True),
+        ("bf16", True, False, False, True),
+        ("tf32", False, False, False, True),
+    ],
+)
+def test_which_precision_of_another_machine_can_be_kept(
+    machine: Callable[..., None], precision: str, cpu: bool, mps: bool, old_gpu: bool, gpu: bool
+) -> None:
+    assert devices.can_use(precision, CPU) == cpu
+    assert devices.can_use(precision, MPS) == mps
+    machine(cuda=True, capability=(7, 5))
+    assert devices.can_use(precision, CUDA) == old_gpu
+    machine(cuda=True, capability=(8, 0))
+    assert devices.can_use(precision, CUDA) == gpu

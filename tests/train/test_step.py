@@ -19,7 +19,7 @@ from rekindle.optim.adamw import AdamW
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.recipes import Recipe
 from rekindle.runtime.device import Device
-from rekindle.runtime.distributed import World
+from rekindle.runtime.distributed import World, gradient_sync
 from rekindle.train import StepResult, train_step
 
 CPU = Device(torch.device("cpu"), "CPU", "fp32")
@@ -109,6 +109,20 @@ def test_it_is_what_plain_pytorch_does(model: GPT2, batches: Batches) -> None:
     assert max(norms) > 0.5  # the gradient was clipped on the way
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_gradients_are_averaged_in_the_last_pass_alone(
+    model: GPT2, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[bool] = []
+
+    def sync(forward: Any, world: World, *, now: bool) -> Any:
+        passes.append(now)
+        return gradient_sync(forward, world, now=now)
+
+    monkeypatch.setattr("rekindle.train.gradient_sync", sync)
+    Training(model).step(batches.batch(0, Partition.of(8, 2)))
+    assert passes == [False, False, False, True]
 
 
 @dataclass(frozen=True)
