@@ -161,7 +161,7 @@ class Session:
             )
         last, batch = t.step - 1, t.batch
         t.restore(saved, batch=batch)
-        first = saved.description.data_position["windows"] // t.recipe.batch.rows
+        first = saved.tokens_read // t.recipe.batch.tokens
         saved.model.clear()  # or its file stays open, even once the checkpoint is removed
         self.metrics.rewind(self.run.is_past)
         self.metrics.record("rollback", t.step, skipped_at=last, next_batch=batch)

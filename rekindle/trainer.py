@@ -184,8 +184,8 @@ class Trainer:
         saved.restore_optimizer(self.optimizer)
         self.guard.restore(saved.description.guard)
         self.step = saved.step
-        windows = saved.description.data_position["windows"]
-        self.batch = windows // self.recipe.batch.rows if batch is None else batch
+        next_batch = saved.tokens_read // self.recipe.batch.tokens
+        self.batch = next_batch if batch is None else batch
 
 
 def scheduled_rate(recipe: Recipe, step: int) -> float:

@@ -72,6 +72,12 @@ class Checkpoint:
     def step(self) -> int:
         return self.description.step
 
+    @property
+    def tokens_read(self) -> int:
+        """Where in the data it stands, in tokens: a fork may cut them into other windows."""
+        d = self.description
+        return d.data_position["windows"] * d.recipe["batch.length"]
+
     def check_same(self, config: ModelConfig, model: type, optimizer: type) -> None:
         """Raise `UserError` if it is not of this model and optimizer."""
         before, now = self.description.model, dataclasses.asdict(config)

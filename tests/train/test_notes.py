@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rekindle import trainer
+from rekindle.data.batches import Batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,3 +135,25 @@ def test_a_parent_that_was_pruned_before_the_child_saved(
     advice = "start the fork anew in another --out"
     refuses([*command(tmp_path / "child"), *fork], "is gone", advice)
     train(tmp_path / "again", "--fork", tmp_path / "parent")  # which works
+
+
+@pytest.mark.parametrize(
+    ("length", "tokens", "next_batch"), [(16, 128, 4), (8, 128, 4), (32, 128, 4), (8, 64, 8)]
+)
+def test_a_fork_with_other_windows_stands_where_its_parent_stood(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, tokens: int,
+    next_batch: int,
+) -> None:  # fmt: skip
+    """In tokens: 4 steps of 128."""
+    train(tmp_path / "parent", "--steps", 4)
+    numbers: list[int] = []
+    original = Batches.batch
+
+    def batch(batches: Batches, number: int, partition: Any) -> Any:
+        numbers.append(number)
+        return original(batches, number, partition)
+
+    monkeypatch.setattr(Batches, "batch", batch)
+    flags = ("--batch.length", length, "--batch.tokens", tokens, "--steps", 6)
+    train(tmp_path / "child", "--fork", tmp_path / "parent", *flags)
+    assert min(numbers) == next_batch
