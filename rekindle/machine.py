@@ -72,7 +72,7 @@ class Machine:
     shard: bool  # where there is more than one rank
     threads: int = field(metadata={"form": range(1, 4096)})  # of a CPU
     recompute: bool | None = None  # None until `trainer.build` has measured
-    micro_batch: int | None = field(  # likewise
+    micro_batch: int | None = field(  # None until then, too
         default=None, metadata={"form": (None, range(1, 2**31))}
     )
     keep_memory: bool = True  # a CPU's freed memory is kept for the next tensors
@@ -91,8 +91,7 @@ class Machine:
 
         from rekindle.runtime import device as devices
 
-        if self.device == "cpu" or self.threads != torch.get_num_threads():
-            torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads)
         device = devices.get_device(self.device, self.precision, local_rank)
         devices.make_deterministic(device, on_gpu=self.deterministic)
         if self.keep_memory:

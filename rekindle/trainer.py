@@ -44,7 +44,7 @@ class Trainer:
     model: LanguageModel  # its parameters have the names that are saved
     model_class: type[LanguageModel]
     compiled: Forward  # the model as evaluation calls it: compiled, or the model itself
-    compiled_body: Callable[..., Tensor] | None  # likewise, None if it is not compiled
+    compiled_body: Callable[..., Tensor] | None  # its body; None if it is not compiled
     forward: Forward  # the model as training calls it: in DDP if there are several ranks
     optimizer: Optimizer
     guard: Guard  # decides which steps are skipped

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rekindle import GPT2, Machine, MachineOptions, Trainer, build, checkpoint, resolve
+from rekindle import Machine, MachineOptions, Trainer, build, checkpoint, resolve
 from rekindle.errors import UserError
 from rekindle.recipes import Recipe
 from tests.conftest import ROOT, make_tokens
@@ -209,4 +209,3 @@ def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
-    assert GPT2 is not None

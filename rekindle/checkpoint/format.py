@@ -39,7 +39,7 @@ class Description:
     )
     model: dict[str, Any]  # its configuration
     model_class: str  # its name in MODELS; a class that is not there: its own
-    optimizer_class: str  # likewise
+    optimizer_class: str  # its name in OPTIMIZERS, or its own
     data_position: dict[str, int] = field(metadata={"form": {"windows": int}})
     guard: dict[str, Any] = field(metadata={"form": {"losses": [float], "skipped": int}})
     machine: Machine

@@ -37,10 +37,6 @@ class Watchdog:
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
 
-    def at(self, place: str) -> None:
-        """Where this rank stands, in words that follow "at"."""
-        self._world.place.at(place)
-
     def close(self) -> None:
         self._done.set()
         if self._thread:

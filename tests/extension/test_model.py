@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -143,4 +142,3 @@ def test_their_numbers_are_flags(recipe: Recipe) -> None:
     names = {flag.name for flag in flags_of(recipe)}
     assert {"model.width", "optim.memory"} <= names
     assert names < set(flatten(recipe))
-    assert np.uint16  # the data's type
