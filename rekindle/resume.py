@@ -17,7 +17,7 @@ from rekindle.run import Run, RunOptions
 
 # What every reader may rely on in run.json.
 FORM = {
-    "recipe": {"batch.length": range(1, 2**31), "eval_tokens": int},
+    "recipe": recipes.FORM,
     "data": {"path": str, "fingerprint": str},
     "tokenizer": {"name": str, "sha256": str},
     "forked_from": (None, str),

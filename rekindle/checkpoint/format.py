@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rekindle import lookup, schema, storage
+from rekindle import lookup, recipes, schema, storage
 from rekindle.errors import UserError
 from rekindle.machine import Machine
 from rekindle.model import HasParameters, LanguageModel, ModelConfig
@@ -34,9 +34,7 @@ class Description:
     """What a checkpoint says of itself, beside its tensors."""
 
     step: int  # optimizer steps taken
-    recipe: dict[str, Any] = field(
-        metadata={"form": {"batch.length": range(1, 2**31), "eval_tokens": int}}
-    )
+    recipe: dict[str, Any] = field(metadata={"form": recipes.FORM})
     model: dict[str, Any]  # its configuration
     model_class: str  # its name in MODELS; a class that is not there: its own
     optimizer_class: str  # its name in OPTIMIZERS, or its own

@@ -1,6 +1,7 @@
 """Every number of every training run."""
 
 from rekindle.recipes.base import (
+    FORM,
     FREE_ON_RESUME,
     Batch,
     Recipe,
@@ -14,6 +15,7 @@ from rekindle.recipes.base import (
 from rekindle.recipes.named import RECIPES, get_recipe, with_steps
 
 __all__ = [
+    "FORM",
     "FREE_ON_RESUME",
     "RECIPES",
     "Batch",

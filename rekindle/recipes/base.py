@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from rekindle.errors import UserError
-from rekindle.flags import flag
+from rekindle.flags import flag, flags_of
 from rekindle.model.gpt2_config import SIZES
 from rekindle.optim.adamw_config import AdamWConfig
 
@@ -199,6 +199,14 @@ def _check_order(batch: Batch) -> None:
 
 
 DEFAULTS = flatten(Recipe("", ""))
+# Of a flattened recipe in a JSON file. The model's and the optimizer's fields depend on their
+# classes, and fields newer than the file are missing.
+FORM: dict[str, Any] = {
+    f"{f.name}?": f.type
+    for f in flags_of(Recipe("", ""))
+    if not f.name.startswith(("model.", "optim."))
+} | {"batch.length": range(1, 2**31), "eval_tokens": int, "seed?": range(2**63)}
+del FORM["batch.length?"], FORM["eval_tokens?"]
 RENAMED = {"optim.clip": "grad_clip", "optim.spike": "spike"}  # in runs of version 0.1.0
 REMOVED = ("batch.micro",)  # the micro-batch size belongs to the machine
 
