@@ -70,10 +70,10 @@ class Machine:
     kernels: bool
     deterministic: bool
     shard: bool  # where there is more than one rank
-    threads: int = field(metadata={"form": range(1, 4096)})  # of a CPU
+    threads: int = field(metadata={"schema": range(1, 4096)})  # of a CPU
     recompute: bool | None = None  # None until `trainer.build` has measured
     micro_batch: int | None = field(  # None until then, too
-        default=None, metadata={"form": (None, range(1, 2**31))}
+        default=None, metadata={"schema": (None, range(1, 2**31))}
     )
     keep_memory: bool = True  # a CPU's freed memory is kept for the next tensors
     name: str = ""  # what a person calls the device

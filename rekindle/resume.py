@@ -16,8 +16,8 @@ from rekindle.recipes import Recipe
 from rekindle.run import Run, RunOptions
 
 # What every reader may rely on in run.json.
-FORM = {
-    "recipe": recipes.FORM,
+SCHEMA = {
+    "recipe": recipes.SCHEMA,
     "data": {"path": str, "fingerprint": str},
     "tokenizer": {"name": str, "sha256": str},
     "forked_from": (None, str),
@@ -87,7 +87,7 @@ def _check_can_be_written(out: Path) -> None:
 def _identity_of(out: Path, model: type[LanguageModel]) -> dict[str, Any] | None:
     """What the run in `out` was begun with; a checkpoint tells if run.json was lost."""
     if (out / "run.json").is_file():
-        return storage.read_json(out / "run.json", FORM)
+        return storage.read_json(out / "run.json", SCHEMA)
     found, _ = checkpoint.newest_whole(out / "checkpoints", model)
     return dataclasses.asdict(found.description) if found else None
 

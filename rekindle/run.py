@@ -103,7 +103,7 @@ class Run:
         storage.make_folder(checkpoints)
         storage.remove_unfinished(checkpoints)
         for path, what in self.damaged.items():
-            console.say(f"{what}: it is now {storage.set_aside(path)}")
+            console.print(f"{what}: it is now {storage.set_aside(path)}")
 
     def opening(self, ranks: int) -> str:
         """One line on where the run starts or resumes."""

@@ -73,7 +73,7 @@ class Session:
             return
         found = self.trainer.warm_up()
         memory = f", {found.peak_bytes / 2**30:.1f} GiB" if found.peak_bytes else ""
-        self.console.say(
+        self.console.print(
             f"warm-up: {duration(found.compile_s)} to compile and settle, then "
             f"{found.pass_s * 1e3:.0f} ms a micro-batch{memory}"
         )
@@ -91,7 +91,7 @@ class Session:
         )
         if self.began:
             took = duration(time.perf_counter() - self.began)
-            self.console.say(f"first step done {took} after the start")
+            self.console.print(f"first step done {took} after the start")
             self.began = 0.0
 
     def evaluate(self) -> None:
@@ -165,7 +165,7 @@ class Session:
         saved.model.clear()  # or its file stays open, even once the checkpoint is removed
         self.metrics.rewind(self.run.is_past)
         self.metrics.record("rollback", t.step, skipped_at=last, next_batch=batch)
-        self.console.say(
+        self.console.print(
             f"step {last:>5} | {skipped}: rolled back to step {t.step}, continuing with batch "
             f"{batch} (batches {first} to {batch - 1} are left out)"
         )

@@ -28,7 +28,7 @@ from rekindle.resume import open_run
 from rekindle.run import Run, RunOptions, is_begun
 from rekindle.runtime import device as devices
 from rekindle.runtime import distributed
-from rekindle.runtime.distributed import World, telling_of_lost_ranks
+from rekindle.runtime.distributed import World, explaining_lost_ranks
 from rekindle.runtime.sharding import is_sharded
 from rekindle.runtime.signals import Listener
 from rekindle.runtime.watchdog import Watchdog
@@ -59,7 +59,7 @@ def train_run(
     """
     began = time.perf_counter()
     with (
-        telling_of_lost_ranks(),
+        explaining_lost_ranks(),
         Lock(out) as lock,
         start(recipe, data, out, options, lock, parts or Parts()) as session,
         Listener() as session.signals,
@@ -74,7 +74,7 @@ def start(
 ) -> Session:
     """Check everything a user can get wrong, build the trainer, fresh or as the newest checkpoint
     has it, and only then write to the run's folder."""
-    world = distributed.place()
+    world = distributed.get_world()
     console = Console(quiet=not world.is_main)
     manifest = shards.read_manifest(data)
     if world.is_main:
@@ -91,7 +91,7 @@ def start(
     tokenizer = parts.tokenizer or get_tokenizer(manifest.tokenizer)
     wanted = [(tasks.get_task(n), options.tasks.get(n, "auto")) for n in tasks.TASKS]
     work = evaluator.load_for_training(
-        [*wanted, *parts.tasks], tokenizer, device, world, console.say
+        [*wanted, *parts.tasks], tokenizer, device, world, console.print
     )
     trainer = build(
         recipe,
@@ -107,10 +107,10 @@ def start(
         run.checkpoint.model.clear()  # or its file stays open, even once the checkpoint is removed
     _introduce(run, trainer, console)
     for line in _warnings(run, tokenizer):
-        console.say(f"note: {line}")
+        console.print(f"note: {line}")
     if world.is_main:
         run.begin(lock, console)
-    console.say(run.opening(world.size))
+    console.print(run.opening(world.size))
     metrics = _open_metrics(run, trainer, console, parts.loggers)
     keep = Keep(recipe.keep_checkpoints, recipe.keep_best, recipe.keep_every)
     model, optimizer = trainer.model, trainer.optimizer
@@ -155,14 +155,14 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
         why = "as the run was started" if run.recorded and not run.recorded.compile else None
         why = "as asked" if asked.compile is False else why
         why = "the model is sharded" if is_sharded(trainer.model) else why
-        console.say(
+        console.print(
             f"running without torch.compile: {devices.why_not_compile(device.torch) or why}"
         )
     if run.recorded and (changed := machines.changes(run.recorded, machine, asked)):
-        console.say(f"this machine is not the one the run was started on: {changed}")
+        console.print(f"this machine is not the one the run was started on: {changed}")
     m = run.recipe.model
     sizes = ", ".join(f"{flag.name} {flag.default}" for flag in flags_of(m))
-    console.say(
+    console.print(
         f"model: {trainer.model.parameter_count():,} parameters ({sizes}), vocabulary "
         f"{m.vocab_size:,}"
     )
@@ -172,7 +172,7 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
         "recomputing": machine.recompute,
         "sharded": is_sharded(trainer.model),
     }
-    console.say(
+    console.print(
         f"device: {p.ranks} x {device.name}, {device.precision}"
         f"{''.join(f', {name}' for name, on in traits.items() if on)}; "
         f"{run.recipe.batch.tokens:,} tokens a step = {p.micro_batch} rows x "
@@ -204,7 +204,7 @@ def _open_metrics(
 ) -> Metrics:
     """The run's metrics, on the main rank with the loggers that write them."""
     main = trainer.world.is_main
-    own = [JsonLinesLogger(run.open_log(), console.say)] if main else []
+    own = [JsonLinesLogger(run.open_log(), console.print)] if main else []
     peak = trainer.device.peak_flops
     metrics = Metrics(
         [*own, *loggers] if main else [],
@@ -225,7 +225,7 @@ def _verify_data(data: Path, manifest: shards.Manifest, world: World, console: C
     if world.local_rank == 0:
         shards.verify(data, manifest)
     world.barrier()
-    console.say(
+    console.print(
         f"data: {manifest.tokens('train'):,} training and {manifest.tokens('val'):,} validation "
         f"tokens, every hash checked in {time.perf_counter() - began:.1f} s"
     )

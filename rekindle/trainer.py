@@ -117,7 +117,7 @@ class Trainer:
 
     def at(self, location: str) -> None:
         """Where this rank is, for a watchdog to report."""
-        self.world.place.at(location)
+        self.world.location.at(location)
 
     @property
     def data_wait_s(self) -> float:
@@ -224,7 +224,7 @@ def build(
     Raises `UserError` if the recipe does not fit the data or the machine.
     """
     recipes.check(recipe)
-    world = ranks or distributed.place()
+    world = ranks or distributed.get_world()
     machine = machine or resolve(world=world, rows=recipe.batch.rows)
     device = machine.open(world.local_rank)
     distributed.connect(world, device.torch)

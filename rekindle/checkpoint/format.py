@@ -26,7 +26,7 @@ FORMAT = 4
 READABLE = (2, 3, FORMAT)
 DESCRIPTION = "checkpoint.json"
 FILES = ("model.safetensors", "optimizer.safetensors")
-_FILES_FORM = {"files": {name: {"bytes": int, "sha256": str} for name in FILES}}
+_FILES_SCHEMA = {"files": {name: {"bytes": int, "sha256": str} for name in FILES}}
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ class Description:
     """What a checkpoint says of itself, beside its tensors."""
 
     step: int  # optimizer steps taken
-    recipe: dict[str, Any] = field(metadata={"form": recipes.FORM})
+    recipe: dict[str, Any] = field(metadata={"schema": recipes.SCHEMA})
     model: dict[str, Any]  # its configuration
     model_class: str  # its name in MODELS; a class that is not there: its own
     optimizer_class: str  # its name in OPTIMIZERS, or its own
-    data_position: dict[str, int] = field(metadata={"form": {"windows": int}})
-    guard: dict[str, Any] = field(metadata={"form": {"losses": [float], "skipped": int}})
+    data_position: dict[str, int] = field(metadata={"schema": {"windows": int}})
+    guard: dict[str, Any] = field(metadata={"schema": {"losses": [float], "skipped": int}})
     machine: Machine
-    ranks: int = field(metadata={"form": range(1, 2**31)})
+    ranks: int = field(metadata={"schema": range(1, 2**31)})
     versions: dict[str, str]
     # What only a run knows.
     data: dict[str, str] | None = field(
-        default=None, metadata={"form": (None, {"path": str, "fingerprint": str})}
+        default=None, metadata={"schema": (None, {"path": str, "fingerprint": str})}
     )
     tokenizer: dict[str, str] | None = field(
-        default=None, metadata={"form": (None, {"name": str, "sha256": str})}
+        default=None, metadata={"schema": (None, {"name": str, "sha256": str})}
     )
     forked_from: str | None = None
     evaluated: bool = False  # whether what follows this step, such as the validation, was done
@@ -165,7 +165,7 @@ def _read_description(file: Path) -> dict[str, Any]:
         raise DamagedError(f"{file} is damaged (it is not what was written)")
     if found.get("format") not in READABLE:
         raise UserError(f"{file} is not a checkpoint of format {FORMAT}")
-    if wrong := schema.mismatch(found, _FILES_FORM):
+    if wrong := schema.mismatch(found, _FILES_SCHEMA):
         raise DamagedError(f"{file} is not the description of a checkpoint ({wrong})")
     return found if found["format"] == FORMAT else _upgraded(found)
 

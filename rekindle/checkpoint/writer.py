@@ -186,7 +186,7 @@ class Saver:
     def close(self) -> None:
         """Wait for the checkpoint under way, whatever becomes of it."""
         if self._thread and self._thread.is_alive():
-            self._metrics.console.say("finishing the checkpoint under way")
+            self._metrics.console.print("finishing the checkpoint under way")
             self._thread.join()
 
     def _write(self, description: Description, stall: float) -> None:
@@ -197,7 +197,7 @@ class Saver:
             self._prune()
             seconds = time.perf_counter() - began
             self._metrics.record("checkpoint", step, seconds=seconds, stall_s=stall)
-            self._metrics.console.say(
+            self._metrics.console.print(
                 f"step {step:>5} | saved {path} ({seconds:.1f} s, training waited {stall:.2f} s)"
             )
         except BaseException as error:  # raised again by the training thread, in `finish`
@@ -210,14 +210,14 @@ class Saver:
                     "make room or see that it may be written to, then give the same command again; "
                     "it resumes from the newest checkpoint there"
                 )
-            self._metrics.console.say(f"step {step:>5} | saving failed: {reason}")
+            self._metrics.console.print(f"step {step:>5} | saving failed: {reason}")
 
     def _prune(self) -> None:
         """Remove the checkpoints that need not be kept; one that cannot be removed harms nobody."""
         try:
             prune(self._folder, self._keep)
         except OSError as error:
-            self._metrics.console.say(
+            self._metrics.console.print(
                 f"an old checkpoint cannot be removed: {error.strerror or error}"
             )
 
@@ -230,7 +230,7 @@ class Saver:
                 return write(self._folder, description, self._snapshot)
             except OSError as error:
                 reason = error.strerror or str(error)
-                self._metrics.console.say(
+                self._metrics.console.print(
                     f"step {step:>5} | saving failed: {reason}; once more in {pause:.0f} s"
                 )
                 time.sleep(pause)

@@ -61,18 +61,18 @@ def train(o: argparse.Namespace) -> None:
 def evaluate(o: argparse.Namespace) -> None:
     from rekindle.evaluate.command import evaluate_model
     from rekindle.observe.console import Console
-    from rekindle.runtime.distributed import place
+    from rekindle.runtime.distributed import get_world
 
     for flag, value in (("--tokens", o.tokens), ("--limit", o.limit)):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, but is {value}")
-    console = Console(quiet=o.json or not place().is_main)
+    console = Console(quiet=o.json or not get_world().is_main)
     tasks = {name: where for name in TASKS if (where := getattr(o, name))}
     results = evaluate_model(
         o.model, data=o.data, tasks=tasks, tokens=o.tokens, limit=o.limit,
         device=o.device, precision=o.precision, console=console, note=_note,
     )  # fmt: skip
-    if o.json and place().is_main:
+    if o.json and get_world().is_main:
         _answer(json.dumps(results, allow_nan=False))
 
 

@@ -23,7 +23,7 @@ POSITION = {  # in the source, behind a finished shard; one of the splits is pen
     "offset?": int,
     "pending": tuple({split: PENDING} for split in SPLITS),
 }
-FORM = POSITION | {  # of what `prepare` saves with each shard
+SCHEMA = POSITION | {  # of what `prepare` saves with each shard
     "source": dict,
     "shards": [shards.SHARD],
     "tokenizer_sha256?": str,
@@ -62,7 +62,7 @@ def saved_state(source: Source, out: Path, settings: dict[str, Any]) -> dict[str
     path = out / shards.UNFINISHED / shards.STATE
     if not path.exists():
         return None
-    state = storage.read_json(path, FORM)
+    state = storage.read_json(path, SCHEMA)
     if any(len(entry["cursor"]) != 2 for entry in (state, *state.get("history", []))):
         raise UserError(f"{path} is damaged: remove {out} and prepare again")
     names = [*(entry["name"] for entry in state["shards"]), *pieces_of(state)]

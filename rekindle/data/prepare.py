@@ -114,7 +114,7 @@ def _prepare(
 ) -> Manifest:
     if manifest := finished(source, out, settings, lock):
         compare_vocabulary(out, manifest.tokenizer_sha256, tokenizer)
-        console.say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
+        console.print(f"{out} is prepared already: {manifest.summary()}; nothing to do")
         return manifest
     lock.take(create=False)
     state = saved_state(source, out, settings)
@@ -140,10 +140,10 @@ def _resumable(state: Any, source: Source, out: Path, console: Console) -> dict[
     """The state to resume from: without what was made of files that have changed since."""
     state, said = without_changed_files(state, source)
     if said:
-        console.say(said)
+        console.print(said)
         storage.write_json(out / shards.UNFINISHED / shards.STATE, state)
     remove_others(out, state)
-    console.say(f"going on in {out} after {len(state['shards'])} finished shards")
+    console.print(f"going on in {out} after {len(state['shards'])} finished shards")
     return state
 
 
@@ -154,7 +154,7 @@ def _say_splits(source: Source, undecided: str, console: Console) -> None:
     if all(file.split == "val" for file in source.files):
         raise UserError(f"{source.name} holds nothing to train on: {'; '.join(lines)}")
     for line in lines:
-        console.say(line)
+        console.print(line)
 
 
 class _Preparation:
@@ -261,7 +261,7 @@ class _Preparation:
         """Wait for the shard that is being written, if one is, and raise what went wrong."""
         if self.writing:
             shard, self.writing = self.writing.result(), None
-            self.console.say(f"{shard.name}: {shard.tokens:,} tokens")
+            self.console.print(f"{shard.name}: {shard.tokens:,} tokens")
 
     def _write_shard(self, split: str, pending: Pending) -> Shard:
         number = sum(shard.split == split for shard in self.shards)
@@ -292,7 +292,7 @@ class _Preparation:
         )
         manifest.write(self.out)
         storage.remove_folder(self.folder)
-        self.console.say(f"{self.out}: {manifest.summary()} ({self.progress.summary()})")
+        self.console.print(f"{self.out}: {manifest.summary()} ({self.progress.summary()})")
         if self.layout.fraction and not manifest.tokens("val"):
-            self.console.say("no document fell to validation: there will be no validation loss")
+            self.console.print("no document fell to validation: there will be no validation loss")
         return manifest

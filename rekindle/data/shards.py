@@ -29,7 +29,7 @@ UNFINISHED, STATE = ".progress", "state.json"  # folder of a preparation under w
 SHARD = {
     "name": str, "split": str, "tokens": int, "documents": int, "sha256": str, "crc32?": str,
 }  # fmt: skip
-FORM = {
+SCHEMA = {
     "tokenizer": str, "tokenizer_sha256": str, "vocab_size": range(1, 2**16 + 1), "source": dict,
     "shards": [SHARD],
 }  # fmt: skip
@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
         raw = storage.read_json(path, {"format": int})
         if raw.pop("format") != 1:
             raise UserError(f"{path} is of a newer format: update Rekindle")
-        if wrong := mismatch(raw, FORM):
+        if wrong := mismatch(raw, SCHEMA):
             raise ValueError(wrong)
         shards = tuple(Shard(**entry) for entry in raw.pop("shards"))
         manifest = Manifest(**raw, shards=shards)

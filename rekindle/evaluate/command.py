@@ -58,7 +58,7 @@ class _Evaluation:
         loss.check_finite(loaded.model)
         bits = loss.bits_per_byte if math.isfinite(loss.bits_per_byte) else None
         shown = "" if bits is None else f", {bits:.4f} bits/byte"
-        self.console.say(
+        self.console.print(
             f"validation loss {loss.nats:.4f} nats/token{shown} over {loss.tokens:,} tokens of "
             f"{data}"
         )
@@ -77,7 +77,7 @@ class _Evaluation:
             + (f" ({round(value * len(items))}/{len(items)})" if name.startswith("acc") else "")
             for name, value in metrics_of(task, scores).items()
         ]
-        self.console.say(f"{task.title} {', '.join(shown)}")
+        self.console.print(f"{task.title} {', '.join(shown)}")
         return scores
 
 
@@ -99,7 +99,7 @@ def evaluate_model(
     without tasks is scored on its own data. `note` gets what the name fits beside what was taken.
     Raises `UserError` if there is nothing to score.
     """
-    world = distributed.place()
+    world = distributed.get_world()
     chosen = get_device(device, precision, world.local_rank)
     keep_freed_memory(chosen)
     loaded = load(name, chosen)

@@ -80,7 +80,7 @@ class Evaluator:
         values = {"loss": loss.nats, "bits_per_byte": loss.bits_per_byte, "tokens": loss.tokens}
         passage = self.passage_losses()
         self.logger.record("validation", step, **values, seconds=seconds, passage=passage)
-        self.console.say(
+        self.console.print(
             f"step {step:>5} | validation loss {loss.nats:.4f} nats/token, "
             f"{loss.bits_per_byte:.4f} bits/byte over {loss.tokens:,} tokens ({seconds:.1f} s)"
         )
@@ -110,7 +110,7 @@ class Evaluator:
         self.logger.record(task.name, step, **metrics, total=total, seconds=seconds)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         correct = round(metrics[task.metric] * total)
-        self.console.say(
+        self.console.print(
             f"step {step:>5} | {task.title} {shown} ({correct}/{total}, {seconds:.1f} s)"
         )
 
@@ -127,13 +127,13 @@ class Evaluator:
             with self.device.autocast():
                 ids = generate(self.model, prompt, room, num=2, seed=42)
         except UserError as error:  # the training loop says what to do about broken weights
-            self.console.say(f"step {step:>5} | no samples: {error}")
+            self.console.print(f"step {step:>5} | no samples: {error}")
             return
         end = self.tokenizer.end_of_text
         texts = [self.tokenizer.decode(cut_at_end(row, end)) for row in ids.tolist()]
         self.logger.record("samples", step, texts=texts)
         for text in texts:
-            self.console.say(f"step {step:>5} | {text!r}")
+            self.console.print(f"step {step:>5} | {text!r}")
 
 
 def metrics_of(task: Task, scores: Mapping[str, float]) -> dict[str, float]:

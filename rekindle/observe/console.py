@@ -34,13 +34,13 @@ class Console:
         self._next = 0.0  # when the next progress line is due
         self._lock = threading.Lock()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line that stays."""
         if self._quiet:
             return
         with self._lock:
             self._end_line()
-            self._print(text + "\n")
+            self._write(text + "\n")
 
     def progress(self, text: str, *, important: bool = False, passing: bool = False) -> None:
         """Show where things stand; `important` lines are shown in any case, and stay. On a terminal
@@ -50,10 +50,10 @@ class Console:
         self.postpone()
         with self._lock:
             if not self._live:
-                self._print(text + "\n")
+                self._write(text + "\n")
                 return
             text = text[: shutil.get_terminal_size().columns - 1]  # wrapped, it would stay
-            self._print(f"\r\033[K{text}")
+            self._write(f"\r\033[K{text}")
             self._pending = "\r\033[K" if passing else "\n"
             if important:
                 self._end_line()
@@ -64,10 +64,10 @@ class Console:
 
     def _end_line(self) -> None:
         if self._pending:
-            self._print(self._pending)
+            self._write(self._pending)
             self._pending = ""
 
-    def _print(self, text: str) -> None:
+    def _write(self, text: str) -> None:
         """Nobody who reads, or no room where it goes: that is no reason for a training to end."""
         try:
             print(text, end="", file=self._stream, flush=True)

@@ -121,13 +121,13 @@ class Metrics:
                 raise
             except Exception as error:  # whatever a logger's own library raises
                 if number not in self._failed:
-                    self.console.say(
+                    self.console.print(
                         f"{name} failed and misses records ({type(error).__name__}: {error})"
                     )
                 self._failed.add(number)
             else:
                 if number in self._failed:
-                    self.console.say(f"{name} works again; what it missed is lost")
+                    self.console.print(f"{name} works again; what it missed is lost")
                 self._failed.discard(number)
 
 

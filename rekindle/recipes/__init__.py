@@ -1,8 +1,8 @@
 """Every number of every training run."""
 
 from rekindle.recipes.base import (
-    FORM,
     FREE_ON_RESUME,
+    SCHEMA,
     Batch,
     Recipe,
     Schedule,
@@ -15,9 +15,9 @@ from rekindle.recipes.base import (
 from rekindle.recipes.named import RECIPES, get_recipe, with_steps
 
 __all__ = [
-    "FORM",
     "FREE_ON_RESUME",
     "RECIPES",
+    "SCHEMA",
     "Batch",
     "Recipe",
     "Schedule",

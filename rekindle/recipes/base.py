@@ -201,12 +201,12 @@ def _check_order(batch: Batch) -> None:
 DEFAULTS = flatten(Recipe("", ""))
 # Of a flattened recipe in a JSON file. The model's and the optimizer's fields depend on their
 # classes, and fields newer than the file are missing.
-FORM: dict[str, Any] = {
+SCHEMA: dict[str, Any] = {
     f"{f.name}?": f.type
     for f in flags_of(Recipe("", ""))
     if not f.name.startswith(("model.", "optim."))
 } | {"batch.length": range(1, 2**31), "eval_tokens": int, "seed?": range(2**63)}
-del FORM["batch.length?"], FORM["eval_tokens?"]
+del SCHEMA["batch.length?"], SCHEMA["eval_tokens?"]
 RENAMED = {"optim.clip": "grad_clip", "optim.spike": "spike"}  # in runs of version 0.1.0
 REMOVED = ("batch.micro",)  # the micro-batch size belongs to the machine
 

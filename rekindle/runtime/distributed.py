@@ -23,7 +23,7 @@ _LAUNCHER = (
 PATIENCE = 600.0  # seconds that a rank waits for the others, unless told else
 
 
-class Place:
+class Location:
     """Where a rank stands in the program, for the watchdog to tell."""
 
     def __init__(self) -> None:
@@ -33,16 +33,16 @@ class Place:
         """This rank has come to `text` and waits for nobody."""
         self._text, self._waiting_since = text, 0.0
 
-    def waits(self) -> None:
+    def start_waiting(self) -> None:
         """It has given its part and needs the others'. On a GPU it goes on in the meantime, and
         only the next `at` shows that they came."""
         self._waiting_since = time.monotonic()
 
-    def goes_on(self) -> None:
+    def stop_waiting(self) -> None:
         self._waiting_since = 0.0
 
     def waited(self) -> float:
-        """Seconds since `waits`; 0 if it does not wait."""
+        """Seconds since `start_waiting`; 0 if it does not wait."""
         return time.monotonic() - self._waiting_since if self._waiting_since else 0.0
 
     def now(self) -> str:
@@ -56,7 +56,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    place: Place = field(default_factory=Place, compare=False)
+    location: Location = field(default_factory=Location, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -101,7 +101,7 @@ class World:
         """`values` added up over all ranks, when all of them have come."""
         self.sum_(values)
         totals = values.tolist()
-        self.place.goes_on()
+        self.location.stop_waiting()
         return totals
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -120,11 +120,11 @@ class World:
     def together(self, *, done: bool = True) -> Iterator[None]:
         """Something that needs every rank. `done`: it is over when the body is; NCCL's sums are
         only begun there."""
-        self.place.waits()
-        with telling_of_lost_ranks():
+        self.location.start_waiting()
+        with explaining_lost_ranks():
             yield
         if done:
-            self.place.goes_on()
+            self.location.stop_waiting()
 
     def close(self) -> None:
         if self.size > 1:
@@ -157,7 +157,7 @@ def gradient_sync(forward: object, world: World, *, now: bool) -> Iterator[None]
             yield
 
 
-def place() -> World:
+def get_world() -> World:
     """Where torchrun, or another launcher, put this process; alone without one.
 
     Raises `UserError` unless the launcher's variables are all there, or none of the three that
@@ -193,7 +193,7 @@ def _launcher_says(name: str, text: str | None) -> str:
 
 
 @contextmanager
-def telling_of_lost_ranks() -> Iterator[None]:
+def explaining_lost_ranks() -> Iterator[None]:
     """In here ranks talk to each other. Raises `UserError` when one is gone, and lets all else
     through."""
     try:

@@ -37,7 +37,7 @@ def shard(model: LanguageModel, device: torch.device, world: World) -> None:
     with torch.no_grad():  # what is called first is the root from then on
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
     for module in parts:  # for the watchdog: from here on this rank needs the others
-        module.register_forward_pre_hook(lambda *_: world.place.waits(), prepend=True)
+        module.register_forward_pre_hook(lambda *_: world.location.start_waiting(), prepend=True)
 
 
 def is_sharded(model: object) -> bool:

@@ -43,16 +43,16 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        place, beat = self._world.place, 0
+        location, beat = self._world.location, 0
         tick = min(TICK, self._limit / 4)
         while not self._done.wait(tick if beat else 0):
             beat += 1
             try:
-                self._store.set(self._key(self._world.rank), f"{beat} {place.now()}")
-                if place.waited() > self._limit:
+                self._store.set(self._key(self._world.rank), f"{beat} {location.now()}")
+                if location.waited() > self._limit:
                     self._give_up(tick)
             except RuntimeError as error:  # of the store: its host is gone, or the run is over
-                if place.waited() > self._limit:
+                if location.waited() > self._limit:
                     self._end(f"rank 0's host cannot be reached ({reason(error)})")
 
     def _give_up(self, tick: float) -> None:
@@ -62,7 +62,7 @@ class Watchdog:
         late.start()
         try:
             before = self._posts()
-            if self._done.wait(SILENT * tick) or self._world.place.waited() < self._limit:
+            if self._done.wait(SILENT * tick) or self._world.location.waited() < self._limit:
                 return  # it came after all
             culprits = self._culprits(before, self._posts())
         finally:
@@ -94,9 +94,10 @@ class Watchdog:
         return f"{self._life}/stands/{rank}"
 
     def _end(self, what: str) -> None:
+        waited = self._world.location.waited()
         print(
-            f"rekindle: error (rank {self._world.rank}): waited {self._world.place.waited():.0f} s "
-            f"for the other ranks: {what}; the same command resumes from the newest checkpoint\n",
+            f"rekindle: error (rank {self._world.rank}): waited {waited:.0f} s for "
+            f"the other ranks: {what}; the same command resumes from the newest checkpoint\n",
             end="", file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(STATUS)

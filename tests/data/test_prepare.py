@@ -643,8 +643,8 @@ def test_progress_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     now[0] += 2
     progress.update(1000, 0.5)
     progress.update(1001, 0.5)
-    console.say("done")
-    console.say("and over")
+    console.print("done")
+    console.print("and over")
     progress_line = "1,000 tokens · 500 tokens/s · 50% · 2.0 s left"
     assert "".join(said) == f"\r\033[K{progress_line}\r\033[Kdone\nand over\n"
 

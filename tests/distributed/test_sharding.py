@@ -57,7 +57,7 @@ def clipped(parameters, limit, norm):
 def placed(forward, *rest, world, **named):
     def call(x, y):
         result = forward(x, y)
-        facts[-1]["place"] = world.place.now()
+        facts[-1]["place"] = world.location.now()
         return result
 
     return step(call, *rest, world=world, **named)
@@ -66,7 +66,7 @@ trainer.train_step = placed
 start.start, train.clip_gradients = measured, clipped
 for command in json.loads(sys.argv[1]):
     assert main(command) == 0, command
-open(f"{sys.argv[2]}-{distributed.place().rank}.json", "w").write(json.dumps(facts))
+open(f"{sys.argv[2]}-{distributed.get_world().rank}.json", "w").write(json.dumps(facts))
 """
 
 

@@ -49,8 +49,8 @@ for command in commands:
     if command[0] == "train":  # whichever rank comes out first
         run = Path(command[command.index("--out") + 1])
         assert (run / "checkpoints" / "step-000012").is_dir()
-from rekindle.runtime.distributed import place
-torch.save(gradients, f"{out}-{place().rank}.pt")
+from rekindle.runtime.distributed import get_world
+torch.save(gradients, f"{out}-{get_world().rank}.pt")
 dist.barrier()  # gloo's threads end a process whose peer is gone
 dist.destroy_process_group()
 """

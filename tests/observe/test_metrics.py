@@ -51,7 +51,7 @@ def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
     console.progress("important", important=True)
     clock[0] += 11
     console.progress("two")
-    console.say("said")
+    console.print("said")
     assert stream.getvalue() == "one\nimportant\ntwo\nsaid\n"
 
 
@@ -64,7 +64,7 @@ def test_a_terminals_line_is_rewritten_in_place(clock: list[float]) -> None:
     clock[0] += 0.2
     console.progress("two")
     assert stream.getvalue() == "\r\033[Kone\r\033[Ktwo"
-    console.say("said")  # does not stand in the progress line
+    console.print("said")  # does not stand in the progress line
     assert stream.getvalue().endswith("two\nsaid\n")
     console.progress("three", important=True)
     assert stream.getvalue().endswith("said\n\r\033[Kthree\n")
@@ -73,14 +73,14 @@ def test_a_terminals_line_is_rewritten_in_place(clock: list[float]) -> None:
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
 def test_other_ranks_are_quiet(stream: io.StringIO) -> None:
     console = Console(quiet=True, stream=stream)
-    console.say("a")
+    console.print("a")
     console.progress("b", important=True)
     assert stream.getvalue() == ""
 
 
 def make_metrics(stream: io.StringIO, log: JsonLines | None = None, **changes: Any) -> Metrics:
     numbers = {"steps": 100, "tokens_per_step": 1000, "flops_per_token": 10, "peak_flops": None}
-    loggers = [JsonLinesLogger(log, Console(stream=stream).say)] if log else []
+    loggers = [JsonLinesLogger(log, Console(stream=stream).print)] if log else []
     return Metrics(loggers, Console(stream=stream), **{**numbers, **changes})
 
 

@@ -35,6 +35,6 @@ def test_what_is_no_lost_rank_is_not_taken_for_one() -> None:
 def test_totals_end_the_waiting() -> None:
     """NCCL's sum alone does not."""
     world = World()
-    world.place.waits()
+    world.location.start_waiting()
     assert world.totals(torch.tensor([1.0, 2.5])) == [1.0, 2.5]
-    assert world.place.waited() == 0
+    assert world.location.waited() == 0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rekindle.errors import UserError
-from rekindle.runtime.distributed import World, place
+from rekindle.runtime.distributed import World, get_world
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 WHOLE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "9"}
@@ -21,7 +21,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], Worl
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        return place()
+        return get_world()
 
     return call
 

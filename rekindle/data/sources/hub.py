@@ -101,7 +101,7 @@ class HubSource(Source):
         if coming.done():
             return coming.result()
         progress = Progress(self._console, "bytes")
-        self._console.say(f"downloading {remote.path} ({remote.size:,} bytes)")
+        self._console.print(f"downloading {remote.path} ({remote.size:,} bytes)")
         before = self._received
         while not coming.done():
             received = self._received - before

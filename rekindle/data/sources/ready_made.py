@@ -58,7 +58,7 @@ class ShardFolder(ReadyMade):
             kept, all_of_them = ({path.name for path in some} for some in (self.kept, self.paths))
             if named not in (kept, all_of_them):  # which earlier versions took
                 raise UserError(f"{out / shards.MANIFEST} names other shards: remove it first")
-            console.say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
+            console.print(f"{out} is prepared already: {manifest.summary()}; nothing to do")
             return manifest
         _say_splits([path.name for path in self.paths], f"the folder {out}", console)
         lock.take()
@@ -88,7 +88,7 @@ class PublishedShards(ReadyMade):
             manifest = shards.read_manifest(out)
             self._check_origin(out, manifest.source)
             shards.check_sizes(out, manifest)
-            console.say(f"{out} is prepared already: {manifest.summary()}; nothing to do")
+            console.print(f"{out} is prepared already: {manifest.summary()}; nothing to do")
             return manifest
         lock.take()
         source, entries = _Fetch(self, out, tokenizer, console).run()
@@ -155,7 +155,7 @@ class _Fetch:
                 finished = [asdict(entry) for entry in self.entries.values()]
                 state = {"source": self.source, "shards": finished}
                 storage.write_json(self.folder / shards.STATE, state)
-                self.console.say(f"{shard.name}: {shard.tokens:,} tokens")
+                self.console.print(f"{shard.name}: {shard.tokens:,} tokens")
         finally:
             self.cancelled = True  # of use only when one has failed: the others need not go on
             pool.shutdown(cancel_futures=True)
@@ -190,7 +190,7 @@ def _say_splits(names: Sequence[str], where: str, console: Console) -> None:
     if "train" not in splits.values():
         raise UserError(f"{where} holds nothing to train on: {'; '.join(lines)}")
     for line in lines:
-        console.say(line)
+        console.print(line)
 
 
 def _describe(path: Path, tokenizer: Tokenizer) -> Shard:
@@ -208,5 +208,5 @@ def _write_manifest(
     ordered = tuple(sorted(entries, key=lambda shard: (shard.split, shard.name)))
     manifest = Manifest(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, source, ordered)
     manifest.write(out)
-    console.say(f"{out}: {manifest.summary()}")
+    console.print(f"{out}: {manifest.summary()}")
     return manifest
