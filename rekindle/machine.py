@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rekindle.runtime.device import Device
     from rekindle.runtime.distributed import World
 
+KERNELS = ("none", "loss", "all")
 SAME_MEMORY = 0.05  # how much the memory of two machines of one kind may differ, as a fraction
 
 
@@ -29,8 +30,10 @@ class MachineOptions:
         "(default: auto)",
     )
     compile: bool | None = flag(None, "torch.compile the model (default: yes, where possible)")
-    kernels: bool | None = flag(
-        None, "Triton kernels for head, loss and MLP, for bf16 on a GPU (default: no)"
+    kernels: str | None = flag(
+        None,
+        "Triton kernels, for bf16 on a GPU: none, loss (head and loss as one operator) or all "
+        "(the MLP's as well) (default: none)",
     )
     recompute: bool | None = flag(
         None,
@@ -57,6 +60,8 @@ class MachineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, but is {value}")
+        if self.kernels not in (None, *KERNELS):
+            raise UserError(f"--kernels is none, loss or all, not {self.kernels!r}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Machine:
     device: str  # cpu, cuda or mps
     precision: str
     compile: bool
-    kernels: bool
+    kernels: str  # one of KERNELS
     deterministic: bool
     shard: bool  # where there is more than one rank
     threads: int = field(metadata={"schema": range(1, 4096)})  # of a CPU
@@ -137,8 +142,8 @@ def resolve(
     shard = decide("shard", False)
     why = "it is sharded" if shard and ranks > 1 else devices.why_not_compile(device.torch)
     no_kernels = kernels.why_not(device.torch, device.product_dtype)
-    if asked.kernels and no_kernels:
-        raise UserError(f"--kernels: {no_kernels}; say --no-kernels")
+    if asked.kernels in KERNELS[1:] and no_kernels:
+        raise UserError(f"--kernels {asked.kernels}: {no_kernels}; say --kernels none")
     micro_batch = recorded.micro_batch if recorded else None
     divides = bool(micro_batch) and not (rows and rows % (micro_batch * ranks))
     fewer_cores = recorded is not None and recorded.threads > usable_cores()
@@ -146,7 +151,7 @@ def resolve(
         device=kind,
         precision=device.precision,
         compile=decide("compile", True) and not why,
-        kernels=decide("kernels", False) and not no_kernels,
+        kernels="none" if no_kernels else decide("kernels", "none"),
         deterministic=decide("deterministic", False),
         shard=shard,
         threads=decide("threads", torch.get_num_threads(), can=same and not fewer_cores),

@@ -168,7 +168,8 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
     )
     traits = {
         "compiled": machine.compile,
-        "kernels": machine.kernels,
+        "loss kernel": machine.kernels == "loss",
+        "all kernels": machine.kernels == "all",
         "recomputing": machine.recompute,
         "sharded": is_sharded(trainer.model),
     }

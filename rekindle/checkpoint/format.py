@@ -22,8 +22,8 @@ from rekindle.model.shapes import check_shapes, expected_shapes
 from rekindle.optim import Optimizer
 from rekindle.runtime.sharding import laid_out_as
 
-FORMAT = 4
-READABLE = (2, 3, FORMAT)
+FORMAT = 5
+READABLE = (2, 3, 4, FORMAT)
 DESCRIPTION = "checkpoint.json"
 FILES = ("model.safetensors", "optimizer.safetensors")
 _FILES_SCHEMA = {"files": {name: {"bytes": int, "sha256": str} for name in FILES}}
@@ -171,6 +171,15 @@ def _read_description(file: Path) -> dict[str, Any]:
 
 
 def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
+    """A description of an older format, as format 5 has it: before, `kernels` was true or false."""
+    new = old if old["format"] == 4 else _of_format_4(old)
+    machine = new.get("machine")
+    if isinstance(machine, dict) and isinstance(kernels := machine.get("kernels"), bool):
+        new = {**new, "machine": {**machine, "kernels": "all" if kernels else "none"}}
+    return new
+
+
+def _of_format_4(old: dict[str, Any]) -> dict[str, Any]:
     """A description of format 2 or 3, of version 0.1, as format 4 has it."""
     new = {**old, "model_class": "gpt2", "optimizer_class": "adamw"}
     new["evaluated"] = new.pop("examined", None)

@@ -194,14 +194,15 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def choose_compute(device: Device, T: int, *, kernels: bool = False) -> Compute:
-    """How `device` computes windows of T tokens best."""
+def choose_compute(device: Device, T: int, *, kernels: str = "none") -> Compute:
+    """How `device` computes windows of T tokens best, with none, the loss' or all Triton
+    `kernels`."""
     plain = device.torch.type == "cpu" and T <= SHORT
     return Compute(
         dtype=device.dtype,
         attention="plain" if plain else "fused",
-        loss_kernel=kernels,
-        mlp_kernel=kernels,
+        loss_kernel=kernels != "none",
+        mlp_kernel=kernels == "all",
     )
 
 

@@ -139,6 +139,16 @@ def test_a_description_can_be_amended(saved: Path) -> None:
     assert (again.description.evaluated, again.description.validation_loss) == (True, 1.25)
 
 
+@pytest.mark.parametrize(("before", "now"), [(False, "none"), (True, "all")])
+def test_kernels_of_format_4_are_read(saved: Path, before: bool, now: str) -> None:
+    file = saved / format.DESCRIPTION
+    old = storage.read_json(file)
+    del old["sha256"]
+    old["format"], old["machine"]["kernels"] = 4, before
+    storage.write_json(file, {**old, "sha256": format.description_sha256(old)})
+    assert checkpoint.load(saved).description.machine.kernels == now
+
+
 def test_the_least_that_a_run_can_have_is_read(saved: Path) -> None:
     """Windows of one token, on one thread."""
     loaded = checkpoint.load(saved)
@@ -209,7 +219,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     newer = {"format": 99}
     sha256 = format.description_sha256(newer)
     storage.write_json(tmp_path / "checkpoint.json", {**newer, "sha256": sha256})
-    with pytest.raises(UserError, match="is not a checkpoint of format 4"):
+    with pytest.raises(UserError, match="is not a checkpoint of format 5"):
         checkpoint.load(tmp_path)
 
 

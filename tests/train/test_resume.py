@@ -205,7 +205,7 @@ def test_the_split_of_the_run_is_used_again(
     assert split["memory"] > 2**29
     assert split == {
         "micro_batch": 2, "threads": 1, "device": "cpu", "precision": "autocast",
-        "compile": False, "kernels": False, "recompute": False, "shard": False,
+        "compile": False, "kernels": "none", "recompute": False, "shard": False,
         "deterministic": False, "keep_memory": True, "name": "CPU", "memory": split["memory"],
     }  # fmt: skip
     first = storage.read_json(out / "checkpoints" / "step-000004" / "checkpoint.json")["machine"]
