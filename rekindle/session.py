@@ -46,6 +46,9 @@ class Session:
     signals: Listener = field(default_factory=Listener)
     began: float = 0.0  # of the start, until the first step is done
 
+    def __post_init__(self) -> None:
+        self.trainer.stop_signal = lambda: self.signals.signal
+
     @property
     def world(self) -> World:
         return self.trainer.world
@@ -127,9 +130,10 @@ class Session:
         validation = self.validation if evaluated else None
         self.saver.save(self.run.describe(t.describe(), evaluated=evaluated, validation=validation))
 
-    def stop_requested(self) -> int:
-        """The number of the signal that asked any rank to stop; 0 if none did."""
-        return self.world.max(self.signals.signal, self.trainer.device.torch)
+    def stop_requested(self, result: StepResult) -> int:
+        """The number of the signal that asked any rank to stop; 0 if none did. Several ranks agree
+        by what the step they just took carried with its loss."""
+        return result.stop_signal if self.world.size > 1 else self.signals.signal
 
     def stop(self, number: int) -> NoReturn:
         """Save what is there, and end the run as a signal asked."""

@@ -6,7 +6,7 @@ Start reading at `train_step`. What happens now and then (evaluate, save, stop) 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from rekindle.optim import Optimizer
 from rekindle.optim.gradients import clip_gradients, grad_norm, zero_gradients
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World, gradient_sync
+from rekindle.runtime.readback import Readback
 
 if TYPE_CHECKING:
     from rekindle.session import Session
@@ -29,9 +30,10 @@ COMPARE_EVERY = 100  # steps between two comparisons of the ranks' weights
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step saw, over all ranks. Reading a number waits for the device."""
+    """What one optimizer step saw, over all ranks. Reading a number waits for the device, but not
+    for the update of the weights."""
 
-    numbers: Tensor  # (3,) float32: loss, norm of the gradient before clipping, 1 if skipped
+    numbers: Readback  # loss, norm of the gradient before clipping, 1 if skipped, stop signal
     lr: float
 
     @cached_property
@@ -51,6 +53,11 @@ class StepResult:
         """Whether the weights stayed as they were."""
         return bool(self._read[2])
 
+    @property
+    def stop_signal(self) -> int:
+        """The largest number of a signal that any rank had received; 0: none."""
+        return int(self._read[3])
+
 
 def train_step(
     forward: Forward,
@@ -64,6 +71,7 @@ def train_step(
     limit: float,  # largest loss with which the weights are updated
     device: Device,
     world: World,
+    stop_signal: Callable[[], int] = lambda: 0,  # number of a signal this rank received
 ) -> StepResult:
     """One update of the weights from one global batch; skipped as a whole if loss or gradient are
     not finite, or the loss is above `limit`. Nothing here waits for a GPU."""
@@ -77,14 +85,17 @@ def train_step(
             (micro_loss / len(x)).backward()  # adds to the gradients of the micro-batches before
         loss += micro_loss.detach() / len(x)
     world.mean_(loss)
+    stop = torch.full((), float(stop_signal()), device=x.device)
+    world.max_(stop)
 
     norm = grad_norm(parameters)
     if grad_clip:
         clip_gradients(parameters, grad_clip, norm)
     skip = ~(loss.isfinite() & norm.isfinite()) | (loss > limit)
+    numbers = Readback(torch.stack([loss, norm, skip.float(), stop]))  # while the GPU updates
     optimizer.set_lr(lr)
     optimizer.step(skip)
-    return StepResult(torch.stack([loss, norm, skip.float()]), lr)
+    return StepResult(numbers, lr)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -113,7 +124,7 @@ def train(session: "Session") -> None:
             continue
         if due(step, COMPARE_EVERY, recipe.steps):
             trainer.compare_ranks()
-        if signal := session.stop_requested():
+        if signal := session.stop_requested(result):
             session.stop(signal)
         if evaluated := due(step, recipe.eval_every, recipe.steps):
             session.evaluate()

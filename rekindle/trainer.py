@@ -51,6 +51,7 @@ class Trainer:
     batches: Batches
     partition: Partition
     check: Callable[[], None] = lambda: None  # called before and after a batch is read
+    stop_signal: Callable[[], int] = lambda: 0  # number of a signal this rank received; 0: none
     step: int = 0  # optimizer steps taken
     batch: int = 0  # number of the next batch; after a rollback it is ahead of `step`
     warmed_up: WarmUp | None = None
@@ -98,6 +99,7 @@ class Trainer:
             limit=self.guard.limit(),
             device=self.device,
             world=self.world,
+            stop_signal=self.stop_signal,
         )
         self.guard.observe(result.loss, result.grad_norm)
         self.step, self.batch = self.step + 1, self.batch + 1

@@ -75,6 +75,12 @@ class World:
         self.sum_(tensor)
         tensor /= self.size
 
+    def max_(self, tensor: Tensor) -> None:
+        """Make `tensor` its maximum over all ranks, in place. Does not wait for a GPU."""
+        if self.size > 1:
+            with self.together(done=dist.get_backend() == "gloo"):
+                dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
     def min(self, value: int, device: torch.device) -> int:
         """The smallest `value` any rank has."""
         return -self.max(-value, device)

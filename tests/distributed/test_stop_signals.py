@@ -3,8 +3,15 @@
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+from rekindle.runtime.distributed import World
+from rekindle.runtime.readback import Readback
+from rekindle.session import Session
+from rekindle.train import StepResult
 from tests.distributed.conftest import End, read_notes, same_bits, saved
 
 Ranks = Callable[..., End]
@@ -14,6 +21,17 @@ SAID = (
     "run"
 )
 KINDS = ("train", "validation", "samples")
+
+
+def test_a_process_alone_stops_at_once_and_several_when_all_know() -> None:
+    """A signal that comes after the ranks have exchanged theirs waits for the next step's."""
+    step = StepResult(Readback(torch.tensor([2.5, 1.0, 0.0, 0.0])), lr=0.1)
+    told = SimpleNamespace(signals=SimpleNamespace(signal=signal.SIGTERM), world=World())
+    assert Session.stop_requested(told, step) == signal.SIGTERM  # type: ignore[arg-type]
+    told.world = World(size=2)
+    assert Session.stop_requested(told, step) == 0  # type: ignore[arg-type]
+    step = StepResult(Readback(torch.tensor([2.5, 1.0, 0.0, 2.0])), lr=0.1)
+    assert Session.stop_requested(told, step) == signal.SIGINT  # type: ignore[arg-type]
 
 
 def test_one_rank_or_all_of_them_may_be_told(

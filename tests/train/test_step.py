@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rekindle import train
 from rekindle.data.batches import Batches, Partition, Windows
 from rekindle.data.shards import open_split, read_manifest
 from rekindle.model.gpt2 import GPT2
@@ -134,6 +135,9 @@ class Alone(World):
     def mean_(self, tensor: Tensor) -> None:
         self.losses.append(tensor.item())
 
+    def max_(self, tensor: Tensor) -> None:
+        pass
+
 
 @pytest.mark.parametrize(
     ("micro", "ranks"), [(8, 1), (4, 1), (2, 1), (1, 1), (4, 2), (2, 2), (1, 2), (2, 4), (1, 8)]
@@ -158,6 +162,21 @@ def test_every_split_gives_the_same_gradient_and_loss(
     assert np.mean(losses) == pytest.approx(expected_loss.item(), rel=1e-6)
     for mean, like in zip(gradients, expected, strict=True):
         torch.testing.assert_close(mean, like, rtol=1e-4, atol=1e-7)
+
+
+def test_its_numbers_are_copied_to_the_host_before_the_weights_are_updated(
+    model: GPT2, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that on a GPU the host prepares the next step meanwhile."""
+    training, begun = Training(model), []
+    update = training.optimizer.step
+    readback = train.Readback
+    monkeypatch.setattr(train, "Readback", lambda t: begun.append("copy") or readback(t))
+    monkeypatch.setattr(
+        training.optimizer, "step", lambda skip: begun.append("step") or update(skip)
+    )
+    training.step(batches.batch(0, Partition.of(8, 8)))
+    assert begun == ["copy", "step"]
 
 
 Spoil = Callable[[GPT2, int, Tensor], Tensor]
