@@ -2,11 +2,10 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rekindle.machine import Machine
 from rekindle.model import LanguageModel
@@ -52,16 +51,11 @@ def fit(
     return dataclasses.replace(machine, recompute=recompute, micro_batch=micro_batch)
 
 
-def compile_model(
-    model: LanguageModel, machine: Machine
-) -> tuple[Forward, Callable[..., Tensor] | None]:
-    """The model and its body, compiled if the machine says so. They share their parameters with
-    `model`, whose names stay clean."""
+def compile_model(model: LanguageModel, machine: Machine) -> Forward:
+    """The model, compiled if the machine says so. It shares its parameters with `model`, whose
+    names stay clean."""
     if not machine.compile:
-        return model, None
+        return model
     # It warns of a CUDA toolkit without a GPU, which does not matter on a CPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    return (
-        torch.compile(cast(nn.Module, model), fullgraph=True, dynamic=False),
-        torch.compile(model.body, fullgraph=True, dynamic=False),
-    )
+    return torch.compile(cast(nn.Module, model), fullgraph=True, dynamic=False)

@@ -115,10 +115,7 @@ def start(
     keep = Keep(recipe.keep_checkpoints, recipe.keep_best, recipe.keep_every)
     model, optimizer = trainer.model, trainer.optimizer
     saver = Saver(out / "checkpoints", keep, model, optimizer, metrics, world)
-    compiled = trainer.machine.compile
-    packed = pack(
-        work, model.config.block_size, device, world, compiled=compiled, sharded=is_sharded(model)
-    )
+    packed = pack(work, model.config.block_size, device, world, sharded=is_sharded(model))
     validation = shards.open_split(data, manifest, "val")
     evaluate = _make_evaluator(trainer, validation, packed, tokenizer, metrics)
     return Session(run, trainer, unchanged, metrics, saver, evaluate, watch, console)
@@ -134,7 +131,6 @@ def _make_evaluator(
     return Evaluator(
         model=trainer.model,
         forward=trainer.compiled,
-        body=trainer.compiled_body,
         recipe=trainer.recipe,
         validation=validation,
         tasks=packed,

@@ -44,7 +44,6 @@ class Trainer:
     model: LanguageModel  # its parameters have the names that are saved
     model_class: type[LanguageModel]
     compiled: Forward  # the model as evaluation calls it: compiled, or the model itself
-    compiled_body: Callable[..., Tensor] | None  # its body; None if it is not compiled
     forward: Forward  # the model as training calls it: in DDP if there are several ranks
     optimizer: Optimizer
     guard: Guard  # decides which steps are skipped
@@ -244,7 +243,7 @@ def build(
     machine = placement.fit(machine, module, compute, b.rows, b.length, device, world)
     assert machine.micro_batch
     partition = Partition.of(b.rows, machine.micro_batch, world.rank, world.size)
-    compiled, body = placement.compile_model(module, machine)
+    compiled = placement.compile_model(module, machine)
     return Trainer(
         recipe=recipe,
         machine=machine,
@@ -253,7 +252,6 @@ def build(
         model=module,
         model_class=model_class,
         compiled=compiled,
-        compiled_body=body,
         forward=placement.data_parallel(module, compiled, device, world),
         optimizer=optim,
         guard=Guard(recipe.spike),

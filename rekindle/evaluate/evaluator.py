@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
@@ -38,7 +37,6 @@ class Evaluator:
 
     model: LanguageModel
     forward: Forward  # the model or its compiled form: for the validation loss
-    body: Callable[..., Tensor] | None  # the compiled form of the model's body, if there is one
     recipe: Recipe  # says batch.length, eval_tokens and prompt
     validation: Sequence[np.ndarray]  # shards; may be empty
     tasks: Sequence[Packed]
@@ -103,7 +101,8 @@ class Evaluator:
     def score(self, packed: Packed, step: int) -> None:
         """Log a task's metrics."""
         began = time.perf_counter()
-        scores = scoring.evaluate(self.model, packed, self.device, body=self.body)
+        # Not compiled: each length of rows would take longer to compile than it saves in a run.
+        scores = scoring.evaluate(self.model, packed, self.device)
         seconds = time.perf_counter() - began
         task, total = packed.task, len(packed.items)
         metrics = metrics_of(task, scores)

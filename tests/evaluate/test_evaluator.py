@@ -122,7 +122,7 @@ def test_what_is_logged_and_said_of_a_task(
     )
     tasks = pack([(colours, [ITEM] * 4)], model.config.block_size, cpu)
     evaluate = Evaluator(
-        model, model, None, recipe, [], tasks, ByteTokenizer(), 2, cpu, World(), logger,
+        model, model, recipe, [], tasks, ByteTokenizer(), 2, cpu, World(), logger,
         Console(stream=screen),
     )  # fmt: skip
     assert evaluate(0) is None
