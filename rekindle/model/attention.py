@@ -20,11 +20,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     return scores.softmax(-1) @ v
 
 
-def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same for one query, the keys first: (B, H, 1, D) → (B, H, 1, D).
+def is_better_once(q: Tensor) -> bool:
+    """Whether `attend_once` beats the fused attention for these queries, (B, H, T, D).
 
-    For bf16 on a CPU: the fused kernel takes three times as long at batch 1, and six at 32.
+    For bf16 on a CPU: the fused kernel takes three times as long at batch 1, and six at 32. On a
+    GPU with a cache that grows: cuDNN makes a plan for each length, in about 30 ms. A compiled step
+    has one length.
     """
+    if q.shape[2] > 1:
+        return False
+    if q.is_cuda:
+        return not torch.compiler.is_compiling()
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query, the keys first: (B, H, 1, D) → (B, H, 1, D)."""
     scores = (k @ q.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, H, S, 1)
     if mask is not None:
         scores = scores.masked_fill(~mask.transpose(-2, -1), -torch.inf)
