@@ -23,10 +23,19 @@ from rekindle.observe.console import duration
 from rekindle.runtime.device import Device, cpu_model, get_device, why_not_compile
 
 
+class RungError(UserError):
+    """A rung that could not be measured."""
+
+    def __init__(self, said: str, stderr: str = "") -> None:
+        super().__init__(said)
+        self.stderr = stderr or said  # all that its process said
+
+
 def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) -> dict[str, Any]:
     """Measure all rungs, telling of each, and write `out`/ladder.json; return what is in it.
 
-    Raises `UserError` if the data cannot be used, or if not even the first rung can be measured.
+    A rung that fails is left out, and the next ones build on what worked. Raises `UserError` if the
+    data cannot be used, or if no rung can be measured.
     """
     chosen = get_device(device)
     on_gpu = chosen.torch.type == "cuda"
@@ -52,17 +61,27 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
         "steps": work.warmup + work.steps, **environment(chosen),
     }  # fmt: skip
     measured: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
     for rung in rungs:
-        levers = dataclasses.replace(levers, **rung.change)
+        before, levers = levers, dataclasses.replace(levers, **rung.change)
         if levers.compile and (reason := why_not_compile(chosen.torch)):
             print(f"{rung.name:<20} left out: {reason}")
             levers = dataclasses.replace(levers, compile=False)
             continue
-        levers, figures = measure_what_fits(work, levers)
-        measured.append({"rung": rung.name, "why": rung.why, **figures})
-        print(_line(measured[-1], measured[0]), flush=True)
-        storage.write_json(out / "ladder.json", {**result, "rungs": measured})
-    return {**result, "rungs": measured}
+        try:
+            levers, figures = measure_what_fits(work, levers)
+        except RungError as error:
+            levers = before
+            failed.append({"rung": rung.name, "stderr": error.stderr})
+            print(f"{rung.name:<20} failed: {error}", flush=True)
+        else:
+            measured.append({"rung": rung.name, "why": rung.why, **figures})
+            print(_line(measured[-1], measured[0]), flush=True)
+        result |= {"rungs": measured, "failed": failed}
+        storage.write_json(out / "ladder.json", result)
+    if not measured:
+        raise UserError(f"no rung could be measured: {out / 'ladder.json'} has what each said")
+    return result
 
 
 def environment(device: Device) -> dict[str, Any]:
@@ -85,18 +104,21 @@ def measure_what_fits(work: Work, levers: Levers) -> tuple[Levers, dict[str, Any
         if not figures.get("out_of_memory"):
             return levers, figures
         if levers.micro == 1:
-            raise UserError(f"not one row of {work.recipe} fits into memory: name a smaller recipe")
+            raise RungError(f"not one row of {work.recipe} fits into memory: name a smaller recipe")
         levers = dataclasses.replace(levers, micro=levers.micro // 2)
 
 
 def measure_in_fresh_process(work: Work, levers: Levers) -> dict[str, Any]:
-    """`measure.measure` where nothing before it left a cache, a setting or memory in use."""
+    """`measure.measure` where nothing before it left a cache, a setting or memory in use. Raises
+    `RungError` with what the process said."""
     question = json.dumps({"work": asdict(work), "levers": asdict(levers)})
     command = [sys.executable, "-m", "rekindle.ladder.measure", question]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         last = (process.stderr.strip() or "no message").split("\n")[-1]
-        raise UserError(f"the rung with {levers} failed: {last}")
+        raise RungError(
+            f"its process ended with status {process.returncode}: {last}", process.stderr
+        )
     return json.loads(process.stdout.strip().split("\n")[-1])
 
 
@@ -116,7 +138,9 @@ def _line(rung: dict[str, Any], first: dict[str, Any]) -> str:
 def summary(result: dict[str, Any], seconds: float) -> str:
     """What a person takes home."""
     first, last = result["rungs"][0], result["rungs"][-1]
+    failed = ", ".join(rung["rung"] for rung in result["failed"])
     return (
         f"\n{last['tokens_per_s'] / first['tokens_per_s']:.1f} times faster than `{first['rung']}`,"
         f" measured in {duration(seconds)}"
+        + (f"; failed, with what they said in ladder.json: {failed}" if failed else "")
     )
