@@ -45,9 +45,11 @@ def fit(
     """The machine with what only its memory decides: recomputation and micro-batch size."""
     recompute = machine.recompute
     if recompute is None:
-        recompute = must_recompute(model, T, device, world)
+        recompute = must_recompute(model, T, device, world, compiled=machine.compile)
     model.use(dataclasses.replace(compute, recompute=recompute))
-    micro_batch = machine.micro_batch or choose_micro_batch(model, rows, T, device, world)
+    micro_batch = machine.micro_batch or choose_micro_batch(
+        model, rows, T, device, world, compiled=machine.compile
+    )
     return dataclasses.replace(machine, recompute=recompute, micro_batch=micro_batch)
 
 

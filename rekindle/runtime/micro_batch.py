@@ -19,18 +19,21 @@ CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 2**30, 2 * 2**30
 CPU_LOGITS_SHARE = 1 / 16  # of the machine's memory
 
 
-def must_recompute(model: LanguageModel, T: int, device: Device, world: World) -> bool:
+def must_recompute(
+    model: LanguageModel, T: int, device: Device, world: World, *, compiled: bool
+) -> bool:
     """Whether too few rows fit into any rank's GPU unless activations are recomputed. A sharded
     model is not measured: for it they are recomputed if somebody says so."""
     if device.torch.type != "cuda" or is_sharded(model):
         return False
-    return world.min(_rows_in_gpu_memory(model, T, device), device.torch) < FEW_ROWS
+    return world.min(_rows_in_gpu_memory(model, T, device, compiled), device.torch) < FEW_ROWS
 
 
 def choose_micro_batch(
-    model: LanguageModel, rows: int, T: int, device: Device, world: World
+    model: LanguageModel, rows: int, T: int, device: Device, world: World, *, compiled: bool
 ) -> int:
     """Rows per forward pass: the most that fit and that divide the batch evenly over the ranks.
+    `compiled`: whether the model will be.
 
     Raises `UserError` if the batch does not divide, if not even one row fits, or if the model is
     sharded over GPUs: a rank that runs out of memory would leave the others waiting.
@@ -40,7 +43,7 @@ def choose_micro_batch(
     if device.torch.type == "cuda" and is_sharded(model):
         raise UserError("with --shard nobody measures how many rows fit: give --micro-batch")
     if device.torch.type == "cuda":
-        fits = min(MOST_ROWS, _rows_in_gpu_memory(model, T, device))
+        fits = min(MOST_ROWS, _rows_in_gpu_memory(model, T, device, compiled))
     else:
         fits = rows_for(model.config, T, device)
     fits = world.min(fits, device.torch)
@@ -61,11 +64,15 @@ def rows_for(config: ModelConfig, T: int, device: Device) -> int:
     return max(1, min(MOST_ROWS, budget // (T * config.padded_vocab_size * 4)))
 
 
-def _rows_in_gpu_memory(model: LanguageModel, T: int, device: Device) -> int:
+def _rows_in_gpu_memory(model: LanguageModel, T: int, device: Device, compiled: bool) -> int:
     """Measure the memory of one and of two rows, and reckon how many fit; 0: not even one.
 
-    Runs uncompiled, which takes more memory than compiled. The optimizer's state is there already.
+    Runs uncompiled. For a model that will be compiled, head and loss are counted instead: eager,
+    they keep the logits in float32 several times; compiled, once and once their gradient, in the
+    type of the matmuls (`benchmarks.traffic`). That eager blocks keep half as much again is a
+    margin (benchmarks/LOG.md). The optimizer's state is there already.
     """
+    counted = 2 * T * model.config.padded_vocab_size * device.product_dtype.itemsize  # a row
     peaks = []
     for rows in (1, 2):
         torch.cuda.empty_cache()
@@ -73,7 +80,7 @@ def _rows_in_gpu_memory(model: LanguageModel, T: int, device: Device) -> int:
         idx = torch.zeros(rows, T, dtype=torch.long, device=device.torch)
         try:
             with device.autocast():
-                _, loss = model.forward(idx, idx)
+                loss = model.body(idx).float().mean() if compiled else model.forward(idx, idx)[1]
             assert loss is not None
             loss.backward()
         except torch.OutOfMemoryError:
@@ -81,7 +88,8 @@ def _rows_in_gpu_memory(model: LanguageModel, T: int, device: Device) -> int:
         finally:
             for p in model.parameters():
                 p.grad = None
-        peaks.append(torch.cuda.max_memory_allocated(device.torch))
+        peak = torch.cuda.max_memory_allocated(device.torch)
+        peaks.append(peak + rows * counted if compiled else peak)
     _, total = torch.cuda.mem_get_info(device.torch)
     room = 0.9 * total - peaks[0]
     return 1 + max(0, int(room / max(1, peaks[1] - peaks[0])))

@@ -39,17 +39,20 @@ def test_the_most_rows_that_fit_and_divide(
 ) -> None:
     monkeypatch.setattr(micro_batch, "rows_for", lambda config, T, device: fits)
     monkeypatch.setattr(World, "min", lambda self, value, device: value)
-    assert micro_batch.choose_micro_batch(model, rows, 16, CPU, World(size=ranks)) == micro
+    assert (
+        micro_batch.choose_micro_batch(model, rows, 16, CPU, World(size=ranks), compiled=False)
+        == micro
+    )
 
 
 def test_the_smallest_gpu_decides(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
     monkeypatch.setattr(World, "min", lambda self, value, device: min(value, 4))
-    assert micro_batch.choose_micro_batch(model, 64, 16, CPU, World(size=2)) == 4
+    assert micro_batch.choose_micro_batch(model, 64, 16, CPU, World(size=2), compiled=False) == 4
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks(model: GPT2) -> None:
     with pytest.raises(UserError, match="10 rows does not divide over 4 ranks"):
-        micro_batch.choose_micro_batch(model, 10, 16, CPU, World(size=4))
+        micro_batch.choose_micro_batch(model, 10, 16, CPU, World(size=4), compiled=False)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: left.pop(0))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, total))
         # Tensors stay on the CPU; only the decision is tested here.
-        fake = SimpleNamespace(torch=torch.device("cpu"), name="GPU", autocast=CPU.autocast)
+        fake = SimpleNamespace(
+            torch=torch.device("cpu"), name="GPU", autocast=CPU.autocast,
+            product_dtype=torch.bfloat16,
+        )  # fmt: skip
         return fake  # type: ignore[return-value]
 
     return pretend
@@ -89,8 +95,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 def test_rows_are_reckoned_from_two_measurements(gpu, model: GPT2) -> None:
     device = gpu([1000.0, 1100.0], (1000 + 550) / 0.9)
     assert (
-        micro_batch._rows_in_gpu_memory(model, 16, device) == 1 + 5
+        micro_batch._rows_in_gpu_memory(model, 16, device, False) == 1 + 5
     )  # 550 bytes are left, 100 a row
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_to_be_compiled_is_measured_without_its_head(
+    monkeypatch: pytest.MonkeyPatch, gpu, model: GPT2
+) -> None:
+    """16 tokens × 64 logits, twice, 2 bytes each: 4,096 a row."""
+    monkeypatch.setattr(model, "head", None)  # is not called
+    device = gpu([10_000.0, 10_100.0], (10_000 + 4_096 + 5.5 * (100 + 4_096)) / 0.9)
+    assert micro_batch._rows_in_gpu_memory(model, 16, device, True) == 1 + 5
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -109,13 +125,13 @@ def test_two_rows_too_many_leave_one_and_one_is_a_users_mistake(
 
     device = gpu([1000.0, 1100.0], 1e9)
     monkeypatch.setattr(model, "forward", out_of_memory(1))
-    assert micro_batch._rows_in_gpu_memory(model, 16, device) == 1
+    assert micro_batch._rows_in_gpu_memory(model, 16, device, False) == 1
     assert all(p.grad is None for p in model.parameters())
     monkeypatch.setattr(model, "forward", out_of_memory(0))
-    assert micro_batch._rows_in_gpu_memory(model, 16, device) == 0
+    assert micro_batch._rows_in_gpu_memory(model, 16, device, False) == 0
     monkeypatch.setattr(micro_batch, "_rows_in_gpu_memory", lambda *arguments: 0)
     with pytest.raises(UserError, match="no memory for one row of 16 tokens"):
-        micro_batch.choose_micro_batch(model, 8, 16, GPU, World())
+        micro_batch.choose_micro_batch(model, 8, 16, GPU, World(), compiled=False)
 
 
 @pytest.mark.parametrize(("rows", "recompute"), [(0, True), (3, True), (4, False), (64, False)])
@@ -123,13 +139,13 @@ def test_activations_are_recomputed_where_few_rows_fit(
     monkeypatch: pytest.MonkeyPatch, model: GPT2, rows: int, recompute: bool
 ) -> None:
     monkeypatch.setattr(micro_batch, "_rows_in_gpu_memory", lambda *arguments: rows)
-    assert micro_batch.must_recompute(model, 16, GPU, World()) == recompute
-    assert not micro_batch.must_recompute(model, 16, CPU, World())
+    assert micro_batch.must_recompute(model, 16, GPU, World(), compiled=False) == recompute
+    assert not micro_batch.must_recompute(model, 16, CPU, World(), compiled=False)
 
 
 def test_a_sharded_model_is_not_measured(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
     monkeypatch.setattr(micro_batch, "is_sharded", lambda model: True)
-    assert not micro_batch.must_recompute(model, 16, GPU, World())
+    assert not micro_batch.must_recompute(model, 16, GPU, World(), compiled=False)
     with pytest.raises(UserError, match=r"--shard .*: give --micro-batch"):
-        micro_batch.choose_micro_batch(model, 8, 16, GPU, World())
-    assert micro_batch.choose_micro_batch(model, 8, 16, CPU, World()) == 8
+        micro_batch.choose_micro_batch(model, 8, 16, GPU, World(), compiled=False)
+    assert micro_batch.choose_micro_batch(model, 8, 16, CPU, World(), compiled=False) == 8
