@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 SAME_MEMORY = 0.05  # how much the memory of two machines of one kind may differ, as a fraction
 
 
+DEVICE = "auto, cpu, cuda or mps"
+PRECISION = "auto, autocast (matmuls in bf16), bf16 (the residual stream too), tf32 or fp32"
+
+
 @dataclass(frozen=True)
 class MachineOptions:
     """What was asked of the machine. None: as the run was started, or the best for this machine."""
 
-    device: str | None = flag(None, "auto, cpu, cuda or mps (default: auto)")
-    precision: str | None = flag(
-        None,
-        "auto, autocast (matmuls in bf16), bf16 (the residual stream too), tf32 or fp32 "
-        "(default: auto)",
-    )
+    device: str | None = flag(None, f"{DEVICE} (default: auto)", "NAME")
+    precision: str | None = flag(None, f"{PRECISION} (default: auto)", "NAME")
     compile: bool | None = flag(None, "torch.compile the model (default: yes, where possible)")
     kernels: bool | None = flag(
         None, "Triton kernels for head, loss and MLP, for bf16 on a GPU (default: no)"

@@ -38,8 +38,7 @@ def open_run(
     Raises `UserError` if the folder holds something else, or a run with another recipe (field by
     field) or other data.
     """
-    sizes = dataclasses.replace(recipe.model, vocab_size=manifest.vocab_size, padded_vocab_size=0)
-    recipe = dataclasses.replace(recipe, model=sizes.for_training())
+    recipe = recipes.with_vocabulary(recipe, manifest.vocab_size)
     recipes.check(recipe)
     model = model or lookup.model_for(recipe.model)
     optimizer = optimizer or lookup.optimizer_for(recipe.optim)
@@ -51,8 +50,8 @@ def open_run(
             raise UserError(f"{out} was not begun as a fork: give --fork a new --out")
         if options.fork and forked_from:
             _check_same_parent(out, Path(forked_from), options.fork)
-    elif out.exists() and not (out.is_dir() and storage.is_empty(out)):
-        raise UserError(f"{out} exists and is no run: give --out a new folder")
+    elif out.exists() and not _is_vacant(out, data):
+        raise UserError(f"{out} exists but is not a run folder: choose a new --out")
     elif options.fork:  # only now: a run that has begun no longer needs its parent
         forked_from = storage.spelled(os.path.abspath(checkpoint.find(options.fork)))
     loaded, damaged = checkpoint.newest_whole(out / "checkpoints", model)
@@ -67,6 +66,12 @@ def open_run(
         loaded.check_same(recipe.model, model, optimizer)
         _check_same_tokenizer(manifest, loaded)
     return Run(out, recipe, data, manifest, options, model, optimizer, loaded, damaged, forked_from)
+
+
+def _is_vacant(out: Path, data: Path) -> bool:
+    """Whether a folder is empty but for the shards that were just prepared in it."""
+    own = data.name if data.parent == out else None
+    return out.is_dir() and storage.is_empty(out, but_for=own)
 
 
 def _has_saved(log: Path) -> bool:

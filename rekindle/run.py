@@ -41,6 +41,7 @@ class RunOptions:
     # By a task's name: a file, "hub", "none", or "auto", from the hub on a GPU.
     tasks: Mapping[str, str] = field(default_factory=dict)
     timeout: float = PATIENCE  # seconds that a rank may wait for the others; 0: forever
+    log_every: int = 0  # steps between printed lines; 0: one every ten seconds
     fork: Path | None = None  # run or checkpoint whose weights and optimizer state to start from
 
 

@@ -16,13 +16,14 @@ from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.evaluate import evaluator, tasks
 from rekindle.evaluate.evaluator import Evaluator
 from rekindle.evaluate.scoring import Packed, pack
-from rekindle.evaluate.tasks import Task
+from rekindle.evaluate.tasks import Item, Task
 from rekindle.flags import flags_of
 from rekindle.model import LanguageModel
 from rekindle.observe.console import Console
 from rekindle.observe.json_lines import JsonLinesLogger
 from rekindle.observe.metrics import Logger, Metrics
 from rekindle.optim import Optimizer
+from rekindle.plan import plan
 from rekindle.recipes import Recipe
 from rekindle.resume import open_run
 from rekindle.run import Run, RunOptions, is_begun
@@ -36,6 +37,13 @@ from rekindle.session import Session
 from rekindle.storage import Lock
 from rekindle.train import train
 from rekindle.trainer import Trainer, build, scheduled_rate
+
+# What to try when steps become much slower, by kind of device.
+IF_SLOW = {
+    "cpu": ": other work on this machine may be using its cores; if that lasts, stop with Ctrl-C "
+    "and resume with fewer --threads",
+    "cuda": ": other work may be using this GPU, or it may be too hot (see `nvidia-smi`)",
+}
 
 
 @dataclass(frozen=True)
@@ -69,16 +77,30 @@ def train_run(
     return session.run
 
 
-def start(
-    recipe: Recipe, data: Path, out: Path, options: RunOptions, lock: Lock, parts: Parts
-) -> Session:
-    """Check everything a user can get wrong, build the trainer, fresh or as the newest checkpoint
-    has it, and only then write to the run's folder."""
+@dataclass
+class Opened:
+    """A run that has been checked and built. Nothing has been written yet."""
+
+    run: Run
+    trainer: Trainer
+    manifest: shards.Manifest
+    unchanged: shards.Unchanged
+    tokenizer: Tokenizer
+    work: list[tuple[Task, list[Item]]]  # tasks to evaluate, with their items
+    watch: Watchdog
+    console: Console
+
+
+def open_trainer(
+    recipe: Recipe, data: Path, out: Path, options: RunOptions, lock: Lock | None, parts: Parts
+) -> Opened:
+    """Check everything a user can get wrong, and build the trainer: fresh, or as the newest
+    checkpoint has it. `lock`: to be taken if the run exists."""
     world = distributed.get_world()
     console = Console(quiet=not world.is_main)
     manifest = shards.read_manifest(data)
-    if world.is_main:
-        lock.take(create=is_begun(out))  # before anything is read that another may change
+    if world.is_main and lock:
+        lock.take(create=is_begun(out))  # before reading anything that another process may change
     run = open_run(recipe, manifest, data, out, options, parts.model, parts.optimizer)
     recipe = run.recipe
     machine = machines.resolve(options.machine, run.recorded, world, rows=recipe.batch.rows)
@@ -108,20 +130,45 @@ def start(
     _introduce(run, trainer, console)
     for line in _warnings(run, tokenizer):
         console.print(f"note: {line}")
+    return Opened(run, trainer, manifest, unchanged, tokenizer, work, watch, console)
+
+
+def start(
+    recipe: Recipe, data: Path, out: Path, options: RunOptions, lock: Lock, parts: Parts
+) -> Session:
+    """Open the run, and only then write to its folder."""
+    opened = open_trainer(recipe, data, out, options, lock, parts)
+    run, trainer, console = opened.run, opened.trainer, opened.console
+    recipe, world, model = run.recipe, trainer.world, trainer.model
     if world.is_main:
         run.begin(lock, console)
     console.print(run.opening(world.size))
     metrics = _open_metrics(run, trainer, console, parts.loggers)
     keep = Keep(recipe.keep_checkpoints, recipe.keep_best, recipe.keep_every)
-    model, optimizer = trainer.model, trainer.optimizer
-    saver = Saver(out / "checkpoints", keep, model, optimizer, metrics, world)
-    compiled = trainer.machine.compile
+    saver = Saver(out / "checkpoints", keep, model, trainer.optimizer, metrics, world)
     packed = pack(
-        work, model.config.block_size, device, world, compiled=compiled, sharded=is_sharded(model)
+        opened.work,
+        model.config.block_size,
+        trainer.device,
+        world,
+        compiled=trainer.machine.compile,
+        sharded=is_sharded(model),
     )
-    validation = shards.open_split(data, manifest, "val")
-    evaluate = _make_evaluator(trainer, validation, packed, tokenizer, metrics)
-    return Session(run, trainer, unchanged, metrics, saver, evaluate, watch, console)
+    validation = shards.open_split(data, opened.manifest, "val")
+    evaluate = _make_evaluator(trainer, validation, packed, opened.tokenizer, metrics)
+    return Session(run, trainer, opened.unchanged, metrics, saver, evaluate, opened.watch, console)
+
+
+def dry_run(
+    recipe: Recipe, data: Path, out: Path, options: RunOptions, parts: Parts | None = None
+) -> None:
+    """Check and build everything as `train_run` does, print what it would do, and write nothing."""
+    opened = open_trainer(recipe, data, out, options, None, parts or Parts())
+    for line in plan(opened.run, opened.trainer, opened.manifest):
+        opened.console.print(line)
+    opened.trainer.close()
+    opened.trainer.world.close()
+    opened.watch.close()
 
 
 def _make_evaluator(
@@ -213,6 +260,8 @@ def _open_metrics(
         tokens_per_step=run.recipe.batch.tokens,
         flops_per_token=trainer.model.flops_per_token(run.recipe.batch.length),
         peak_flops=peak * trainer.world.size if peak else None,
+        log_every=run.options.log_every,
+        if_slow=IF_SLOW.get(trainer.device.torch.type, ""),
     )
     if main and run.checkpoint_is_unlogged():
         metrics.record("checkpoint", run.step)

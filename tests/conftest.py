@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "compiled"))
 
 # What differs between two equal runs.
-CLOCKS = {"seconds", "tokens_per_s", "mfu", "data_wait_s", "stall_s"}
+CLOCKS = {"time", "seconds", "tokens_per_s", "mfu", "data_wait_s", "stall_s"}
 
 # The files that take longest, the longest first: what is left for the end is short, and both
 # processes finish at about the same time.
@@ -159,6 +159,7 @@ def tiny() -> Recipe:
         eval_every=4,
         checkpoint_every=4,
         keep_checkpoints=0,
+        tokenizer="bytes",
         prompt="abc",
     )
 

@@ -174,8 +174,8 @@ def test_an_error_of_the_disk_is_a_line(tmp_path: Path, run: Path, rekindle: Cal
     outcome = rekindle("report", run, "--picture", tmp_path / "no folder" / "x.png")
     assert outcome.status == 2
     assert outcome.err == (
-        f"rekindle: error: {tmp_path}/no folder/x.png: No such file or directory: mend that and "
-        "give the same command again\n"
+        f"rekindle: error: {tmp_path}/no folder/x.png: No such file or directory: fix that and "
+        "run the same command again\n"
     )
 
 
@@ -283,7 +283,7 @@ def test_fewer_tokens_than_one_step(begin: list[str], refuses: Refuses) -> None:
 
 @pytest.mark.parametrize("seconds", [-1, "nan"])
 def test_a_timeout_that_is_none(begin: list[str], refuses: Refuses, seconds: object) -> None:
-    refuses([*begin, "--timeout", seconds], "--timeout must be at least 0 seconds")
+    refuses([*begin, "--timeout", seconds], "--timeout must be at least 0")
 
 
 def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
@@ -328,13 +328,13 @@ def test_a_mistake_under_torchrun_names_the_rank(
 def test_out_is_something_else(begin: list[str], tmp_path: Path, refuses: Refuses) -> None:
     out = tmp_path / "run"
     out.write_text("a file")
-    refuses(begin, f"{out} exists and is no run")
+    refuses(begin, f"{out} exists but is not a run folder")
     beneath = [str(out / "below") if a == str(out) else a for a in begin]
     refuses(beneath, str(out))
     out.unlink()
     out.mkdir()
     (out / "thesis.txt").write_text("not ours")
-    refuses(begin, f"{out} exists and is no run")
+    refuses(begin, f"{out} exists but is not a run folder")
 
 
 def test_an_empty_folder_is_as_good_as_none(
@@ -607,7 +607,7 @@ def test_control_c_before_the_first_step_ends_in_one_line(
     finally:
         signal.signal(signal.SIGINT, before)
     assert outcome.status == 130
-    assert outcome.err == "\nrekindle: stopped; the same command resumes from what was saved\n"
+    assert outcome.err == "\nrekindle: interrupted; run the same command again to continue\n"
 
 
 def test_the_whole_road(
@@ -635,4 +635,6 @@ def test_the_whole_road(
     assert "8 steps at" in outcome.out
     assert re.search(r"validation loss \d\.\d{3} → \d\.\d{3} nats per byte", outcome.out)
     assert f"rekindle sample {tmp_path / 'run'}" in outcome.out
+    assert str(tmp_path / "run" / "loss.png") in outcome.out
+    assert (tmp_path / "run" / "loss.png").is_file()
     assert (tmp_path / "run" / "checkpoints" / "step-000008").is_dir()

@@ -132,7 +132,8 @@ def test_what_may_change_on_a_resume(tiny: Recipe) -> None:
     free = {
         "steps": 99, "eval_every": 9, "checkpoint_every": 9, "keep_checkpoints": 9,
             "keep_best": 9, "keep_every": 9,
-        "eval_tokens": 9, "prompt": "x", "passage": "x", "about": "x", "batch.micro": 2,
+        "eval_tokens": 9, "tokenizer": "x", "prompt": "x", "passage": "x", "about": "x",
+        "batch.micro": 2,
     }  # fmt: skip
     assert recipes.differences(before, {**before, **free}) == []
     for name in set(before) - set(free):

@@ -21,6 +21,7 @@ from rekindle.data.sources.base import Part, Source
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 
+TOLERANCE = 1.5  # times more or fewer validation tokens than asked for are left as they are
 VAL_MARGIN = 1.15  # how much text there is was only estimated, and fewer would cut that short
 LONG_TOKENS = 100_000_000  # a document that fills a shard of so many, or a larger one, is cut
 MOST_VALIDATION = 0.1  # of all documents, so that small data is not swallowed
@@ -42,6 +43,13 @@ class Pending:
         self.tokens += len(tokens)
         self.documents += documents
 
+    def move_tail(self, tokens: int, to: "Pending") -> None:
+        """Append the last `tokens` tokens to another split, through a document if need be, which
+        then counts for the split that it begins in."""
+        whole = np.concatenate([*self.pieces]) if self.pieces else np.empty(0, np.uint16)
+        self.pieces, self.tokens = [whole[: -tokens or None]], len(whole) - tokens
+        to.append(whole[len(whole) - tokens :], 0)
+
 
 class Layout(ABC):
     """The tokens that are not in a shard yet, and the position in the source behind them."""
@@ -56,6 +64,7 @@ class Layout(ABC):
         self.offset = 0  # tokens of the document at the cursor that are done
         self.position = 0  # tokens of it that were read by this call
         self.pending = {split: Pending(tokenizer) for split in SPLITS}
+        self.full = dict.fromkeys(SPLITS, 0)  # tokens in finished shards
 
     @abstractmethod
     def add(self, encoded: Encoded) -> Iterator[str]:
@@ -77,6 +86,7 @@ class Layout(ABC):
     def take(self, split: str) -> Pending:
         """The pending tokens of a split, which are pending no longer."""
         full, self.pending[split] = self.pending[split], Pending(self.tokenizer)
+        self.full[split] += full.tokens
         return full
 
     def leftover(self, made: int) -> dict[str, Pending]:
@@ -86,6 +96,8 @@ class Layout(ABC):
     def restore(self, state: dict[str, Any], folder: Path) -> None:
         """Resume from what an earlier call saved: its state, and pieces in `folder`."""
         self.cursor, self.offset = tuple(state["cursor"]), state.get("offset", 0)
+        for entry in state["shards"]:
+            self.full[entry["split"]] += entry["tokens"]
         for split, entry in state["pending"].items():
             pending = self.pending[split]
             pending.saved = entry["pieces"]
@@ -100,7 +112,8 @@ class Documents(Layout):
 
     def __init__(self, source: Source, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
         super().__init__(tokenizer, settings)
-        self.fraction = _validation_fraction(source, tokenizer, settings["val_tokens"])
+        self.val_tokens: int = settings["val_tokens"]
+        self.fraction = _validation_fraction(source, tokenizer, self.val_tokens)
         if self.fraction:
             self.undecided = "training, and validation by a hash of each document"
         self.cut = 0  # tokens of the document at the cursor that are in earlier shards
@@ -160,9 +173,19 @@ class Documents(Layout):
         self.cut = self.offset
 
     def leftover(self, made: int) -> dict[str, Pending]:
+        """The rest of both splits. Where the hash chose far fewer or more validation tokens than
+        were asked for, as it does with few and long documents, the number is corrected."""
         train, val = self.pending["train"], self.pending["val"]
-        if self.fraction and not made and not train.pieces:
-            train, val = val, train  # so little text that chance gave all of it to validation
+        if not self.fraction or self.full["val"]:
+            return self.pending
+        if not made and not train.pieces:
+            train, val = val, train  # chance gave all of the text to validation
+        total = self.full["train"] + train.tokens + val.tokens
+        asked = min(self.val_tokens, int(MOST_VALIDATION * total))
+        if val.tokens < asked / TOLERANCE:
+            train.move_tail(min(asked - val.tokens, train.tokens), val)
+        elif val.tokens > asked * TOLERANCE:
+            val.move_tail(val.tokens - asked, train)
         return {"train": train, "val": val}
 
 

@@ -173,9 +173,11 @@ def spelled(path: Path | str) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a process left that was killed at its beginning."""
-    return all(p.name == LOCK or p.name.startswith(TEMPORARY) for p in folder.iterdir())
+def is_empty(folder: Path, but_for: str | None = None) -> bool:
+    """Whether a folder holds nothing, except what a process left that was killed right after its
+    start, and a file or folder named `but_for`."""
+    own = (LOCK, but_for)
+    return all(p.name in own or p.name.startswith(TEMPORARY) for p in folder.iterdir())
 
 
 def has_unfinished(folder: Path) -> bool:

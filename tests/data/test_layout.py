@@ -187,7 +187,8 @@ def test_any_documents_resumed_after_any_shard(
     for _ in range(stop):
         next(shards_made)
     resumed = Lecture(NoFiles(), get_tokenizer("bytes"), chosen)  # type: ignore[arg-type]
-    state = {"cursor": stopped.cursor, "offset": stopped.offset, "pending": {}, "shards": [1]}
+    entries = [{"split": "val", "tokens": size}]
+    state = {"cursor": stopped.cursor, "offset": stopped.offset, "pending": {}, "shards": entries}
     resumed.restore(state, Path())
     rest = list(cut(documents, resumed, block))
     assert [split for split, _ in rest] == ["train"] * (len(expected) - stop)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def test_the_progress_line() -> None:
     stream = io.StringIO()
     make_metrics(stream, peak_flops=20_000.0).step(0, seconds=2.0, **STEP)
     assert stream.getvalue() == (
-        "step     0/100 | loss 3.1416 | 3 min 18 s left | lr 6.00e-04 | grad norm 1.50 | "
-        "500 tok/s | mfu 25.0% | data 2.5 ms\n"
+        "step     0/100 | loss 3.1416 | 500 tok/s | mfu 25.0% | lr 6.00e-04 | grad norm 1.50 | "
+        "data 2.5 ms\n"
     )
 
 
@@ -111,7 +112,7 @@ def test_a_refused_step_says_so_at_once(clock: list[float]) -> None:
     lines = stream.getvalue().splitlines()
     assert "SKIPPED" not in lines[0]
     assert "loss nan" in lines[1]
-    assert lines[1].endswith("SKIPPED: not finite")
+    assert lines[1].startswith("step     2/100 | SKIPPED: not finite | ")
 
 
 def test_the_time_left_is_that_of_a_typical_step(clock: list[float]) -> None:
@@ -124,16 +125,62 @@ def test_the_time_left_is_that_of_a_typical_step(clock: list[float]) -> None:
     assert stream.getvalue().splitlines()[-1].split(" | ")[2] == "1 min 35 s left"
 
 
+def test_no_time_left_is_predicted_from_the_first_step() -> None:
+    stream = io.StringIO()
+    make_metrics(stream).step(0, seconds=60.0, **STEP)
+    assert "left" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 100])
+def test_a_narrow_terminal_shows_whole_parts_of_the_line(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float], width: int
+) -> None:
+    monkeypatch.setattr(module.shutil, "get_terminal_size", lambda: os.terminal_size((width, 24)))
+    stream = Terminal()
+    metrics = make_metrics(stream, peak_flops=50_000.0)
+    for step in range(2):
+        clock[0] += 11
+        metrics.step(step, seconds=2.0, **STEP)
+    line = stream.getvalue().split("\033[K")[-1].rstrip("\n")
+    assert len(line) < width
+    assert line.split(" | ")[:2] == ["step     1/100", "loss 3.1416"]
+    assert ("3 min 16 s left" in line) == (width >= 80)
+    assert not line.endswith(("|", " ", "3 min"))
+
+
+def test_log_every_prints_those_steps_and_the_last(clock: list[float]) -> None:
+    stream = io.StringIO()
+    metrics = make_metrics(stream, steps=10, log_every=4)
+    for step in range(10):
+        clock[0] += 11
+        metrics.step(step, seconds=1.0, **STEP)
+    printed = [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()]
+    assert printed == [0, 4, 8, 9]
+
+
+def test_much_slower_steps_are_explained_once(clock: list[float]) -> None:
+    stream = io.StringIO()
+    metrics = make_metrics(stream, if_slow=": advice")
+    durations = [0.1] * 30 + [0.4] * 30 + [9.0] + [0.1] * 9 + [0.6] * 40
+    for step, seconds in enumerate(durations):
+        metrics.step(step, seconds=seconds, **STEP)
+        notes = stream.getvalue().count("note: ")
+        assert notes == (step >= 79), step  # once half of the last 20 steps are slow
+    assert "note: a step now takes 0.6 s instead of 0.1 s: advice\n" in stream.getvalue()
+
+
 def test_the_log(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log.jsonl")
     metrics = make_metrics(io.StringIO(), log, peak_flops=50_000.0)
     metrics.step(7, seconds=0.5, **STEP)
     metrics.record("validation", 8, loss=3.0, tokens=12)
     metrics.close()
-    assert storage.read_json_lines(tmp_path / "log.jsonl") == [
+    records = storage.read_json_lines(tmp_path / "log.jsonl")
+    assert all(abs(record.pop("time") - time.time()) < 60 for record in records)
+    assert records == [
         {
             "kind": "train", "step": 7, "loss": 3.14159, "lr": 6e-4, "grad_norm": 1.5,
-            "skipped": False, "tokens_per_s": 2000.0, "mfu": 0.4,
+            "skipped": False, "tokens": 8000, "tokens_per_s": 2000.0, "mfu": 0.4,
             "data_wait_s": 0.0025, "seconds": 0.5,
         },
         {"kind": "validation", "step": 8, "loss": 3.0, "tokens": 12},
