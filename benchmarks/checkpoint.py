@@ -102,7 +102,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     snapshot.take(model, optimizer)
     arrays = [t.numpy() for t in (*snapshot.model.values(), *snapshot.optimizer.values())]
     size = sum(array.nbytes for array in arrays)
-    plain, alone, beside, idle_steps = [], [], [], []
+    plain, alone, during, idle_steps = [], [], [], []
     for i in range(-1, rounds):
         os.sync()  # so that this round does not write back data of the previous one
         row = (
@@ -118,7 +118,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
             flush=True,
         )
         if i >= 0:  # the first one has to allocate the page cache
-            for column, value in zip((plain, alone, idle_steps, beside), row, strict=True):
+            for column, value in zip((plain, alone, idle_steps, during), row, strict=True):
                 column.append(value)
     ratios = [b["seconds"] / a for a, b in zip(plain, alone, strict=True)]
     return {
@@ -131,10 +131,10 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
             "times_plain_write": quantiles(ratios),  # round by round
         },
         "checkpoint_beside_training": {
-            "seconds": quantiles([row["seconds"] for row in beside]),
-            "step_seconds": quantiles([s for row in beside for s in row["steps"]]),
+            "seconds": quantiles([row["seconds"] for row in during]),
+            "step_seconds": quantiles([s for row in during for s in row["steps"]]),
         },
-        "stall_s": quantiles([row["stall_s"] for row in (*alone, *beside)]),
+        "stall_s": quantiles([row["stall_s"] for row in (*alone, *during)]),
         "step": {"rows": ROWS, "T": T, "seconds": quantiles(idle_steps)},
     }
 

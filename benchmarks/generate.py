@@ -106,19 +106,19 @@ def compare(arms: dict[str, Arm], B: int, tokens: int, rounds: int, device: torc
     """Time the generation of one token and of `tokens` tokens, in turn; the difference is the time
     of the steps."""
     first: dict[str, list[float]] = {name: [] for name in arms}
-    whole: dict[str, list[float]] = {name: [] for name in arms}
+    full: dict[str, list[float]] = {name: [] for name in arms}
     texts = {name: arm(tokens) for name, arm in arms.items()}  # warm up and compile
     for _ in range(rounds):
         for name, arm in arms.items():
             first[name].append(timed(lambda arm=arm: arm(1), device))
-            whole[name].append(timed(lambda arm=arm: arm(tokens), device))
+            full[name].append(timed(lambda arm=arm: arm(tokens), device))
     rows: dict[str, Any] = {}
     for name in arms:
         steps = [
-            1000 * (w - f) / (tokens - 1) for w, f in zip(whole[name], first[name], strict=True)
+            1000 * (w - f) / (tokens - 1) for w, f in zip(full[name], first[name], strict=True)
         ]
         rows[name] = {
-            "tokens_per_s": quantiles([B * tokens / s for s in whole[name]]),
+            "tokens_per_s": quantiles([B * tokens / s for s in full[name]]),
             "ms_per_step": quantiles(steps),
         }
     if REFERENCE in rows:

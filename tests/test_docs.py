@@ -50,9 +50,7 @@ def keys(value: Any, path: str = "") -> set[str]:
 
 
 @pytest.fixture
-def run(
-    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: Callable
-) -> Path:
+def run(train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run with HellaSwag that rolls back once, because the loss of ten steps is NaN."""
     questions = tmp_path / "questions.jsonl"
     row = {"ctx": "a b", "endings": ["c", "d", "e f", "g"], "label": 1}
