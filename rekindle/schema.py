@@ -68,7 +68,7 @@ def schema_of(cls: type) -> dict[str, Any]:
 
 
 def _schema_of_type(kind: Any) -> Any:
-    if isinstance(kind, types.UnionType):  # `X | None`: check None first
+    if isinstance(kind, types.UnionType):  # `X | None`: X last, so that `mismatch` reports it
         return tuple(_schema_of_type(each) for each in reversed(typing.get_args(kind)))
     if kind is types.NoneType:
         return None

@@ -103,7 +103,7 @@ def test_a_folder_with_another_vocabulary_has_no_tokenizer(tmp_path: Path) -> No
     [
         ("gpt2-mediun", "did you mean gpt2-medium"),
         ("gpt2xl", "did you mean gpt2-xl"),
-        ("runs/nothing-like-it", "no folder and none of the models gpt2, gpt2-medium"),
+        ("runs/nothing-like-it", "not a folder or one of the models gpt2, gpt2-medium"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_ones(refuses: Callable[..., str], name: str, near: str):

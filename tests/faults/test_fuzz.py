@@ -437,7 +437,7 @@ def test_names_cannot_leave_the_folder(data: Path, name: str) -> None:
     manifest = storage.read_json(data / "manifest.json")
     manifest["shards"][0]["name"] = name
     storage.write_json(data / "manifest.json", manifest)
-    with pytest.raises(UserError, match="which is no shard of this folder"):
+    with pytest.raises(UserError, match="which is not a shard in this folder"):
         shards.read_manifest(data)
 
 
