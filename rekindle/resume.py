@@ -54,7 +54,7 @@ def open_run(
     elif out.exists() and not (out.is_dir() and storage.is_empty(out)):
         raise UserError(f"{out} exists and is no run: give --out a new folder")
     elif options.fork:  # only now: a run that has begun no longer needs its parent
-        forked_from = storage.spelled(os.path.abspath(checkpoint.find(options.fork)))
+        forked_from = storage.printable(os.path.abspath(checkpoint.find(options.fork)))
     loaded, damaged = checkpoint.newest_whole(out / "checkpoints", model)
     if not loaded and _has_saved(out / "metrics.jsonl"):
         raise UserError(

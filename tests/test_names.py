@@ -162,4 +162,4 @@ def test_non_utf8_name_is_printed_readably(
     folder = export(tmp_path / "exported", 50257).rename(tmp_path / os.fsdecode(called))
     outcome = rekindle("sample", folder, *SAMPLE)
     assert outcome.status == 0, outcome.err
-    assert storage.parse_json(outcome.out.encode())["model"] == storage.spelled(folder)
+    assert storage.parse_json(outcome.out.encode())["model"] == storage.printable(folder)

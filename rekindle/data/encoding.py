@@ -81,7 +81,7 @@ def _cut(blocks: Iterator[Block], source: Source, tokenizer: Tokenizer) -> Itera
         rest = text[end:]
         if len(rest) > LONGEST_WORD:
             raise UserError(
-                f"{source.files[block.file].name}: document {block.first + 1} holds more than "
+                f"{source.files[block.file].name}: document {block.first + 1} contains more than "
                 f"{LONGEST_WORD:,} bytes without a space or other word boundary for --tokenizer "
                 f"{tokenizer.name}: break the text into lines, or remove the document"
             )

@@ -49,7 +49,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds and where it came from."""
+    """The contents of a folder of shards, and their source."""
 
     tokenizer: str
     tokenizer_sha256: str

@@ -181,7 +181,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load, load_file
 
     try:
-        if storage.spelled(file) == str(file):
+        if storage.printable(file) == str(file):
             return load_file(file)
         return load(file.read_bytes())  # safetensors cannot open a path that is not UTF-8
     except (OSError, SafetensorError) as error:

@@ -110,14 +110,14 @@ def verify(model: str, *, random_weights: bool = False, layers: int | None = Non
             else huggingface.hub_files(named.name)
         )  # fmt: skip
         theirs = _load_theirs(config.parent)
-    return Report(storage.spelled(model), tuple(_compare(ours, theirs)), named.note)
+    return Report(storage.printable(model), tuple(_compare(ours, theirs)), named.note)
 
 
 def _load_theirs(folder: Path) -> Any:
     """Load the model in `folder` with `transformers`, in float32 and without dropout."""
     import transformers
 
-    if storage.spelled(folder) != str(folder):  # its libraries need a UTF-8 path
+    if storage.printable(folder) != str(folder):  # its libraries need a UTF-8 path
         with tempfile.TemporaryDirectory() as copy:
             for name in huggingface.FILES:
                 shutil.copy(folder / name, copy)

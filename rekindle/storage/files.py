@@ -170,7 +170,7 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def spelled(path: Path | str) -> str:
+def printable(path: Path | str) -> str:
     """A path as text that JSON can hold: bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")
 

@@ -40,7 +40,7 @@ class LocalSource(Source):
         kept = [(file, split) for file, split in pairs if split != "test"]
         self.paths = [file.path for file, _ in kept]
         self.files = [SourceFile(f.name, f.path.stat().st_size, split) for f, split in kept]
-        folder = storage.spelled(found.files[0].path.parent.name)
+        folder = storage.printable(found.files[0].path.parent.name)
         self.name = f"{self.suffixes[0].lstrip('.') or 'text'}: {folder}"
         self._seen = [_stamp(path) for path in self.paths]
         self._hashes: list[Future[str]] = []
@@ -75,7 +75,7 @@ class LocalSource(Source):
     def _identity(self, number: int) -> dict[str, Any]:
         file, sha256 = self.files[number], self._hashes[number].result()
         self._check_unchanged(number)
-        name = storage.spelled(file.name)
+        name = storage.printable(file.name)
         return {"name": name, "bytes": file.size, "split": file.split, "sha256": sha256}
 
     def close(self) -> None:

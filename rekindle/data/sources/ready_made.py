@@ -65,7 +65,7 @@ class ShardFolder(ReadyMade):
         with ThreadPoolExecutor(usable_cores()) as pool:
             entries = list(pool.map(lambda path: _describe(path, tokenizer), self.kept))
         source = {
-            "name": f"shards: {storage.spelled(self.folder.resolve().name)}",
+            "name": f"shards: {storage.printable(self.folder.resolve().name)}",
             "revision": "local",
             "licence": "unknown",
         }
