@@ -38,7 +38,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub, as the hub describes it."""
+    """A file on the hub, with the size and hash that the hub lists."""
 
     path: str
     size: int

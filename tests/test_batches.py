@@ -82,7 +82,7 @@ def test_permutation_looks_random() -> None:
     out = permute(np.arange(size), size, b"key")
     assert abs(np.corrcoef(np.arange(size), out)[0, 1]) < 0.03  # 1/sqrt(size) is 0.007
     assert abs(np.corrcoef(out[:-1], out[1:])[0, 1]) < 0.03
-    assert np.mean(np.abs(np.diff(out)) == 1) < 0.002  # neighbours stay neighbours by chance only
+    assert np.mean(np.abs(np.diff(out)) == 1) < 0.002  # neighbors rarely stay neighbors
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_seeds_and_epochs_differ() -> None:
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
 @pytest.mark.parametrize("rows", [1, 5, 8, 36, 37])
-def test_every_window_once_an_epoch(rows: int, order: str) -> None:
+def test_every_window_once_per_epoch(rows: int, order: str) -> None:
     b = make_batches(rows, order)
     assert len(b.windows) == 37
     numbers = np.concatenate([b.numbers(step) for step in range(-(-37 * 3 // rows))])
@@ -218,7 +218,7 @@ def test_too_little_data() -> None:
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(3, 1), (8, 2), (0, 1), (1, 3), (16, 1)])
-def test_a_batch_that_does_not_divide(micro: int, ranks: int) -> None:
+def test_batch_that_does_not_divide_evenly(micro: int, ranks: int) -> None:
     with pytest.raises(
         UserError, match=rf"8 rows does not divide .* {micro} rows on {ranks} ranks"
     ):
@@ -266,7 +266,7 @@ def open_prefetcher(make: Callable, first: int = 0, last: int = 100, depth: int 
     return Prefetcher(make, first, last, CPU, depth)
 
 
-def test_prefetched_batches_are_the_batches() -> None:
+def test_prefetched_batches_match_direct_batches() -> None:
     b, split = make_batches(), Partition.of(8, 2)
     prefetcher = open_prefetcher(lambda step: b.batch(step, split), 3, 9)
     for step in range(3, 9):
@@ -291,7 +291,7 @@ def test_error_in_the_prefetch_thread_is_raised_by_next() -> None:
     prefetcher.close()
 
 
-def test_the_prefetcher_stops_on_close() -> None:
+def test_prefetcher_stops_on_close() -> None:
     made = threading.Semaphore(0)
 
     def make(step: int) -> tuple[np.ndarray, np.ndarray]:

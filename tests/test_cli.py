@@ -274,7 +274,7 @@ def test_a_damaged_shard(
 
 
 def test_fewer_tokens_than_one_step(begin: list[str], refuses: Refuses) -> None:
-    words = "one step needs 1,600 tokens, the training split has 1,200 in whole windows of 16"
+    words = "one step needs 1,600 tokens, but the training split has 1,200 in whole windows of 16"
     refuses([*begin, "--batch.tokens", 1600], words)
 
 
@@ -448,7 +448,7 @@ def test_a_damaged_checkpoint_is_not_used(
     spoil(saved / name)
     refuses(begin, "no checkpoint in", str(saved), name, "restore one from a copy")
     for command in ("sample", "eval"):
-        refuses([command, run], str(saved), name, "name another checkpoint")
+        refuses([command, run], str(saved), name, "give another checkpoint")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])

@@ -64,7 +64,7 @@ def test_order_matches_the_lecture_for_any_partition(rows: int, micro: int, rank
                     assert (x[m, row].tolist(), y[m, row].tolist()) == next(lecture)
 
 
-def test_a_shard_gives_whole_micro_batches() -> None:
+def test_only_complete_micro_batches_of_a_shard_are_used() -> None:
     for size, count in zip(SIZES, MICRO_BATCHES, strict=True):
         assert len(Windows([np.zeros(size, np.uint16)], T, unit=M)) == 6 * count
     # A shard that is too short for a micro-batch gives none. The lecture's loader would fail.

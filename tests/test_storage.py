@@ -209,7 +209,7 @@ def broken_chunks() -> Iterator[bytes]:
     raise Killed
 
 
-def test_a_file_is_absent_if_its_content_fails(tmp_path: Path) -> None:
+def test_file_is_absent_if_its_content_fails(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         write_file(tmp_path / "file", broken_chunks())
     assert not (tmp_path / "file").exists()
@@ -303,7 +303,7 @@ def write_and_fail(path: Path, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_a_folder_is_absent_if_its_body_fails(tmp_path: Path, error: BaseException) -> None:
+def test_folder_is_absent_if_its_body_fails(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)):
         write_and_fail(tmp_path / "folder", error)
     assert list(tmp_path.iterdir()) == []
@@ -317,7 +317,7 @@ def test_folder_is_unchanged_if_its_body_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("function", ["fsync", "rename"])
-def test_a_folder_is_absent_if_the_process_dies_before_the_rename(
+def test_folder_is_absent_if_the_process_dies_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     with monkeypatch.context() as patch:
@@ -338,7 +338,7 @@ def test_new_folder_replaces_an_old_one(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_folder_is_never_half_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_never_half_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "folder")
     doomed: list[Path] = []
 

@@ -136,7 +136,8 @@ class Partition:
 
 
 class Batches:
-    """The training batches of a run: `batch(step)` depends on nothing but its arguments."""
+    """The training batches of a run. Stateless: `batch(step, partition)` depends only on its
+    arguments."""
 
     def __init__(self, windows: Windows, rows: int, seed: int, order: str) -> None:
         """`order` is "shuffled", "sequential" or "lecture"; the last two use the windows in the
@@ -159,7 +160,7 @@ class Batches:
             return position % len(self.windows)
         epoch, index = np.divmod(position, len(self.windows))
         numbers = np.empty_like(index)
-        for e in np.unique(epoch):  # a batch may begin in one epoch and end in the next
+        for e in np.unique(epoch):  # a batch may start in one epoch and end in the next
             key = f"{self.seed} {e}".encode()
             numbers[epoch == e] = permute(index[epoch == e], len(self.windows), key)
         return numbers

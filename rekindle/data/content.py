@@ -64,7 +64,7 @@ def _wide(head: bytes) -> str:
 
 
 def describe(kind: str) -> str:
-    """What a file of this kind is and how to fix it, worded to follow "is"."""
+    """Describe a file of this kind and how to convert it, worded to follow "FILE is"."""
     if kind in KINDS:
         return KINDS[kind][1]
     return f"{kind} text: convert it to UTF-8 first (`iconv -f {kind} -t UTF-8`)"

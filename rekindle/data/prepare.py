@@ -182,7 +182,7 @@ class _Preparation:
         self.writing: Future[Shard] | None = None
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Resume from what `_commit` wrote."""
+        """Resume from the state that `_commit` wrote."""
         self.shards = [Shard(**entry) for entry in state["shards"]]
         self.history = state.get("history", [])
         self.layout.fraction = state.get("fraction", self.layout.fraction)

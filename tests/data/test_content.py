@@ -83,13 +83,13 @@ def test_compression_suffix_on_an_uncompressed_file(tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
 @pytest.mark.parametrize("kind", ["jsonl", "text", "parquet"])
-def test_a_git_lfs_pointer(tmp_path: Path, kind: str, name: str) -> None:
+def test_git_lfs_pointer(tmp_path: Path, kind: str, name: str) -> None:
     (tmp_path / name).write_bytes(POINTER)
     assert "Git LFS pointer" in read_error(kind, tmp_path / name)
     assert "git lfs pull" in read_error(kind, tmp_path / name)
 
 
-def test_a_git_lfs_pointer_in_place_of_a_shard(tmp_path: Path) -> None:
+def test_git_lfs_pointer_in_place_of_a_shard(tmp_path: Path) -> None:
     (tmp_path / "train_0.bin").write_bytes(POINTER + b"\n" * 2000)
     with pytest.raises(UserError, match=r"train_0\.bin is a Git LFS pointer.*git lfs pull"):
         open_shard(tmp_path / "train_0.bin")
@@ -97,7 +97,7 @@ def test_a_git_lfs_pointer_in_place_of_a_shard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", [PAGE, b"\n  <html>\n" * 9, b"<?xml version='1.0'?><Error/>" * 5])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_saved_error_page(tmp_path: Path, kind: str, page: bytes) -> None:
+def test_saved_error_page(tmp_path: Path, kind: str, page: bytes) -> None:
     (tmp_path / f"a.{kind}").write_bytes(page)
     message = read_error(kind, tmp_path / f"a.{kind}")
     assert "page" in message
@@ -175,7 +175,7 @@ def test_truncated_parquet(tmp_path: Path, as_parquet: Callable, cut: int) -> No
     assert "is not a complete Parquet file" in read_error("parquet", tmp_path / "a.parquet")
 
 
-def test_parquet_given_as_text(tmp_path: Path, as_parquet: Callable) -> None:
+def test_parquet_given_as_another_kind(tmp_path: Path, as_parquet: Callable) -> None:
     (tmp_path / "a").write_bytes(as_parquet(["text"]))
     for kind in ("text", "jsonl"):
         assert "is a Parquet file: use --parquet" in read_error(kind, tmp_path / "a")
@@ -200,7 +200,7 @@ def test_parser_errors_are_one_line(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("number", ["1" * 5000, "-" + "9" * 100_000, "1" * 5000 + ".5e99999"])
-def test_huge_numbers_beside_the_text_are_read(tmp_path: Path, number: str) -> None:
+def test_huge_numbers_in_other_fields_are_accepted(tmp_path: Path, number: str) -> None:
     line = f'{{"text": "fine", "number": {number}}}\n{{"text": "too", "n": [{number}1]}}\n'
     (tmp_path / "a.jsonl").write_text(line)
     assert documents("jsonl", tmp_path / "a.jsonl") == ["fine", "too"]

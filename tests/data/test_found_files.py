@@ -68,7 +68,7 @@ def test_files_that_are_left_out_are_listed(tmp_path: Path, write: Callable, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_broken_link_is_an_error(tmp_path: Path, write: Callable, kind: str) -> None:
+def test_broken_link_is_an_error(tmp_path: Path, write: Callable, kind: str) -> None:
     write(tmp_path / f"a{KINDS[kind]}")
     for link in (f"b{KINDS[kind]}", "sub/c"):
         (tmp_path / link).parent.mkdir(exist_ok=True)

@@ -49,7 +49,7 @@ def no_retry_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
 
 
-def test_a_dataset_by_its_short_name(hub: Any, edu: list[str], tmp_path: Path) -> None:
+def test_dataset_by_short_name(hub: Any, edu: list[str], tmp_path: Path) -> None:
     manifest = run("fineweb-edu-10bt", tmp_path / "out")
     both = read_text(tmp_path / "out", "train") + read_text(tmp_path / "out", "val")
     assert sorted(both) == sorted(edu)
@@ -61,7 +61,7 @@ def test_a_dataset_by_its_short_name(hub: Any, edu: list[str], tmp_path: Path) -
     assert sorted(names) == [".lock", "manifest.json", "train_000000.bin", "val_000000.bin"]
 
 
-def test_any_dataset_with_its_own_validation_files(
+def test_hub_dataset_with_its_own_validation_files(
     hub: Any, as_parquet: Callable[..., bytes], tmp_path: Path
 ) -> None:
     hub.licence = ["mit", "cc0-1.0"]
@@ -108,7 +108,7 @@ def test_next_file_is_downloaded_while_one_is_read_and_read_files_are_removed(
     source.close()
 
 
-def test_a_stopped_preparation_keeps_its_revision(
+def test_resumed_preparation_keeps_its_revision(
     hub: Any, edu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A newer revision published in between neither breaks it nor gets mixed in, and files that
@@ -144,7 +144,7 @@ def test_interrupted_download_is_resumed(hub: Any, edu: list[str], tmp_path: Pat
     assert sorted(both) == sorted(edu)
 
 
-def test_a_damaged_download_is_not_used(hub: Any, edu: list[str], tmp_path: Path) -> None:
+def test_damaged_download_is_not_used(hub: Any, edu: list[str], tmp_path: Path) -> None:
     hub.corrupt.add("sample/10BT/001_00000.parquet")
     with pytest.raises(UserError, match=r"001_00000\.parquet of .* was damaged") as caught:
         run("fineweb-edu-10bt", tmp_path)
@@ -155,7 +155,7 @@ def test_a_damaged_download_is_not_used(hub: Any, edu: list[str], tmp_path: Path
     assert len(read_text(tmp_path, "train") + read_text(tmp_path, "val")) == len(edu)
 
 
-def test_a_partial_download_of_a_killed_run_is_removed(
+def test_partial_download_of_a_killed_run_is_removed(
     hub: Any, edu: list[str], tmp_path: Path
 ) -> None:
     left = tmp_path / ".progress" / "downloads" / ".cache" / "huggingface" / "x.incomplete"

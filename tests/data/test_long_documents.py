@@ -162,7 +162,7 @@ def test_long_documents_are_resumed(
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_long_document_keeps_its_split(tmp_path: Path, kind: str) -> None:
+def test_long_document_keeps_its_split(tmp_path: Path, kind: str) -> None:
     """A document that is encoded in parts is assigned by the hash of its whole text. A document too
     long for memory becomes training data."""
     texts = [prose(200 + i, seed=i) for i in range(60)]

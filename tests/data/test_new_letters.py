@@ -37,7 +37,7 @@ def test_new_letters_in_a_long_document() -> None:
     assert encoded([f"{spaces} {text[:400]}"])[0] == expected
 
 
-def test_every_code_point_beside_an_apostrophe() -> None:
+def test_every_code_point_next_to_an_apostrophe() -> None:
     """Each run tests a different random tenth of all code points."""
     points = random.Random().sample(range(0x30000), 0x30000 // 10)
     texts = [f"{chr(c)}'ll {chr(c)}'s" for c in points if not 0xD800 <= c < 0xE000]

@@ -83,7 +83,7 @@ def test_dictionary_column_is_decoded_block_by_block(
 
 
 @pytest.mark.parametrize("names", [["text", "text"], ["text", "id", "text"], ["text"] * 3])
-def test_two_columns_of_one_name(tmp_path: Path, names: list[str]) -> None:
+def test_duplicate_text_columns(tmp_path: Path, names: list[str]) -> None:
     columns = [pa.array([f"{i}"]) for i in range(len(names))]
     pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=rf"a\.parquet has {names.count('text')} columns 'text'"):

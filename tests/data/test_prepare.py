@@ -163,7 +163,7 @@ def test_shards_end_with_the_document_that_fills_them(
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
-def test_blocks_and_threads_change_nothing(
+def test_result_does_not_depend_on_blocks_and_threads(
     tmp_path: Path,
     texts: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -220,7 +220,7 @@ def test_amount_of_validation_matches_the_request(
     assert 0.05 < manifest.tokens("val") / manifest.tokens("train") < 0.2
 
 
-def test_a_single_document_is_trained_on(tmp_path: Path) -> None:
+def test_single_document_is_training_data(tmp_path: Path) -> None:
     for i in range(60):
         manifest = run(ListSource([f"only one, number {i}"]), tmp_path / str(i))
         assert manifest.tokens("train") > 0
@@ -470,7 +470,7 @@ def test_full_disk_leaves_no_manifest_and_can_be_resumed(
     assert contents(tmp_path / "full") == contents(tmp_path / "complete")
 
 
-def test_an_unknown_tokenizer_leaves_nothing(tmp_path: Path) -> None:
+def test_unknown_tokenizer_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown tokenizer 'gpt3': use gpt2 or bytes"):
         run(ListSource(["a"]), tmp_path / "out", tokenizer="gpt3")
     assert not (tmp_path / "out").exists()
@@ -598,7 +598,7 @@ def test_number_of_blocks_in_flight_is_bounded(texts: Callable[..., list[str]]) 
     assert read == 500
 
 
-def test_no_thread_is_left(tmp_path: Path, texts: Callable[..., list[str]]) -> None:
+def test_no_threads_are_left_running(tmp_path: Path, texts: Callable[..., list[str]]) -> None:
     before = threading.active_count()
     run(ListSource(texts(50)), tmp_path / "a")
     with pytest.raises(UserError):
@@ -656,7 +656,7 @@ def write_shards(folder: Path, names: list[str]) -> None:
         shards.write_shard(folder / name, [np.array([50256, i, 50255, 50256, 7], np.uint16)])
 
 
-def test_a_folder_of_shards_gets_its_manifest(tmp_path: Path) -> None:
+def test_folder_of_shards_gets_a_manifest(tmp_path: Path) -> None:
     write_shards(tmp_path, ["fineweb_train_000001.bin", "fineweb_val_000000.bin"])
     (tmp_path / ".tmp-fineweb_train_000002.bin").write_bytes(b"an unfinished download")
     output: list[str] = []

@@ -36,7 +36,7 @@ def test_format_matches_llmc(tmp_path: Path) -> None:
     assert np.frombuffer(content[1024:], "<u2").tolist() == TOKENS.tolist()
 
 
-def test_a_shards_bytes_never_change(tmp_path: Path) -> None:
+def test_bytes_of_a_shard_never_change(tmp_path: Path) -> None:
     """Manifests contain the hash, so preparing the same data again must give the same bytes."""
     shard = shards.write_shard(tmp_path / "s.bin", [TOKENS], "train", 2)
     assert shard.sha256 == SHA256
@@ -188,7 +188,7 @@ def test_manifest_may_only_list_files_in_its_folder(folder: Path, name: str) -> 
         shards.read_manifest(folder)
 
 
-def test_a_shard_made_elsewhere_is_described_and_checked(folder: Path) -> None:
+def test_shard_from_elsewhere_is_described_and_checked(folder: Path) -> None:
     path = folder / "train_000000.bin"
     entry = shards.describe_shard(path, "train", 256, 257)
     assert (entry.tokens, entry.documents) == (6, 2)

@@ -47,7 +47,7 @@ def local_source(**arguments: object) -> Source:
 # Parquet
 
 
-def test_parquet_gives_every_document_in_order(
+def test_parquet_yields_every_document_in_order(
     parquet: Callable[..., Path], texts: Callable[..., list[str]]
 ) -> None:
     first, second = texts(150, seed=1), texts(90, seed=2)
@@ -75,7 +75,7 @@ def test_blocks_stay_small(parquet: Callable[..., Path], monkeypatch: pytest.Mon
     blocks = [block.texts for block in source.blocks(0)]
     assert [text for block in blocks for text in block.to_pylist()] == expected
     assert max(sum(map(len, block.to_pylist())) for block in blocks) <= 20_000
-    first = next(iter(source.blocks(0)))  # and few rows are read at a time
+    first = next(iter(source.blocks(0)))  # only a few rows are read at a time
     assert first.done == len(first.texts) / 600 < 0.1
     for skip in (1, 499, 517):
         assert documents(source, skip=skip) == expected[skip:]
@@ -214,7 +214,7 @@ def test_text_file_is_one_unchanged_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5, 14, 1 << 20])
-def test_separators_cut_a_text_file(
+def test_separators_split_a_text_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """For any size of the chunks that are read."""
@@ -246,7 +246,7 @@ def test_size_estimate_counts_compressed_files_threefold(tmp_path: Path) -> None
 # The embedded default
 
 
-def test_embedded_text_is_pythons_own_documentation() -> None:
+def test_embedded_text_is_the_python_documentation() -> None:
     source = local_source(embedded=True)
     found = documents(source)
     assert source.licence == "PSF-2.0"
@@ -306,7 +306,7 @@ def test_missing_source_is_reported(tmp_path: Path) -> None:
         from_arguments(text=[tmp_path, tmp_path / "a.txt"])
 
 
-def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_names_and_content(tmp_path: Path) -> None:
     def fingerprint(name: str, content: str) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()

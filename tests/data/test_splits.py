@@ -167,7 +167,7 @@ def test_training_files_without_a_document(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_no_ready_made_shard_to_train_on(tmp_path: Path) -> None:
+def test_ready_made_shards_without_training_data(tmp_path: Path) -> None:
     shards.write_shard(tmp_path / "val_0.bin", [np.array([50256, 1], np.uint16)])
     with pytest.raises(UserError, match="nothing to train on"):
         run(from_arguments(shards=tmp_path), tmp_path, tokenizer="gpt2")

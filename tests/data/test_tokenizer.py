@@ -67,13 +67,13 @@ def test_documents_are_encoded_like_single_texts(name: str) -> None:
         st.text(st.characters(exclude_categories=("Cs",)), max_size=60), min_size=1, max_size=8
     )
 )
-def test_fast_encoder_is_tiktoken_on_any_unicode(texts: list[str]) -> None:
+def test_fast_encoder_matches_tiktoken_on_any_unicode(texts: list[str]) -> None:
     assert split_documents("gpt2", texts) == [get_tokenizer("gpt2").encode(t) for t in texts]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text("ab '\n\t1é<|endotx>.,S\u00a0", max_size=200), min_size=1, max_size=3))
-def test_fast_encoder_is_tiktoken_where_words_are_split(texts: list[str]) -> None:
+def test_fast_encoder_matches_tiktoken_at_word_boundaries(texts: list[str]) -> None:
     assert split_documents("gpt2", texts) == [get_tokenizer("gpt2").encode(t) for t in texts]
 
 
@@ -145,7 +145,7 @@ def test_encoder_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         text = f"{i} is the number of the text " * 10  # 300 bytes
         tokens, _ = tokenizer.encode_documents(pa.array([text]))
         assert tokens[1:].tolist() == tokenizer.encode(text)
-    assert len(made) == 3  # for 4, 4 and 1 of them
+    assert len(made) == 3  # for 4, 4 and 1 of the texts
 
 
 def test_end_of_text_in_a_document_is_ordinary_text() -> None:
@@ -156,7 +156,7 @@ def test_end_of_text_in_a_document_is_ordinary_text() -> None:
         assert tokenizer.end_of_text not in split_documents(name, [text])[0]
 
 
-def test_tokens_are_gpt2s() -> None:
+def test_tokens_match_openai() -> None:
     """Compared with the ids of OpenAI's encoder."""
     tokenizer = get_tokenizer("gpt2")
     assert tokenizer.encode("Hello, I'm a language model,") == [
@@ -199,7 +199,7 @@ def damaged_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_damaged_vocabulary_is_not_used(
+def test_damaged_vocabulary_is_not_used(
     damaged_vocabulary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(path: str) -> bytes:
@@ -211,7 +211,7 @@ def test_a_damaged_vocabulary_is_not_used(
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_vocabulary_is_replaced_by_tiktokens(
+def test_damaged_vocabulary_is_replaced_by_tiktoken(
     damaged_vocabulary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = {b"!": 0}

@@ -43,9 +43,7 @@ def test_every_variant_passes(
 
 @pytest.mark.timeout(600)
 @pytest.mark.slow  # 20 s of C++; model/test_compile.py compares compiled gradients with eager ones
-def test_a_compiled_step_passes(
-    trial: gate.Trial, reference: gate.Updates, one_thread: None
-) -> None:
+def test_compiled_step_passes(trial: gate.Trial, reference: gate.Updates, one_thread: None) -> None:
     if reason := why_not_compile(CPU.torch):
         pytest.skip(reason)
 

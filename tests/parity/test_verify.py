@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_folder_of_another_depth_agrees(folder: Path) -> None:
+def test_folder_with_another_depth_agrees(folder: Path) -> None:
     report = verify(str(folder))
     assert report.passed, report.table()
     assert report.as_dict()["passed"] is True

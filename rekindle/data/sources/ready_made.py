@@ -24,14 +24,14 @@ DOWNLOADS = 4  # at the same time: one connection rarely uses the full bandwidth
 
 
 class ReadyMade(ABC):
-    """A set of shards that needs no encoding."""
+    """A set of shards that is already encoded."""
 
     @abstractmethod
     def take(
         self, out: Path, tokenizer: Tokenizer, console: Console, lock: storage.Lock
     ) -> Manifest:
         """Make `out` a folder with these shards and a manifest. Does nothing if it already is one;
-        otherwise takes `lock` while writing."""
+        otherwise takes `lock` before writing."""
 
 
 class ShardFolder(ReadyMade):
