@@ -448,7 +448,7 @@ def test_a_damaged_checkpoint_is_not_used(
     spoil(saved / name)
     refuses(begin, "no checkpoint in", str(saved), name, "restore one from a copy")
     for command in ("sample", "eval"):
-        refuses([command, run], str(saved), name, "give another checkpoint")
+        refuses([command, run], str(saved), name, "name another checkpoint")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])

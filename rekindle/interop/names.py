@@ -114,7 +114,7 @@ def _check_copied(folder: Path) -> None:
     if model.exists() and not optimizer.exists() and (folder / DESCRIPTION).exists():
         raise UserError(
             f"{optimizer} does not exist: a checkpoint needs all its files, so copy the complete "
-            "folder, or give another checkpoint"
+            "folder, or name another checkpoint"
         )
 
 

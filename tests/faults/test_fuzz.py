@@ -451,7 +451,7 @@ def test_names_of_an_unfinished_preparation_cannot_leave_the_folder(tmp_path: Pa
     }
     (tmp_path / shards.UNFINISHED).mkdir()
     storage.write_json(tmp_path / shards.UNFINISHED / shards.STATE, state)
-    with pytest.raises(UserError, match="names files of other folders"):
+    with pytest.raises(UserError, match="names files in other folders"):
         saved_state(None, tmp_path, {})  # type: ignore[arg-type]
 
 
