@@ -530,7 +530,9 @@ def test_samples_that_cannot_be_had(
 
 def test_sample_of_what_is_no_model(tmp_path: Path, refuses: Refuses) -> None:
     refuses(["sample", tmp_path], "is no run and no checkpoint")
-    refuses(["sample", "gpt-2"], "gpt-2 is not a folder or one of the models", "did you mean gpt2")
+    refuses(
+        ["sample", "gpt-2"], "gpt-2 is neither a folder nor one of the models", "did you mean gpt2"
+    )
 
 
 def test_sampling_is_not_compiled_where_it_cannot_be(

@@ -103,11 +103,11 @@ def test_a_folder_with_another_vocabulary_has_no_tokenizer(tmp_path: Path) -> No
     [
         ("gpt2-mediun", "did you mean gpt2-medium"),
         ("gpt2xl", "did you mean gpt2-xl"),
-        ("runs/nothing-like-it", "not a folder or one of the models gpt2, gpt2-medium"),
+        ("runs/nothing-like-it", "neither a folder nor one of the models gpt2, gpt2-medium"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_ones(refuses: Callable[..., str], name: str, near: str):
-    error = refuses(["sample", name, "--device", "cpu"], f"{name} is not a folder", near)
+    error = refuses(["sample", name, "--device", "cpu"], f"{name} is neither a folder", near)
     assert ("did you mean" in error) == ("did you mean" in near)
 
 
@@ -175,7 +175,7 @@ def test_gpt2_from_pretrained_says_in_one_line_what_it_was_given(tmp_path: Path)
 
     for name, reason in (
         (tmp_path, "is no run and no checkpoint"),
-        (tmp_path / "nothing", "is not a folder or one of the models"),
+        (tmp_path / "nothing", "is neither a folder nor one of the models"),
         ("gpt2-mediun", "did you mean gpt2-medium"),
     ):
         with pytest.raises(UserError, match=reason) as caught:

@@ -118,7 +118,7 @@ def test_similar_name_is_suggested(name: str, meant: str) -> None:
 
 @pytest.mark.parametrize("name", ["runs/nothing-like-it", "llama", "distilgpt2", "xl"])
 def test_dissimilar_name_gets_no_suggestion(name: str) -> None:
-    with pytest.raises(UserError, match="not a folder or one of the models") as caught:
+    with pytest.raises(UserError, match="neither a folder nor one of the models") as caught:
         load(name, CPU)
     assert "did you mean" not in str(caught.value)
 

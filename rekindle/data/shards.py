@@ -103,7 +103,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} is not a shard manifest ({error}): prepare again") from None
     for shard in shards:
         if not is_name(shard.name) or shard.split not in ("train", "val"):
-            raise UserError(f"{path} names {shard.name!r}, which is not a shard in this folder")
+            raise UserError(
+                f"{path} names {shard.name!r}, which is not a shard in this folder: prepare again"
+            )
     return manifest
 
 
@@ -188,7 +190,9 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         path = folder / shard.name
         if (count := len(open_shard(path))) != shard.tokens:
-            raise UserError(f"{path} has {count} tokens, but its manifest says {shard.tokens}")
+            raise UserError(
+                f"{path} has {count} tokens, but its manifest says {shard.tokens}: prepare it again"
+            )
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
@@ -200,7 +204,8 @@ def verify(folder: Path, manifest: Manifest) -> None:
         tokens = open_shard(path)
         if len(tokens) != shard.tokens:
             raise UserError(
-                f"{path} has {len(tokens)} tokens, but its manifest says {shard.tokens}"
+                f"{path} has {len(tokens)} tokens, but its manifest says {shard.tokens}: "
+                "prepare it again"
             )
         check_ids(tokens, manifest.vocab_size, path)
         if storage.file_sha256(path) != shard.sha256:

@@ -53,7 +53,7 @@ def find(name: str) -> Named:
         raise UserError(f"{name} is a file: give its folder, {path.parent}")
     near = _meant(name)
     hint = f": did you mean {near}?" if near else ""
-    raise UserError(f"{name} is not a folder or one of the models {', '.join(HUB)}{hint}")
+    raise UserError(f"{name} is neither a folder nor one of the models {', '.join(HUB)}{hint}")
 
 
 def _holds(folder: Path, names: tuple[str, ...]) -> bool:

@@ -64,8 +64,8 @@ def _check(path: Path) -> None:
     if path.is_fifo():
         raise UserError(f"{path} is a pipe, which can only be read once: save it to a file first")
     if path.exists():
-        raise UserError(f"{path} is neither a file nor a folder")
-    raise UserError(f"there is no file or folder {path}")
+        raise UserError(f"{path} is neither a file nor a folder: give one of those")
+    raise UserError(f"there is no file or folder {path}: check the path")
 
 
 def _check_named_once(files: list[FoundFile], paths: list[Path]) -> None:
@@ -74,7 +74,7 @@ def _check_named_once(files: list[FoundFile], paths: list[Path]) -> None:
         key = _key(file.path)
         if key in seen:
             named = ", ".join(map(str, paths))
-            raise UserError(f"a file is given twice among {named}: {file.path}")
+            raise UserError(f"{file.path} is given twice among {named}: give it once")
         seen.add(key)
 
 

@@ -54,11 +54,13 @@ def _open_parquet(path: Path) -> Any:
     columns = ", ".join(schema.names) or "none"
     if (count := schema.names.count("text")) != 1:
         wrong = f"has {count} columns 'text'" if count else "has no column 'text'"
-        raise UserError(f"{path} {wrong} (its columns: {columns})")
+        raise UserError(
+            f"{path} {wrong} (its columns: {columns}): put the text in one column named 'text'"
+        )
     kind = schema.field("text").type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise UserError(f"{path}: the column 'text' contains {kind}, not strings")
+        raise UserError(f"{path}: the column 'text' contains {kind}, not strings: convert it")
     return opened
 
 
