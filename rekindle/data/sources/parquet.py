@@ -91,10 +91,10 @@ def parquet_blocks(path: Path, file: int, skip: int) -> Iterator[Block]:
                 texts = column.drop_null()
                 start = min(max(skip - first, 0), len(texts))
                 first += start
-                for some in _decoded(texts.slice(start)):
-                    some.validate(full=True)  # Parquet does not guarantee UTF-8
-                    waiting.append(some)
-                    first += len(some)
+                for array in _decoded(texts.slice(start)):
+                    array.validate(full=True)  # Parquet does not guarantee UTF-8
+                    waiting.append(array)
+                    first += len(array)
                     if _is_full(waiting, enough):
                         yield from _blocks(waiting, file, first, rows / total_rows)
                         waiting = []
@@ -144,14 +144,14 @@ def _decoded(texts: Any) -> Iterator["pa.StringArray"]:
         before = ends[start - 1] if start else 0
         end = int(np.searchsorted(ends, before + local.BLOCK_BYTES, side="right"))
         end = max(end, start + 1)
-        some = texts.slice(start, end - start)
-        some = some.dictionary_decode() if pa.types.is_dictionary(some.type) else some
-        yield some.cast(pa.string())
+        array = texts.slice(start, end - start)
+        array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+        yield array.cast(pa.string())
         start = end
 
 
 def _is_full(waiting: list["pa.StringArray"], enough: int) -> bool:
-    rows, size = sum(map(len, waiting)), sum(some.nbytes for some in waiting)
+    rows, size = sum(map(len, waiting)), sum(array.nbytes for array in waiting)
     return rows >= enough or size >= local.BLOCK_BYTES
 
 
@@ -161,16 +161,16 @@ def _blocks(waiting: list["pa.StringArray"], file: int, end: int, done: float) -
 
     short: list[pa.StringArray] = []
     number = end - sum(map(len, waiting))
-    for some in waiting:
-        if len(some) == 1 and some.nbytes > local.PART_BYTES:
+    for array in waiting:
+        if len(array) == 1 and array.nbytes > local.PART_BYTES:
             if short:
                 count = sum(map(len, short))
                 yield Block(pa.concat_arrays(short), file, number - count, done)
                 short = []
-            text = some[0].as_buffer().to_pybytes()
+            text = array[0].as_buffer().to_pybytes()
             yield from parts(Piece(text, done), file, number)
         else:
-            short.append(some)
-        number += len(some)
+            short.append(array)
+        number += len(array)
     if short:
         yield Block(pa.concat_arrays(short), file, number - sum(map(len, short)), done)

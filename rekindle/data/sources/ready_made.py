@@ -55,7 +55,7 @@ class ShardFolder(ReadyMade):
             manifest = shards.read_manifest(out)
             shards.check_sizes(out, manifest)
             named = {shard.name for shard in manifest.shards}
-            kept, every = ({path.name for path in some} for some in (self.kept, self.paths))
+            kept, every = ({path.name for path in paths} for paths in (self.kept, self.paths))
             if named not in (kept, every):  # earlier versions used all shards
                 raise UserError(f"{out / shards.MANIFEST} lists other shards: remove it first")
             console.print(f"{out} is already prepared: {manifest.summary()}; nothing to do")
