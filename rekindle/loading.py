@@ -80,7 +80,7 @@ def _load_published(named: Named) -> Loaded:
             f"{named.name} has an embedding of {rows} rows, GPT-2's tokenizer "
             f"{tokenizer.vocab_size} ids: {advice}"
         )
-    return Loaded(model, tokenizer, storage.spelled(named.name), note=named.note)
+    return Loaded(model, tokenizer, storage.printable(named.name), note=named.note)
 
 
 def _load_ours(named: Named) -> Loaded:
@@ -100,5 +100,5 @@ def _load_ours(named: Named) -> Loaded:
         raise UserError(
             f"{saved.path} has {saved.config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}"
         )
-    name = storage.spelled(saved.path)
+    name = storage.printable(saved.path)
     return Loaded(names.model_of(saved), tokenizer, name, saved.description, named.note)

@@ -53,7 +53,7 @@ def open_run(
     elif out.exists() and not _is_vacant(out, data):
         raise UserError(f"{out} exists but is not a run folder: choose a new --out")
     elif options.fork:  # only now: a run that has begun no longer needs its parent
-        forked_from = storage.spelled(os.path.abspath(checkpoint.find(options.fork)))
+        forked_from = storage.printable(os.path.abspath(checkpoint.find(options.fork)))
     loaded, damaged = checkpoint.newest_whole(out / "checkpoints", model)
     if not loaded and _has_saved(out / "metrics.jsonl"):
         raise UserError(

@@ -121,7 +121,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What makes it this run and no other."""
         m = self.manifest
-        path = storage.spelled(os.path.abspath(self.data))
+        path = storage.printable(os.path.abspath(self.data))
         return {
             "recipe": recipes.flatten(self.recipe),
             "data": {"path": path, "fingerprint": m.fingerprint},

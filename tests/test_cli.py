@@ -257,11 +257,11 @@ def shorter_shard(shard: Path) -> None:
         (spoil_header, "does not start with the header of a token shard"),
         (spoil_version, "does not start with the header of a token shard"),
         (cut_header, "does not start with the header of a token shard"),
-        (cut_short, "damaged or cut short"),
-        (lengthen, "damaged or cut short"),
+        (cut_short, "damaged or truncated"),
+        (lengthen, "damaged or truncated"),
         (flip_bit, "its SHA-256 differs"),
-        (foreign_id, "holds the id 257 beyond the vocabulary of 257 (first at token 0)"),
-        (shorter_shard, "holds 50 tokens, its manifest says"),
+        (foreign_id, "contains the id 257, outside the vocabulary of 257 (first at token 0)"),
+        (shorter_shard, "has 50 tokens, but its manifest says"),
         (Path.unlink, "is missing"),
     ],
 )
@@ -274,7 +274,7 @@ def test_a_damaged_shard(
 
 
 def test_fewer_tokens_than_one_step(begin: list[str], refuses: Refuses) -> None:
-    words = "one step needs 1,600 tokens, the training split has 1,200 in whole windows of 16"
+    words = "one step needs 1,600 tokens, but the training split has 1,200 in whole windows of 16"
     refuses([*begin, "--batch.tokens", 1600], words)
 
 
@@ -530,7 +530,9 @@ def test_samples_that_cannot_be_had(
 
 def test_sample_of_what_is_no_model(tmp_path: Path, refuses: Refuses) -> None:
     refuses(["sample", tmp_path], "is no run and no checkpoint")
-    refuses(["sample", "gpt-2"], "gpt-2 is no folder and none of the models", "did you mean gpt2")
+    refuses(
+        ["sample", "gpt-2"], "gpt-2 is neither a folder nor one of the models", "did you mean gpt2"
+    )
 
 
 def test_sampling_is_not_compiled_where_it_cannot_be(

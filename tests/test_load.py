@@ -103,11 +103,11 @@ def test_a_folder_with_another_vocabulary_has_no_tokenizer(tmp_path: Path) -> No
     [
         ("gpt2-mediun", "did you mean gpt2-medium"),
         ("gpt2xl", "did you mean gpt2-xl"),
-        ("runs/nothing-like-it", "no folder and none of the models gpt2, gpt2-medium"),
+        ("runs/nothing-like-it", "neither a folder nor one of the models gpt2, gpt2-medium"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_ones(refuses: Callable[..., str], name: str, near: str):
-    error = refuses(["sample", name, "--device", "cpu"], f"{name} is no folder", near)
+    error = refuses(["sample", name, "--device", "cpu"], f"{name} is neither a folder", near)
     assert ("did you mean" in error) == ("did you mean" in near)
 
 
@@ -119,7 +119,9 @@ def test_a_folder_that_is_no_checkpoint(refuses: Callable[..., str], tmp_path: P
 
 def test_a_file_is_no_model(refuses: Callable[..., str], run: Path) -> None:
     file = run / "checkpoints" / "step-000008" / "model.safetensors"
-    refuses(["sample", file, "--device", "cpu"], f"{file} is a file: name the folder {file.parent}")
+    refuses(
+        ["sample", file, "--device", "cpu"], f"{file} is a file: give its folder, {file.parent}"
+    )
 
 
 @pytest.mark.parametrize("keep", ["all but a byte", "a kilobyte", "nothing"])
@@ -173,7 +175,7 @@ def test_gpt2_from_pretrained_says_in_one_line_what_it_was_given(tmp_path: Path)
 
     for name, reason in (
         (tmp_path, "is no run and no checkpoint"),
-        (tmp_path / "nothing", "is no folder and none of the models"),
+        (tmp_path / "nothing", "is neither a folder nor one of the models"),
         ("gpt2-mediun", "did you mean gpt2-medium"),
     ):
         with pytest.raises(UserError, match=reason) as caught:

@@ -211,7 +211,7 @@ _DTYPES = {  # safetensors' names
 @contextmanager
 def _openable(file: Path) -> Iterator[Path]:
     """A name under which safetensors can open `file`: it takes no name that is not UTF-8."""
-    if os.fsencode(file).isascii() or storage.spelled(file) == str(file):
+    if os.fsencode(file).isascii() or storage.printable(file) == str(file):
         yield file
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""How far, how fast and how long still, while data are prepared."""
+"""Progress, speed and remaining time while data is prepared or downloaded."""
 
 import time
 
@@ -6,17 +6,18 @@ from rekindle.observe.console import Console, duration
 
 
 class Progress:
-    """The progress line of a preparation or a download. The first comes after the usual time."""
+    """The progress line of a preparation or a download, first shown after the usual interval."""
 
     def __init__(self, console: Console, unit: str) -> None:
         self._console, self._unit = console, unit
         self._start = time.monotonic()
-        self._part_before: float | None = None  # done by earlier runs: it took none of our time
+        self._part_before: float | None = None  # done by earlier runs, so not counted in our time
         self._count = 0
         console.postpone()
 
     def update(self, count: int, part: float) -> None:
-        """`count` units were made by this run so far; `part` (0 to 1) of all input is read."""
+        """Show that this run has processed `count` units so far and that `part` (0 to 1) of all
+        input has been read."""
         self._count = count
         if self._part_before is None:
             self._part_before = part if count == 0 else 0.0
@@ -38,6 +39,6 @@ class Progress:
 
     def _left(self, part: float) -> str:
         done = part - (self._part_before or 0.0)
-        if done <= 0 or part >= 1:  # nothing to judge by, or nothing left
+        if done <= 0 or part >= 1:  # no basis for an estimate, or nothing left
             return ""
         return f" · {duration(self._elapsed() * (1 - part) / done)} left"

@@ -63,7 +63,7 @@ class _Evaluation:
             f"{data}"
         )
         values = {"loss": loss.nats, "bits_per_byte": bits, "tokens": loss.tokens}
-        return {"data": storage.spelled(data), **values}
+        return {"data": storage.printable(data), **values}
 
     def score(self, task: Task, where: str, limit: int | None) -> dict[str, float]:
         """Scores of the first `limit` items of a task."""

@@ -25,7 +25,7 @@ def prepared(tmp_path: Path) -> Callable[..., Held]:
         path = tmp_path / ("input.txt" if one_file else "input.jsonl")
         lines = texts if one_file else [json.dumps({"text": text}) + "\n" for text in texts]
         path.write_text("".join(lines))
-        source = from_arguments(**{"text" if one_file else "jsonl": [path]})
+        source = from_arguments(None, **{"text" if one_file else "jsonl": [path]})
         out = tmp_path / "out"
         manifest = prepare(
             source, out, tokenizer="bytes", val_tokens=val_tokens, shard_tokens=shard_tokens
@@ -58,11 +58,11 @@ def test_at_most_a_tenth_of_a_small_text_is_held_out(prepared: Callable[..., Hel
 
 
 @pytest.mark.parametrize("start", range(3))
-def test_few_long_documents_give_what_was_asked(prepared: Callable[..., Held], start: int) -> None:
+def test_few_long_documents_give_about_what_was_asked(prepared: Callable[..., Held], start: int) -> None:
     """By their hash alone 171 documents give several times as much, or nothing."""
     texts = [words(400, 7 * i + start) for i in range(171)]
     manifest, splits = prepared(texts, 3000)
-    assert manifest.tokens("val") == 3000
+    assert 3000 / layout.TOLERANCE <= manifest.tokens("val") <= 3000 * layout.TOLERANCE
     assert sorted(splits["train"] + splits["val"]) == sorted("".join(texts).encode())
 
 

@@ -97,6 +97,6 @@ def test_another_vocabulary_of_the_same_name_is_refused(
     with pytest.raises(Crash):
         run(CrashingSource(40, 25, 12), tmp_path)
     for _ in range(2):  # unfinished, then finished
-        with pytest.raises(UserError, match="another vocabulary of the name 'digits'"):
+        with pytest.raises(UserError, match="another vocabulary named 'digits'"):
             run(CounterSource(40, 25), tmp_path, other)
         run(CounterSource(40, 25), tmp_path)

@@ -91,7 +91,7 @@ def test_a_shard_that_changes_ends_the_run(
     meanwhile(7, lambda: change(data / name))
     outcome = rekindle(*command(tmp_path / "run"), *flags)
     assert outcome.status == 2
-    assert f"{data / name} was changed while the run was reading it" in outcome.err
+    assert f"{data / name} changed while the run was reading it" in outcome.err
     done = records(tmp_path / "run", "train")
     assert 7 <= done[-1]["step"] <= 7 + PREFETCHED
     assert done == records(tmp_path / "straight", "train")[: len(done)]
@@ -131,7 +131,8 @@ def test_the_run_goes_on_once_the_data_is_as_it_was(
         monkeypatch.undo()
     outcome = rekindle(*command(tmp_path / "run"), "--data", data)
     assert outcome.status == 2
-    assert "train-0000.bin is not what was prepared (its SHA-256 differs, first" in outcome.err
+    changed = "train-0000.bin has changed since it was prepared (its SHA-256 differs, first"
+    assert changed in outcome.err
     shutil.copy(shard_set / "train-0000.bin", data)
     assert "resumes at step" in train(tmp_path / "run", "--data", data).out
 
@@ -147,8 +148,8 @@ def test_an_id_out_of_range_is_named(
     outcome = rekindle(*command(tmp_path / "run"), "--data", data, *flags)
     assert outcome.status == 2
     assert (
-        f"{data / name} holds the id 60000 beyond the vocabulary of 257 (first at token {token}), "
-        "and did not when it was checked"
+        f"{data / name} contains the id 60000, outside the vocabulary of 257 "
+        f"(first at token {token}), but passed the check when the run started"
     ) in outcome.err
     found = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
     assert all(path.name < "step-000020" for path in found)
@@ -184,7 +185,7 @@ def test_unchanged_names_the_file(data: Path, change: Callable) -> None:
     (data / "another file").write_text("is nobody's business")
     unchanged.check()
     change(data / "train-0001.bin")
-    with pytest.raises(UserError, match=r"train-0001\.bin was changed while"):
+    with pytest.raises(UserError, match=r"train-0001\.bin changed while"):
         unchanged.check()
 
 
@@ -198,7 +199,7 @@ def test_a_link_may_be_moved_but_not_to_other_tokens(tmp_path: Path, data: Path)
     unchanged.check()
     (links / "train-0001.bin").unlink()
     (links / "train-0001.bin").symlink_to(data / "train-0000.bin")
-    with pytest.raises(UserError, match=r"train-0001\.bin was changed while"):
+    with pytest.raises(UserError, match=r"train-0001\.bin changed while"):
         unchanged.check()
 
 
@@ -214,7 +215,7 @@ def test_windows_find_an_id_out_of_range(data: Path, token: int) -> None:
     windows.read(others)
     for number in holding:
         with pytest.raises(
-            UserError, match=rf"train-0001\.bin holds the id 257 .* token {token}\),"
+            UserError, match=rf"train-0001\.bin contains the id 257, .* token {token}\),"
         ):
             windows.read(np.append(others, number))
 
@@ -234,5 +235,5 @@ def test_the_largest_id_is_in_range(tmp_path: Path, write_shards: WriteShards) -
 def test_validation_finds_an_id_out_of_range(data: Path) -> None:
     spoil(data / "val-0001.bin", 42, 300)
     found = shards.open_split(data, shards.read_manifest(data), "val")
-    with pytest.raises(UserError, match=r"val-0001\.bin holds the id 300 .* at token 42\),"):
+    with pytest.raises(UserError, match=r"val-0001\.bin contains the id 300, .* at token 42\),"):
         list(validation_batches(found, 16, 10**6, 4, vocab_size=257))

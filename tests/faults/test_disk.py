@@ -126,8 +126,8 @@ def test_a_disk_without_room_for_the_log_is_told(
     end = train(out, fault=f"write .tmp-metrics.jsonl 1 1 {FULL}")
     assert end.status == 2
     assert end.err == (
-        f"rekindle: error: {out}/metrics.jsonl cannot be written anew (No space left on device): "
-        "make room or see that it may be written to, then give the same command again\n"
+        f"rekindle: error: {out}/metrics.jsonl cannot be rewritten (No space left on device): "
+        "free disk space or fix its permissions, then run the same command again\n"
     )
     assert (out / "metrics.jsonl").read_bytes() == before
     assert train(out).status == 0
@@ -222,8 +222,7 @@ def test_a_disk_that_becomes_read_only(
     end = train(out)
     assert end.status == 2
     assert end.err == (
-        f"rekindle: error: {out} may not be written to (Read-only file system): give another "
-        "--out\n"
+        f"rekindle: error: {out} is not writable (Read-only file system): choose another --out\n"
     )
     assert steps(out) == [4]
 

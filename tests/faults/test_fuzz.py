@@ -437,7 +437,7 @@ def test_names_cannot_leave_the_folder(data: Path, name: str) -> None:
     manifest = storage.read_json(data / "manifest.json")
     manifest["shards"][0]["name"] = name
     storage.write_json(data / "manifest.json", manifest)
-    with pytest.raises(UserError, match="which is no shard of this folder"):
+    with pytest.raises(UserError, match="which is not a shard in this folder"):
         shards.read_manifest(data)
 
 
@@ -451,7 +451,7 @@ def test_names_of_an_unfinished_preparation_cannot_leave_the_folder(tmp_path: Pa
     }
     (tmp_path / shards.UNFINISHED).mkdir()
     storage.write_json(tmp_path / shards.UNFINISHED / shards.STATE, state)
-    with pytest.raises(UserError, match="names files of other folders"):
+    with pytest.raises(UserError, match="names files in other folders"):
         saved_state(None, tmp_path, {})  # type: ignore[arg-type]
 
 

@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def assert_refused(end: Any, folder: Path) -> None:
     assert end.status == 2
     assert end.err.startswith(f"rekindle: error: {folder} is in use by process {os.getpid()} on ")
-    assert end.err.endswith(": wait until that is done, or give another --out\n")
+    assert end.err.endswith(": wait until it has finished, or choose another --out\n")
     assert end.err.count("\n") == 1
 
 
@@ -150,7 +150,7 @@ def test_a_second_preparation_into_a_folder_is_refused(
     monkeypatch.setattr(rekindle_prepare._Preparation, "_finish", wrapped)
     assert rekindle(*command, out).status == 0
     assert_refused(ends[0], out)
-    assert "prepared already" in nursery([*command, out]).out
+    assert "already prepared" in nursery([*command, out]).out
     assert nursery([*command, tmp_path / "other"]).status == 0
     mine, other = (contents(folder) for folder in (out, tmp_path / "other"))
     assert {p.name: c for p, c in mine.items() if p.name != ".lock"} == {

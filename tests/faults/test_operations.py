@@ -166,7 +166,7 @@ def test_cut_short_at_any_operation_a_preparation_ends_the_same(
         outcome = rekindle(*prepare(out))
         assert outcome.status == 0, f"{operation}: {outcome.err}"
         whole = shards.MANIFEST in disk
-        assert ("prepared already" in outcome.out) == whole, operation
+        assert ("already prepared" in outcome.out) == whole, operation
         assert contents(out) == expected, operation
         shutil.rmtree(out)
     print(f"{len(trace.killed)} states after kills, {len(trace.without_power)} without power")
