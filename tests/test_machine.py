@@ -116,10 +116,10 @@ def test_a_gpus_run_resumes_on_a_cpu() -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"kernels": True, "precision": "fp32"}, "--kernels: .*; say --no-kernels"),
+        ({"kernels": True, "precision": "fp32"}, "--kernels: .*; use --no-kernels"),
         ({"precision": "tf32"}, "--precision tf32 needs an NVIDIA GPU"),
-        ({"precision": "fp64"}, "--precision is"),
-        ({"device": "tpu"}, "--device is"),
+        ({"precision": "fp64"}, "--precision must be one of"),
+        ({"device": "tpu"}, "--device must be"),
         ({"micro_batch": 0}, "--micro-batch must be at least 1, but is 0"),
         ({"threads": -1}, "--threads must be at least 1, but is -1"),
     ],

@@ -56,7 +56,7 @@ def test_what_a_run_says(tmp_path: Path, train: Train) -> None:
     assert lines[1] == "running without torch.compile: as asked"
     assert lines[2].startswith("model: 11,216 parameters (n_layer 2, n_head 2, n_embd 16")
     assert "128 tokens a step = 8 rows x 16 x 1 micro-steps x 1 ranks" in lines[3]
-    assert lines[4].startswith(f"run: {tmp_path / 'run'}, 4 steps from the beginning")
+    assert lines[4].startswith(f"run: {tmp_path / 'run'} starts at step 0 of 4")
     assert lines[5].startswith("warm-up: ")
     assert lines[6].startswith("step     0 | validation loss")
     first = next(line for line in lines if line.startswith("step     0/4"))
@@ -169,12 +169,11 @@ def test_it_gives_up_after_going_back_three_times(
     outcome = rekindle(*command(tmp_path / "run"), "--steps", 100, "--checkpoint-every", 5)
     assert outcome.status == 2
     assert outcome.err == (
-        "rekindle: error: the 10 steps before step 25 were skipped in a row, though the run "
-        "rolled back to step 15 before: lower --optim.lr and start anew, or fork an earlier "
-        "checkpoint\n"
+        "rekindle: error: the 10 steps before step 25 were skipped in a row after 3 rollbacks to "
+        "step 15: lower --optim.lr and start from scratch, or --fork an earlier checkpoint\n"
     )
     assert outcome.out.count(": rolled back to step 15, continuing with batch ") == 3
-    assert "with batch 45 (batches 15 to 44 are left out)" in outcome.out
+    assert "with batch 45 (batches 15 to 44 are skipped)" in outcome.out
     assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(25))
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-000005", "step-000015"]
@@ -193,7 +192,7 @@ def test_it_goes_back_past_a_checkpoint_that_could_not_be_saved(
         return write(folder, description, snapshot)
 
     monkeypatch.setattr(writer, "write", full)
-    monkeypatch.setattr(writer, "PAUSES", ())
+    monkeypatch.setattr(writer, "RETRY_DELAYS", ())
     spoil_loss(monkeypatch, lambda step: 5 <= step < 14 or 15 <= step < 25)
     outcome = train(tmp_path / "run", "--steps", 30, "--checkpoint-every", 5)
     assert failed

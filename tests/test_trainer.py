@@ -127,7 +127,7 @@ def test_a_rollback_is_restore_with_another_batch(
 def test_all_steps_taken(tiny: Recipe, data: list[np.ndarray], machine: Machine) -> None:
     with build(dataclasses.replace(tiny, steps=2), data, machine) as trainer:
         take(trainer, 2)
-        with pytest.raises(UserError, match="all 2 steps of the recipe are taken"):
+        with pytest.raises(UserError, match="all 2 steps of the recipe are done"):
             trainer.train_step()
 
 
@@ -182,7 +182,7 @@ def test_another_models_checkpoint_is_refused(
     deeper = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, n_layer=3))
     with (
         build(deeper, data, machine) as trainer,
-        pytest.raises(UserError, match=r"holds another model .n_layer is 2, not 3"),
+        pytest.raises(UserError, match=r"holds a different model .n_layer is 2, not 3"),
     ):
         trainer.restore(path)
 

@@ -198,18 +198,18 @@ def test_a_flipped_bit_is_found(saved: Path, name: str) -> None:
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no"):
         checkpoint.find(tmp_path / "nothing")
-    with pytest.raises(UserError, match="is no run and no checkpoint"):
+    with pytest.raises(UserError, match="is not a run or a checkpoint"):
         checkpoint.find(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="has no checkpoint yet"):
         checkpoint.find(tmp_path)
     storage.write_json(tmp_path / "checkpoint.json", ["something else"])
-    with pytest.raises(UserError, match="is not the description of a checkpoint"):
+    with pytest.raises(UserError, match="is not a valid checkpoint description"):
         checkpoint.load(tmp_path)
     newer = {"format": 99}
     sha256 = format.description_sha256(newer)
     storage.write_json(tmp_path / "checkpoint.json", {**newer, "sha256": sha256})
-    with pytest.raises(UserError, match="is not a checkpoint of format 4"):
+    with pytest.raises(UserError, match="does not have checkpoint format 4"):
         checkpoint.load(tmp_path)
 
 

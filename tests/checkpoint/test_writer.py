@@ -169,7 +169,7 @@ def test_closing_waits(training: Training, gate: threading.Event) -> None:
     threading.Timer(0.2, gate.set).start()
     training.saver.close()
     assert_equal(training.written(1), state)
-    assert training.printed.getvalue().startswith("finishing the checkpoint under way\n")
+    assert training.printed.getvalue().startswith("finishing the checkpoint in progress\n")
 
 
 UNCLOSED = """
@@ -229,7 +229,7 @@ def test_a_disk_that_fails_is_told_at_once_and_raised_only_at_the_end(
     tiny: Recipe, tmp_path: Path, describe: Callable, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     """The checkpoint before is untouched, and nothing half-written stays."""
-    monkeypatch.setattr(writer, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(writer, "RETRY_DELAYS", (0.01, 0.02))
     training = Training(tiny, tmp_path, describe, keep=1)
     state = training.save()
     training.saver.finish()
@@ -239,7 +239,7 @@ def test_a_disk_that_fails_is_told_at_once_and_raised_only_at_the_end(
         training.saver.close()  # tells, but does not raise
     assert "step     2 | saving failed: No space left on device\n" in training.printed.getvalue()
     folder = re.escape(str(tmp_path / "checkpoints"))
-    expected = rf"step 2 in {folder} failed \(No space left on device\): make room"
+    expected = rf"step 2 in {folder} failed \(No space left on device\): free some space"
     assert training.names() == ["step-000001"]
     assert_equal(training.written(1), state)
     assert [r["step"] for r in training.records()] == [1]

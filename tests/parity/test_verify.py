@@ -207,7 +207,7 @@ def test_what_verify_cannot_do_is_a_users_mistake(folder: Path, tmp_path: Path) 
         verify(str(folder), layers=2)
     with pytest.raises(UserError, match="takes a size"):
         verify("gpt3", random_weights=True)
-    with pytest.raises(UserError, match="is no run and no checkpoint"):
+    with pytest.raises(UserError, match="is not a run or a checkpoint"):
         verify(str(tmp_path))
 
 

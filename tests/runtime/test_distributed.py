@@ -20,15 +20,15 @@ GLOO = "[{}third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by
 )
 def test_a_lost_rank_is_told_in_a_line(error: RuntimeError, said: str) -> None:
     with (
-        pytest.raises(UserError, match=rf"^lost touch with another rank \({said}"),
-        World().together(),
+        pytest.raises(UserError, match=rf"^lost the connection to another rank \({said}"),
+        World().collective(),
     ):
         raise error
     assert "/" not in reason(error)
 
 
 def test_what_is_no_lost_rank_is_not_taken_for_one() -> None:
-    with pytest.raises(torch.OutOfMemoryError), World().together():
+    with pytest.raises(torch.OutOfMemoryError), World().collective():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
 

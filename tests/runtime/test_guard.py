@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from rekindle.runtime.guard import DEVIATION, ENOUGH, MARGIN, WINDOW, Guard
+from rekindle.runtime.guard import DEVIATION, MARGIN, MIN_LOSSES, WINDOW, Guard
 
 
 def accustomed(losses: Iterable[float], spike: float = 10.0) -> Guard:
@@ -33,7 +33,7 @@ def test_a_spike_is_so_many_deviations_above_the_median() -> None:
     losses = [1.9, 2.0, 2.1] * 20 + [2.0, 1.9]
     limit = 2.0 + 10 * DEVIATION * 0.1
     assert not accustomed(losses).observe(limit - 1e-6, 1.0)
-    assert accustomed(losses).observe(limit + 1e-6, 1.0) == "a spike, where 2.0000 is usual"
+    assert accustomed(losses).observe(limit + 1e-6, 1.0) == "loss spike (recent median 2.0000)"
     assert accustomed(losses, spike=5.0).observe(2.0 + 5 * DEVIATION * 0.1 + 1e-6, 1.0)
 
 
@@ -45,22 +45,22 @@ def test_a_few_wild_losses_do_not_move_the_limit() -> None:
 
 
 def test_on_a_flat_curve_a_spike_is_a_fifth_above() -> None:
-    flat = [2.0] * ENOUGH
+    flat = [2.0] * MIN_LOSSES
     assert not accustomed(flat).observe(2.0 * (1 + MARGIN) - 1e-6, 1.0)
     assert accustomed(flat).observe(2.0 * (1 + MARGIN) + 1e-6, 1.0)
 
 
 def test_a_loss_far_below_is_welcome() -> None:
-    assert not accustomed([2.0] * ENOUGH).observe(0.1, 1.0)
+    assert not accustomed([2.0] * MIN_LOSSES).observe(0.1, 1.0)
 
 
 def test_nothing_is_a_spike_before_enough_losses() -> None:
-    assert not accustomed([2.0] * (ENOUGH - 1)).observe(99.0, 1.0)
-    assert accustomed([2.0] * ENOUGH).observe(99.0, 1.0)
+    assert not accustomed([2.0] * (MIN_LOSSES - 1)).observe(99.0, 1.0)
+    assert accustomed([2.0] * MIN_LOSSES).observe(99.0, 1.0)
 
 
 def test_refused_losses_are_not_learnt() -> None:
-    guard = accustomed([2.0] * ENOUGH)
+    guard = accustomed([2.0] * MIN_LOSSES)
     before = guard.state()["losses"]
     for n in range(1, 2 * WINDOW):
         assert guard.observe(9.0, 1.0)

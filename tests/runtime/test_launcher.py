@@ -90,8 +90,8 @@ def start(
 
 
 @pytest.mark.parametrize(
-    ("rank", "words"), [(0, "waited 3 s for all 2 ranks to meet: 1 did not come"),
-                        (1, "rank 0 did not come to MASTER_ADDR 127.0.0.1, MASTER_PORT")]
+    ("rank", "words"), [(0, "waited 3 s for all 2 ranks, but these did not connect: 1;"),
+                        (1, "could not reach rank 0 at MASTER_ADDR 127.0.0.1, MASTER_PORT")]
 )  # fmt: skip
 def test_the_others_never_come(
     python: Callable, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -114,7 +114,7 @@ def test_two_rows_too_many_leave_one_and_one_is_a_users_mistake(
     monkeypatch.setattr(model, "forward", out_of_memory(0))
     assert micro_batch._rows_in_gpu_memory(model, 16, device) == 0
     monkeypatch.setattr(micro_batch, "_rows_in_gpu_memory", lambda *arguments: 0)
-    with pytest.raises(UserError, match="no memory for one row of 16 tokens"):
+    with pytest.raises(UserError, match="one row of 16 tokens does not fit in the memory"):
         micro_batch.choose_micro_batch(model, 8, 16, GPU, World())
 
 
@@ -130,6 +130,6 @@ def test_activations_are_recomputed_where_few_rows_fit(
 def test_a_sharded_model_is_not_measured(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
     monkeypatch.setattr(micro_batch, "is_sharded", lambda model: True)
     assert not micro_batch.must_recompute(model, 16, GPU, World())
-    with pytest.raises(UserError, match=r"--shard .*: give --micro-batch"):
+    with pytest.raises(UserError, match=r"--shard: .*: give --micro-batch"):
         micro_batch.choose_micro_batch(model, 8, 16, GPU, World())
     assert micro_batch.choose_micro_batch(model, 8, 16, CPU, World()) == 8

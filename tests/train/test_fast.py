@@ -102,7 +102,7 @@ def test_another_model_cannot_resume_it(fast: Callable, rekindle: Callable, tmp_
     where = ["--data", shard_set, "--out", tmp_path / "run", "--device", "cpu"]
     refused = rekindle("train", "demo", *where)
     assert refused.status == 2
-    assert "was begun with another recipe" in refused.err
+    assert "was started with a different recipe" in refused.err
 
 
 def test_its_flags_are_its_own(rekindle: Callable, tmp_path: Path) -> None:

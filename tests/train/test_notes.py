@@ -108,7 +108,7 @@ def test_parent_and_child_moved_together(
     resumed = train(new / "child", "--steps", 12, "--fork", new / named)
     assert f"resumes at step {8 if own_checkpoint else 4} of 12" in resumed.out
     if own_checkpoint:
-        assert "has all its 12 steps" in train(new / "child", "--steps", 12).out
+        assert "has finished all 12 steps" in train(new / "child", "--steps", 12).out
 
 
 def test_another_parent_of_that_name_is_refused(
@@ -132,7 +132,7 @@ def test_a_parent_that_was_pruned_before_the_child_saved(
     fork = ("--fork", tmp_path / "parent" / "checkpoints" / "step-000004")
     killed_before(monkeypatch, 6, train, tmp_path / "child", *fork)
     shutil.rmtree(fork[1])
-    advice = "start the fork anew in another --out"
+    advice = "start the fork again in a new --out"
     refuses([*command(tmp_path / "child"), *fork], "is gone", advice)
     train(tmp_path / "again", "--fork", tmp_path / "parent")  # which works
 

@@ -121,7 +121,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     stop_before(monkeypatch, train, at, out)
     outcome = train(out)
     if at < 4:
-        assert "12 steps from the beginning" in outcome.out
+        assert "starts at step 0 of 12" in outcome.out
     else:
         assert f"resumes at step {at // 4 * 4} of 12" in outcome.out
     assert_same(out, straight, records)
@@ -162,7 +162,7 @@ def test_a_finished_run_does_nothing_more(
 ) -> None:
     before, state = records(straight), final_state(straight)
     outcome = train(straight)
-    assert "has all its 12 steps; --steps takes it further" in outcome.out
+    assert "has finished all 12 steps; continue with --steps" in outcome.out
     assert records(straight) == before
     assert final_state(straight) == state
 
@@ -304,7 +304,7 @@ def test_nor_does_ctrl_c(
     raise_before(monkeypatch, 5, KeyboardInterrupt)
     outcome = rekindle(*command(out))
     assert outcome.status == 130
-    assert "finishing the checkpoint under way" in outcome.out
+    assert "finishing the checkpoint in progress" in outcome.out
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000004"]
     assert final_state(out, 4) == final_state(straight, 4)
     assert [r["step"] for r in records(out, "checkpoint")] == [4]
