@@ -119,15 +119,15 @@ def resolve(
     from rekindle.model import kernels
     from rekindle.runtime import device as devices
 
-    asked = options or MachineOptions()
+    options = options or MachineOptions()
     rank, ranks = (world.local_rank, world.size) if world else (0, 1)
-    device = devices.get_device(asked.device or "auto", "auto", rank)
+    device = devices.get_device(options.device or "auto", "auto", rank)
     kind, memory = device.torch.type, devices.memory_of(device.torch)
     same = recorded is not None and _same_device(recorded, kind, memory)
 
     def decide(name: str, default: Any, *, can: bool = True) -> Any:
         """The user's choice, else the recorded setting if it `can` be used here, else `default`."""
-        value = getattr(asked, name)
+        value = getattr(options, name)
         if value is None and recorded is not None and can:
             value = getattr(recorded, name)
         return default if value is None else value
@@ -137,7 +137,7 @@ def resolve(
     shard = decide("shard", False)
     why = "it is sharded" if shard and ranks > 1 else devices.why_not_compile(device.torch)
     no_kernels = kernels.why_not(device.torch, device.product_dtype)
-    if asked.kernels and no_kernels:
+    if options.kernels and no_kernels:
         raise UserError(f"--kernels: {no_kernels}; use --no-kernels")
     micro_batch = recorded.micro_batch if recorded else None
     divides = bool(micro_batch) and not (rows and rows % (micro_batch * ranks))

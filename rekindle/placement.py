@@ -19,8 +19,8 @@ from rekindle.runtime.sharding import is_sharded, shard
 
 
 def move(model: LanguageModel, machine: Machine, device: Device, world: World) -> None:
-    """Move `model` from the CPU to the device, sharding it first if asked: one GPU may not have
-    enough memory for the full model."""
+    """Move `model` from the CPU to the device, or shard it over the ranks' devices. A GPU may not
+    have enough memory for the full model, so it must not be moved there before it is sharded."""
     if machine.shard and world.size > 1:
         shard(model, device.torch, world)
     else:

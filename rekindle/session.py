@@ -44,7 +44,7 @@ class Session:
     # Rollbacks per checkpoint step. Not saved: a resumed run would repeat them.
     rollbacks: Counter[int] = field(default_factory=Counter)
     signals: Listener = field(default_factory=Listener)
-    began: float = 0.0  # time at which the run was started; 0 once the first step is done
+    began: float = 0.0  # when the command was started; 0 once the first step is done
 
     @property
     def world(self) -> World:
@@ -91,8 +91,8 @@ class Session:
             data_wait=data_wait,
         )
         if self.began:
-            took = duration(time.perf_counter() - self.began)
-            self.console.print(f"first step done {took} after the start")
+            elapsed = duration(time.perf_counter() - self.began)
+            self.console.print(f"first step done {elapsed} after the start")
             self.began = 0.0
 
     def evaluate(self) -> None:

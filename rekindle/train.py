@@ -108,12 +108,13 @@ def train(session: "Session") -> None:
     trainer, recipe, guard = session.trainer, session.trainer.recipe, session.trainer.guard
     session.warm_up()
     start = trainer.step
+    # Evaluate the untrained weights, or a checkpoint that a stop signal left unevaluated.
     if not session.evaluated and (start == 0 or due(start, recipe.eval_every, recipe.steps)):
         session.evaluate_saved()
     while trainer.step < recipe.steps:
-        began, waited = time.perf_counter(), trainer.data_wait_s
+        start_time, waited = time.perf_counter(), trainer.data_wait_s
         result = trainer.train_step()
-        session.log(result, time.perf_counter() - began, trainer.data_wait_s - waited)
+        session.log(result, time.perf_counter() - start_time, trainer.data_wait_s - waited)
         step = trainer.step
         if guard.skipped == ROLL_BACK_AFTER:
             session.roll_back()
@@ -126,7 +127,8 @@ def train(session: "Session") -> None:
             session.evaluate()
         if step == recipe.steps:
             session.check_end(result.loss)
-        applied = not guard.skipped or step == recipe.steps
-        if due(step, recipe.checkpoint_every, recipe.steps) and applied:
+        # No checkpoint after a skipped step: a rollback needs one from before the skipped steps.
+        may_save = not guard.skipped or step == recipe.steps
+        if due(step, recipe.checkpoint_every, recipe.steps) and may_save:
             session.save(evaluated=evaluated)
     session.saver.finish()

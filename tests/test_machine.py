@@ -19,7 +19,7 @@ CPU = Machine(
     shard=True, threads=1, recompute=True, micro_batch=4, name="CPU",
     memory=devices.memory_of(torch.device("cpu")),
 )  # fmt: skip
-ASKED = MachineOptions(device="cpu")
+OPTIONS = MachineOptions(device="cpu")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "why_not_compile", lambda device: None)
-    found = resolve(ASKED)
+    found = resolve(OPTIONS)
     assert found == Machine(
         device="cpu", precision=found.precision, compile=True, kernels=False, deterministic=False,
         shard=False, threads=1, recompute=False, micro_batch=None, name="CPU", memory=CPU.memory,
@@ -45,35 +45,35 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_recorded_settings_are_kept_on_the_same_device() -> None:
-    assert resolve(ASKED, CPU) == CPU
+    assert resolve(OPTIONS, CPU) == CPU
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [
         {"precision": "fp32"}, {"deterministic": False}, {"shard": False}, {"threads": 2},
         {"recompute": False}, {"micro_batch": 8},
     ],
 )  # fmt: skip
-def test_options_override_recorded_settings(asked: dict[str, Any]) -> None:
-    found = resolve(dataclasses.replace(ASKED, **asked), CPU)
-    assert found == dataclasses.replace(CPU, **asked)
-    assert changes(CPU, found, dataclasses.replace(ASKED, **asked)) == ""
+def test_options_override_recorded_settings(options: dict[str, Any]) -> None:
+    found = resolve(dataclasses.replace(OPTIONS, **options), CPU)
+    assert found == dataclasses.replace(CPU, **options)
+    assert changes(CPU, found, dataclasses.replace(OPTIONS, **options)) == ""
 
 
 @pytest.mark.parametrize(("factor", "kept"), [(0.5, False), (0.97, True), (1.03, True), (4, False)])
 def test_other_memory_means_a_new_micro_batch_search(factor: float, kept: bool) -> None:
     before = dataclasses.replace(CPU, memory=int(CPU.memory * factor))
-    found = resolve(ASKED, before)
+    found = resolve(OPTIONS, before)
     assert (found.micro_batch, found.recompute) == ((4, True) if kept else (None, False))
     assert (found.precision, found.deterministic) == ("autocast", True)
-    assert ("micro-batch None instead of 4" in changes(before, found, ASKED)) is not kept
+    assert ("micro-batch None instead of 4" in changes(before, found, OPTIONS)) is not kept
 
 
 def test_more_threads_than_cores_are_not_kept() -> None:
     before = dataclasses.replace(CPU, threads=usable_cores() + 1)
-    assert resolve(ASKED, before).threads == 1
-    assert resolve(ASKED, dataclasses.replace(before, threads=usable_cores())).threads > 1
+    assert resolve(OPTIONS, before).threads == 1
+    assert resolve(OPTIONS, dataclasses.replace(before, threads=usable_cores())).threads > 1
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,13 @@ def test_more_threads_than_cores_are_not_kept() -> None:
 def test_micro_batch_that_no_longer_divides_is_not_kept(
     rows: int | None, ranks: int, kept: int | None
 ) -> None:
-    assert resolve(ASKED, CPU, World(size=ranks), rows=rows).micro_batch == kept
+    assert resolve(OPTIONS, CPU, World(size=ranks), rows=rows).micro_batch == kept
 
 
 def test_sharded_model_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "why_not_compile", lambda device: None)
-    asked = MachineOptions(device="cpu", shard=True, compile=True)
-    assert [resolve(asked, None, World(size=n)).compile for n in (1, 2)] == [True, False]
+    options = MachineOptions(device="cpu", shard=True, compile=True)
+    assert [resolve(options, None, World(size=n)).compile for n in (1, 2)] == [True, False]
 
 
 def test_run_from_a_cpu_resumes_on_a_gpu(gpu: None) -> None:
@@ -105,16 +105,16 @@ def test_run_from_a_gpu_resumes_on_a_cpu() -> None:
         device="cuda", precision="tf32", compile=False, kernels=True, deterministic=False,
         shard=False, threads=16, recompute=False, micro_batch=64, memory=80 * 2**30,
     )  # fmt: skip
-    found = resolve(ASKED, before)
+    found = resolve(OPTIONS, before)
     assert (found.kernels, found.micro_batch, found.threads) == (False, None, 1)
-    assert found.precision == resolve(ASKED).precision  # a CPU has no TF32
-    line = changes(before, found, ASKED)
+    assert found.precision == resolve(OPTIONS).precision  # a CPU has no TF32
+    line = changes(before, found, OPTIONS)
     assert "kernels no instead of yes" in line
     assert "precision" in line
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("options", "words"),
     [
         ({"kernels": True, "precision": "fp32"}, "--kernels: .*; use --no-kernels"),
         ({"precision": "tf32"}, "--precision tf32 needs an NVIDIA GPU"),
@@ -124,9 +124,9 @@ def test_run_from_a_gpu_resumes_on_a_cpu() -> None:
         ({"threads": -1}, "--threads must be at least 1, but is -1"),
     ],
 )
-def test_unavailable_option_is_an_error(asked: dict[str, Any], words: str) -> None:
+def test_unavailable_option_is_an_error(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        resolve(MachineOptions(**{"device": "cpu", **asked}))
+        resolve(MachineOptions(**{"device": "cpu", **options}))
 
 
 def test_settings_that_may_differ_between_ranks() -> None:

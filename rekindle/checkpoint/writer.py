@@ -92,7 +92,7 @@ def write(folder: Path, description: Description, snapshot: Snapshot) -> Path:
         for name, tensors in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
             arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
             new.write_tensors(f"{name}.safetensors", arrays)
-        new.write_json(DESCRIPTION, _signed(description, dict(new.files)))
+        new.write_json(DESCRIPTION, _with_hash(description, dict(new.files)))
     return path
 
 
@@ -102,16 +102,16 @@ def amend(saved: Checkpoint, **changes: Any) -> Checkpoint:
     file = saved.path / DESCRIPTION
     files = storage.read_json(file, {"files": dict})["files"]
     description = dataclasses.replace(saved.description, **changes)
-    storage.write_json(file, _signed(description, files))
+    storage.write_json(file, _with_hash(description, files))
     return dataclasses.replace(saved, description=description)
 
 
-def _signed(description: Description, files: dict[str, Any]) -> dict[str, Any]:
+def _with_hash(description: Description, files: dict[str, Any]) -> dict[str, Any]:
     """The contents of checkpoint.json: the description with the format, the files and a hash."""
-    unsigned = {"format": FORMAT, **dataclasses.asdict(description), "files": files}
+    contents = {"format": FORMAT, **dataclasses.asdict(description), "files": files}
     if description.updates is None:
-        del unsigned["updates"]
-    return {**unsigned, "sha256": description_sha256(unsigned)}
+        del contents["updates"]
+    return {**contents, "sha256": description_sha256(contents)}
 
 
 def save(
@@ -162,7 +162,7 @@ class Saver:
                 with self._gathering():
                     deque(full_tensors(self._model, self._optimizer), maxlen=0)
             return
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         if self._thread:
             self._thread.join()  # it still uses the only snapshot
         if self._failure and not isinstance(self._failure, UserError):
@@ -170,7 +170,7 @@ class Saver:
         self._failure = None
         with self._gathering():
             self._snapshot.take(self._model, self._optimizer)
-        stall = time.perf_counter() - began
+        stall = time.perf_counter() - start_time
         # Not a daemon: the process waits for it to end, even if `close` is interrupted.
         self._thread = threading.Thread(target=self._write, args=(description, stall))
         self._thread.start()
@@ -194,11 +194,11 @@ class Saver:
 
     def _write(self, description: Description, stall: float) -> None:
         assert self._snapshot is not None
-        step, began = description.step, time.perf_counter()
+        step, start_time = description.step, time.perf_counter()
         try:
             path = self._write_with_retries(description)
             self._prune()
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - start_time
             self._metrics.record("checkpoint", step, seconds=seconds, stall_s=stall)
             self._metrics.console.print(
                 f"step {step:>5} | saved {path} ({seconds:.1f} s, training waited {stall:.2f} s)"

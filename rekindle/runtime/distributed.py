@@ -275,7 +275,7 @@ def rendezvous(store: Store, rank: int, size: int, limit: float) -> str:
     """
     keys = [f"rekindle/{r}" for r in range(size)]
     store.set(keys[rank], os.urandom(8).hex())
-    began = time.monotonic()
+    start_time = time.monotonic()
     while True:
         arrivals = keys
         if store.check(keys):
@@ -285,7 +285,7 @@ def rendezvous(store: Store, rank: int, size: int, limit: float) -> str:
             # A token may be left from a dead rank: the name is valid once every rank arrives at it.
             if store.check(arrivals):
                 return generation
-        if limit and time.monotonic() - began > limit:
+        if limit and time.monotonic() - start_time > limit:
             missing = [str(r) for r, key in enumerate(arrivals) if not store.check([key])]
             raise UserError(
                 f"waited {limit:.0f} s for all {size} ranks, but these did not connect: "

@@ -41,17 +41,17 @@ def choose_micro_batch(
     if device.torch.type == "cuda" and is_sharded(model):
         raise UserError("--shard: the micro-batch size is not chosen for you: give --micro-batch")
     if device.torch.type == "cuda":
-        fits = min(MAX_ROWS, _rows_in_gpu_memory(model, T, device))
+        max_rows = min(MAX_ROWS, _rows_in_gpu_memory(model, T, device))
     else:
-        fits = rows_for(model.config, T, device)
-    fits = world.min(fits, device.torch)
-    if not fits:
+        max_rows = rows_for(model.config, T, device)
+    max_rows = world.min(max_rows, device.torch)
+    if not max_rows:
         raise UserError(
             f"one row of {T} tokens does not fit in the memory of the {device.name}: use a smaller "
             "model or --batch.length"
         )
     share = rows // world.size
-    return next(n for n in range(min(fits, share), 0, -1) if share % n == 0)
+    return next(n for n in range(min(max_rows, share), 0, -1) if share % n == 0)
 
 
 def rows_for(config: ModelConfig, T: int, device: Device) -> int:

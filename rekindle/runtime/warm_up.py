@@ -42,14 +42,14 @@ def warm_up(
     on_gpu = device.torch.type == "cuda"
     with torch.random.fork_rng([device.torch] if on_gpu else []):
         for _ in range(PASSES):
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             with gradient_sync(forward, world, now=True):
                 with device.autocast():
                     _, loss = forward(x, y)
                 assert loss is not None
                 loss.backward()
             device.synchronize()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start_time)
     zero_gradients(parameters)
     peak = torch.cuda.max_memory_allocated(device.torch) if on_gpu else None
     return WarmUp(max(0.0, seconds[0] - seconds[-1]), seconds[-1], peak)

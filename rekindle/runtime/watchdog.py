@@ -86,8 +86,8 @@ class Watchdog:
         """The latest post of every rank; empty if there is none."""
         posts = {}
         for rank in range(self._world.size):
-            there = self._store.check([self._key(rank)])
-            posts[rank] = self._store.get(self._key(rank)).decode() if there else ""
+            posted = self._store.check([self._key(rank)])
+            posts[rank] = self._store.get(self._key(rank)).decode() if posted else ""
         return posts
 
     def _key(self, rank: int) -> str:

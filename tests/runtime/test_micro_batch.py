@@ -23,7 +23,7 @@ def model() -> GPT2:
 
 
 @pytest.mark.parametrize(
-    ("rows", "ranks", "fits", "expected"),
+    ("rows", "ranks", "max_rows", "expected"),
     [
         (512, 1, 64, 64),
         (512, 8, 64, 64),
@@ -35,9 +35,14 @@ def model() -> GPT2:
     ],
 )
 def test_largest_micro_batch_that_fits_and_divides(
-    monkeypatch: pytest.MonkeyPatch, model: GPT2, rows: int, ranks: int, fits: int, expected: int
+    monkeypatch: pytest.MonkeyPatch,
+    model: GPT2,
+    rows: int,
+    ranks: int,
+    max_rows: int,
+    expected: int,
 ) -> None:
-    monkeypatch.setattr(micro_batch, "rows_for", lambda config, T, device: fits)
+    monkeypatch.setattr(micro_batch, "rows_for", lambda config, T, device: max_rows)
     monkeypatch.setattr(World, "min", lambda self, value, device: value)
     assert micro_batch.choose_micro_batch(model, rows, 16, CPU, World(size=ranks)) == expected
 

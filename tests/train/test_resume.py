@@ -48,16 +48,16 @@ Records = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def straight_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("straight") / "run"
+def uninterrupted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("uninterrupted") / "run"
 
 
 @pytest.fixture
-def straight(straight_folder: Path, train: Train) -> Path:
+def uninterrupted(uninterrupted_folder: Path, train: Train) -> Path:
     """An uninterrupted run of 12 steps. Its 10th batch is the last of the first epoch."""
-    if not straight_folder.exists():
-        train(straight_folder)
-    return straight_folder
+    if not uninterrupted_folder.exists():
+        train(uninterrupted_folder)
+    return uninterrupted_folder
 
 
 def raise_before(patch: pytest.MonkeyPatch, step: int, error: type[BaseException]) -> list[int]:
@@ -112,7 +112,7 @@ def assert_same(run: Path, other: Path, records: Records) -> None:
 
 @pytest.mark.parametrize("at", [2, 4, 6, 9, 11])
 def test_resumed_run_has_the_same_bits(
-    straight: Path,
+    uninterrupted: Path,
     tmp_path: Path,
     train: Train,
     records: Records,
@@ -127,11 +127,11 @@ def test_resumed_run_has_the_same_bits(
         assert "starts at step 0 of 12" in outcome.out
     else:
         assert f"resumes at step {at // 4 * 4} of 12" in outcome.out
-    assert_same(out, straight, records)
+    assert_same(out, uninterrupted, records)
 
 
 def test_run_interrupted_several_times_has_the_same_bits(
-    straight: Path,
+    uninterrupted: Path,
     tmp_path: Path,
     train: Train,
     records: Records,
@@ -140,11 +140,11 @@ def test_run_interrupted_several_times_has_the_same_bits(
     for at in (5, 6, 10):
         interrupt_before(monkeypatch, train, at, tmp_path / "run")
     train(tmp_path / "run")
-    assert_same(tmp_path / "run", straight, records)
+    assert_same(tmp_path / "run", uninterrupted, records)
 
 
 def test_intervals_and_more_steps_do_not_change_the_training(
-    straight: Path, tmp_path: Path, train: Train, records: Records
+    uninterrupted: Path, tmp_path: Path, train: Train, records: Records
 ) -> None:
     """With a constant learning rate; a cosine schedule would depend on the number of steps."""
     constant = ("--schedule.final", 1, "--schedule.warmup", 0)
@@ -157,34 +157,36 @@ def test_intervals_and_more_steps_do_not_change_the_training(
     assert records(out, "train") == records(tmp_path / "uninterrupted", "train")
     assert [r["step"] for r in records(out, "validation")] == [0, 2, 4, 5, 6, 9, 12]
     assert [r["step"] for r in records(out, "checkpoint")] == [5, 10, 12]
-    assert records(straight, "train") != records(out, "train")  # `straight` has a cosine schedule
+    assert records(uninterrupted, "train") != records(
+        out, "train"
+    )  # `uninterrupted` has a cosine schedule
 
 
 def test_finished_run_does_nothing(
-    straight: Path, tmp_path: Path, train: Train, records: Records
+    uninterrupted: Path, tmp_path: Path, train: Train, records: Records
 ) -> None:
-    before, state = records(straight), final_state(straight)
-    outcome = train(straight)
+    before, state = records(uninterrupted), final_state(uninterrupted)
+    outcome = train(uninterrupted)
     assert "has finished all 12 steps; continue with --steps" in outcome.out
-    assert records(straight) == before
-    assert final_state(straight) == state
+    assert records(uninterrupted) == before
+    assert final_state(uninterrupted) == state
 
 
-def test_learning_rate_follows_the_schedule(straight: Path, records: Records) -> None:
+def test_learning_rate_follows_the_schedule(uninterrupted: Path, records: Records) -> None:
     from rekindle.optim.schedule import learning_rate
 
-    rates = [r["lr"] for r in records(straight, "train")]
+    rates = [r["lr"] for r in records(uninterrupted, "train")]
     expected = [learning_rate(s, peak=0.01, warmup=3, steps=12, final=0.1) for s in range(12)]
     assert rates == expected
 
 
-def test_every_step_is_logged_once(straight: Path, records: Records) -> None:
-    assert [r["step"] for r in records(straight, "train")] == list(range(12))
-    assert [r["step"] for r in records(straight, "validation")] == [0, 4, 8, 12]
-    assert {r["tokens"] for r in records(straight, "validation")} == {300}
-    assert [r["step"] for r in records(straight, "checkpoint")] == [4, 8, 12]
-    assert all(len(r["texts"]) == 2 for r in records(straight, "samples"))
-    losses = [r["loss"] for r in records(straight, "train")]
+def test_every_step_is_logged_once(uninterrupted: Path, records: Records) -> None:
+    assert [r["step"] for r in records(uninterrupted, "train")] == list(range(12))
+    assert [r["step"] for r in records(uninterrupted, "validation")] == [0, 4, 8, 12]
+    assert {r["tokens"] for r in records(uninterrupted, "validation")} == {300}
+    assert [r["step"] for r in records(uninterrupted, "checkpoint")] == [4, 8, 12]
+    assert all(len(r["texts"]) == 2 for r in records(uninterrupted, "samples"))
+    losses = [r["loss"] for r in records(uninterrupted, "train")]
     assert losses[-1] < losses[0]
 
 
@@ -226,11 +228,11 @@ def test_run_started_without_compilation_resumes_without(
     assert "running without torch.compile: as the run was started" in outcome.out
 
 
-def test_checkpoint_description(straight: Path, shard_set: Path) -> None:
-    names = sorted(p.name for p in (straight / "checkpoints").iterdir())
+def test_checkpoint_description(uninterrupted: Path, shard_set: Path) -> None:
+    names = sorted(p.name for p in (uninterrupted / "checkpoints").iterdir())
     assert names == ["step-000004", "step-000008", "step-000012"]
-    description = storage.read_json(straight / "checkpoints" / names[1] / "checkpoint.json")
-    assert description["step"] == updates(straight / "checkpoints" / names[1]) == 8
+    description = storage.read_json(uninterrupted / "checkpoints" / names[1] / "checkpoint.json")
+    assert description["step"] == updates(uninterrupted / "checkpoints" / names[1]) == 8
     assert description["data_position"] == {"windows": 64}
     assert description["recipe"]["seed"] == 1337
     assert description["recipe"]["optim.lr"] == 0.01
@@ -263,7 +265,11 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slow_disk_does_not_change_or_delay_training(
-    straight: Path, tmp_path: Path, train: Train, records: Records, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: Path,
+    tmp_path: Path,
+    train: Train,
+    records: Records,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The checkpoint holds the state at the time of the save, although training continues."""
     out, step_6_logged = tmp_path / "run", threading.Event()
@@ -282,7 +288,7 @@ def test_slow_disk_does_not_change_or_delay_training(
     monkeypatch.setattr(storage.Folder, "write_tensors", slow)
     train(out)
     for step in (4, 8, 12):
-        assert final_state(out, step) == final_state(straight, step)
+        assert final_state(out, step) == final_state(uninterrupted, step)
     logged = storage.read_json_lines(out / "metrics.jsonl")
     order = [(r["kind"], r["step"]) for r in logged if r["kind"] in ("train", "checkpoint")]
     assert order.index(("checkpoint", 4)) > order.index(("train", 6))  # training continued
@@ -291,16 +297,20 @@ def test_slow_disk_does_not_change_or_delay_training(
 
 
 def test_error_lets_the_checkpoint_finish(
-    straight: Path, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, slow_disk: None
+    uninterrupted: Path,
+    tmp_path: Path,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    slow_disk: None,
 ) -> None:
     out = tmp_path / "run"
     interrupt_before(monkeypatch, train, 5, out)
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000004"]
-    assert final_state(out, 4) == final_state(straight, 4)
+    assert final_state(out, 4) == final_state(uninterrupted, 4)
 
 
 def test_ctrl_c_lets_the_checkpoint_finish(
-    straight: Path, tmp_path: Path, rekindle: Callable, command: Callable, records: Records,
+    uninterrupted: Path, tmp_path: Path, rekindle: Callable, command: Callable, records: Records,
     monkeypatch: pytest.MonkeyPatch, slow_disk: None,
 ) -> None:  # fmt: skip
     out = tmp_path / "run"
@@ -309,7 +319,7 @@ def test_ctrl_c_lets_the_checkpoint_finish(
     assert outcome.status == 130
     assert "finishing the checkpoint in progress" in outcome.out
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000004"]
-    assert final_state(out, 4) == final_state(straight, 4)
+    assert final_state(out, 4) == final_state(uninterrupted, 4)
     assert [r["step"] for r in records(out, "checkpoint")] == [4]
 
 
@@ -336,7 +346,7 @@ def kill(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_while_writing_a_checkpoint(
-    straight: Path, tmp_path: Path, train: Train, records: Records, kill: Callable[..., str]
+    uninterrupted: Path, tmp_path: Path, train: Train, records: Records, kill: Callable[..., str]
 ) -> None:
     """Killed just before its second checkpoint is renamed, so the one of step 4 is the newest."""
     out = tmp_path / "run"
@@ -347,56 +357,58 @@ def test_killed_while_writing_a_checkpoint(
     assert "resumes at step 4" in train(out).out
     names = sorted(p.name for p in (out / "checkpoints").iterdir())
     assert names == ["step-000004", "step-000008", "step-000012"]
-    assert_same(out, straight, records)
+    assert_same(out, uninterrupted, records)
 
 
 # -- forks ----------------------------------------------------------------------------------------
 
 
 def test_fork_continues_from_the_parent(
-    straight: Path, tmp_path: Path, train: Train, records: Records
+    uninterrupted: Path, tmp_path: Path, train: Train, records: Records
 ) -> None:
     """A fork with an unchanged recipe equals the rest of the parent run."""
-    before = sorted(p.name for p in straight.rglob("*"))
-    outcome = train(tmp_path / "fork", "--fork", straight / "checkpoints" / "step-000008")
+    before = sorted(p.name for p in uninterrupted.rglob("*"))
+    outcome = train(tmp_path / "fork", "--fork", uninterrupted / "checkpoints" / "step-000008")
     assert "forked at step 8 of " in outcome.out
-    assert final_state(tmp_path / "fork") == final_state(straight)
-    assert records(tmp_path / "fork", "train") == records(straight, "train")[8:]
-    assert sorted(p.name for p in straight.rglob("*")) == before
+    assert final_state(tmp_path / "fork") == final_state(uninterrupted)
+    assert records(tmp_path / "fork", "train") == records(uninterrupted, "train")[8:]
+    assert sorted(p.name for p in uninterrupted.rglob("*")) == before
 
 
 def test_fork_may_change_the_recipe(
-    straight: Path, tmp_path: Path, train: Train, records: Records, refuses: Callable,
+    uninterrupted: Path, tmp_path: Path, train: Train, records: Records, refuses: Callable,
     command: Callable, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     flags = ("--seed", 7, "--optim.lr", 0.02, "--steps", 16)
-    train(tmp_path / "uninterrupted", "--fork", straight, *flags)  # the newest checkpoint: step 12
+    train(
+        tmp_path / "uninterrupted", "--fork", uninterrupted, *flags
+    )  # the newest checkpoint: step 12
     assert [r["step"] for r in records(tmp_path / "uninterrupted", "train")] == [12, 13, 14, 15]
     out = tmp_path / "fork"
     interrupt_before(
-        monkeypatch, train, 14, out, "--fork", straight, *flags, "--checkpoint-every", 1
+        monkeypatch, train, 14, out, "--fork", uninterrupted, *flags, "--checkpoint-every", 1
     )
-    train(out, "--fork", straight, *flags)  # the same command again
+    train(out, "--fork", uninterrupted, *flags)  # the same command again
     assert final_state(out, 16) == final_state(tmp_path / "uninterrupted", 16)
     refuses(command(out), "--seed was 7, now 1337", "--optim.lr was 0.02, now 0.01")
 
 
 def test_fork_interrupted_before_its_first_checkpoint(
-    straight: Path,
+    uninterrupted: Path,
     tmp_path: Path,
     train: Train,
     records: Records,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(straight.parent)
+    monkeypatch.chdir(uninterrupted.parent)
     fork = ("--fork", Path("run") / "checkpoints" / "step-000004", "--optim.lr", 0.02)
-    out, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
-    train(uninterrupted, *fork)
+    out, expected = tmp_path / "run", tmp_path / "expected"
+    train(expected, *fork)
     interrupt_before(monkeypatch, train, 6, out, *fork)
     assert list((out / "checkpoints").iterdir()) == []
     monkeypatch.chdir(tmp_path)  # the parent's path is recorded as an absolute one
     assert "resumes at step 4 of 12" in train(out, *fork[2:]).out
-    assert_same(out, uninterrupted, records)
+    assert_same(out, expected, records)
 
 
 def test_fork_does_not_need_its_parent_after_its_first_checkpoint(
@@ -467,7 +479,7 @@ def test_best_checkpoint_is_kept_if_the_run_stopped_before_evaluating_it(
         return 1.0 + abs(step - best)
 
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
-    train(tmp_path / "straight", *flags)
+    train(tmp_path / "uninterrupted", *flags)
     original = rekindle_trainer.learning_rate
 
     def signal_at(step: int, **options: Any) -> float:
@@ -482,15 +494,17 @@ def test_best_checkpoint_is_kept_if_the_run_stopped_before_evaluating_it(
     train(tmp_path / "run", *flags)
     names = [
         [path.name for path in checkpoint.list_checkpoints(tmp_path / run / "checkpoints")]
-        for run in ("straight", "run")
+        for run in ("uninterrupted", "run")
     ]
     assert names == [["step-000006", "step-000012"]] * 2
-    assert records(tmp_path / "run", *OTHER_KINDS) == records(tmp_path / "straight", *OTHER_KINDS)
+    assert records(tmp_path / "run", *OTHER_KINDS) == records(
+        tmp_path / "uninterrupted", *OTHER_KINDS
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_resumed_run_closes_its_checkpoint_files(
-    straight: Path, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: Path, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On NFS and on Windows, a checkpoint with open files cannot be removed."""
     train(tmp_path / "run", "--steps", 8)

@@ -180,7 +180,7 @@ def infinite_gradient(model: GPT2, call: int, loss: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("spoil", [nan_loss, infinite_loss, infinite_gradient])
 def test_nonfinite_step_changes_nothing(model: GPT2, batches: Batches, spoil: Spoil) -> None:
-    undisturbed = Training(copy.deepcopy(model))
+    reference = Training(copy.deepcopy(model))
     training = Training(model)
     calls = []
 
@@ -192,7 +192,7 @@ def test_nonfinite_step_changes_nothing(model: GPT2, batches: Batches, spoil: Sp
     partition = Partition.of(8, 2)
     for step in (0, 1):
         training.step(batches.batch(step, partition))
-        undisturbed.step(batches.batch(step, partition))
+        reference.step(batches.batch(step, partition))
     before = training.state()
     skipped = training.step(batches.batch(2, partition), forward=forward)
     assert len(calls) == 4
@@ -201,8 +201,8 @@ def test_nonfinite_step_changes_nothing(model: GPT2, batches: Batches, spoil: Sp
     assert same_bits(training.state(), before)
 
     training.step(batches.batch(3, partition))  # continues as if that step had not been attempted
-    undisturbed.step(batches.batch(3, partition))
-    assert same_bits(training.state(), undisturbed.state())
+    reference.step(batches.batch(3, partition))
+    assert same_bits(training.state(), reference.state())
 
 
 def test_reported_loss_and_grad_norm_are_from_before_the_update(
