@@ -450,7 +450,7 @@ def test_a_damaged_checkpoint_is_not_used(
     spoil(saved / name)
     refuses(begin, "all checkpoints in", str(saved), name, "restore one from a copy")
     for command in ("sample", "eval"):
-        refuses([command, run], str(saved), name, "use another checkpoint")
+        refuses([command, run], str(saved), name, "another checkpoint")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])

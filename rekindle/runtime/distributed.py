@@ -51,8 +51,7 @@ class Location:
 
 @dataclass(frozen=True)
 class World:
-    """This process's rank, and collectives over all ranks. With a single process, these do
-    nothing."""
+    """This process's rank, and collectives over all ranks; no-ops with a single process."""
 
     rank: int = 0
     size: int = 1
@@ -147,8 +146,7 @@ def data_parallel(module: nn.Module, world: World, device: torch.device) -> nn.M
 
 @contextmanager
 def gradient_sync(forward: object, world: World, *, now: bool) -> Iterator[None]:
-    """A context for one forward and backward pass, in which DDP averages the gradients only if
-    `now` is true."""
+    """A context for a forward and backward pass. DDP averages the gradients only if it is `now`."""
     if not isinstance(forward, DistributedDataParallel):
         yield
     elif now:
@@ -163,8 +161,8 @@ def get_world() -> World:
     """The rank of this process, from the environment variables of torchrun or another launcher; a
     single process without them.
 
-    Raises `UserError` if only some of the variables are set. (MASTER_ADDR and MASTER_PORT alone are
-    accepted: some clusters always set them.)
+    Raises `UserError` if only some of them are set. MASTER_ADDR and MASTER_PORT alone are accepted:
+    some clusters always set them.
     """
     numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     if not any(number is not None for number in numbers.values()):
@@ -197,8 +195,7 @@ def _launcher_value(name: str, text: str | None) -> str:
 
 @contextmanager
 def explaining_lost_ranks() -> Iterator[None]:
-    """A context for communication between ranks. Raises `UserError` if another rank is lost; other
-    errors pass through."""
+    """A context that turns the loss of another rank into a `UserError`; other errors pass."""
     try:
         yield
     except RuntimeError as error:
@@ -269,9 +266,9 @@ def rendezvous(store: Store, rank: int, size: int, limit: float) -> str:
     every rank, and different after every restart. Raises `UserError` that names the missing ranks
     after `limit` seconds (0: no limit).
 
-    When torchrun restarts the ranks, it keeps its store, which still holds the addresses of the
-    dead ranks; without a new prefix, gloo would connect to those. torchrun's restart count cannot
-    be the prefix, because each host counts its own restarts.
+    torchrun keeps its store when it restarts the ranks. The name prefixes this generation's keys,
+    because gloo would otherwise find the addresses of dead ranks and connect to those. torchrun's
+    restart count cannot be the prefix: each host counts its own restarts.
     """
     keys = [f"rekindle/{r}" for r in range(size)]
     store.set(keys[rank], os.urandom(8).hex())

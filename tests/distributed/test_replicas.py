@@ -110,7 +110,7 @@ def test_any_flipped_bit_of_a_weight_or_moment_is_seen(
         (4, {0: 1, 3: 2}, "differs between ranks 0, 1, 2, 3 "),  # two of four are no majority
         (5, {0: 1, 3: 2}, "differs between ranks 0, 3 "),
         (5, {0: 1, 1: 1, 2: 2}, "differs between ranks 0, 1, 2, 3, 4 "),  # nor two of five
-        (3, {1: 1, 2: 2}, "ranks 0, 1, 2 disagree"),
+        (3, {1: 1, 2: 2}, "differs between ranks 0, 1, 2 "),
     ],
 )
 def test_only_a_majority_is_right(

@@ -82,7 +82,7 @@ def test_a_second_run_does_not_judge_what_the_first_one_is_writing(
     with Lock(out) as lock:
         lock.take()
         assert_refused(rekindle(*command(out)), out)
-    assert "no checkpoint" in rekindle(*command(out)).err
+    assert "all checkpoints in" in rekindle(*command(out)).err
 
 
 def test_of_two_that_begin_at_once_one_begins(
