@@ -105,7 +105,7 @@ def test_a_run_is_found_by_its_checkpoints_though_the_newest_is_damaged(
     (newest / "model.safetensors").write_bytes(b"")
     outcome = rekindle(*begin, "--steps", 4, "--checkpoint-every", 1)
     assert outcome.status == 0, outcome.err
-    assert f"it is now {newest.with_name(f'damaged-{newest.name}')}" in outcome.out
+    assert f"moved to {newest.with_name(f'damaged-{newest.name}')}" in outcome.out
     assert (run / "run.json").is_file()
 
 
@@ -298,7 +298,7 @@ def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
         (["--batch.length", 64], "--batch.length 64 is longer than --model.block-size 32"),
         (["--model.n-head", 3], "--model.n-embd 16 is not a multiple of --model.n-head 3"),
         (["--optim.lr", "nan"], "--optim.lr must be at least 0"),
-        (["--device", "tpu"], "--device is auto, cpu, cuda or mps, not 'tpu'"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or mps, not 'tpu'"),
         (["--precision", "fp8"], "not 'fp8'"),
         (["--precision", "tf32"], "--precision tf32 needs an NVIDIA GPU"),
         (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
@@ -347,7 +347,7 @@ def test_an_empty_folder_is_as_good_as_none(
 def test_going_on_with_another_recipe(begin: list[str], run: Path, refuses: Refuses) -> None:
     line = refuses([*begin, "--optim.lr", 0.5, "--seed", 3, "--batch.order", "sequential"])
     for words in (
-        "was begun with another recipe",
+        "was started with a different recipe",
         "--optim.lr was 0.01, now 0.5",
         "--seed was 1337, now 3",
         "--batch.order was shuffled, now sequential",
@@ -403,7 +403,9 @@ def test_going_on_with_other_data(
     other = data.with_name("other")
     write_shards(other, [700, 520], [201, 101], seed=5)
     arguments = [str(other) if a == str(data) else a for a in begin]
-    refuses(arguments, "was begun on other data", str(data), read_manifest(other).fingerprint[:12])
+    refuses(
+        arguments, "was started on different data", str(data), read_manifest(other).fingerprint[:12]
+    )
 
 
 def test_the_same_data_may_move(
@@ -420,7 +422,7 @@ def fork(begin: list[str], run: Path) -> list[Any]:
 
 def test_a_fork_of_another_model(begin: list[str], run: Path, refuses: Refuses) -> None:
     arguments = [*fork(begin, run), "--model.n-layer", 3, "--model.n-embd", 32]
-    refuses(arguments, "holds another model (n_layer is 2, not 3; n_embd is 16, not 32)")
+    refuses(arguments, "holds a different model (n_layer is 2, not 3; n_embd is 16, not 32)")
 
 
 def test_a_fork_with_another_tokenizer(
@@ -429,13 +431,13 @@ def test_a_fork_with_another_tokenizer(
     other = data.with_name("other")
     write_shards(other, [700], [201], tokenizer_sha256="0" * 64)
     arguments = [str(other) if a == str(data) else a for a in fork(begin, run)]
-    refuses(arguments, "was trained with the tokenizer bytes", "the data is made with bytes")
+    refuses(arguments, "was trained with the tokenizer bytes", "the data was prepared with bytes")
     write_shards(other, [700], [201], tokenizer="gpt2", vocab_size=50257)
-    refuses(arguments, "holds another model (vocab_size is 257, not 50257")
+    refuses(arguments, "holds a different model (vocab_size is 257, not 50257")
 
 
 def test_a_fork_of_what_is_no_run(begin: list[str], data: Path, refuses: Refuses) -> None:
-    refuses([*begin, "--fork", data], f"{data} is no run and no checkpoint")
+    refuses([*begin, "--fork", data], f"{data} is not a run or a checkpoint")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
@@ -446,9 +448,9 @@ def test_a_damaged_checkpoint_is_not_used(
     """The only one, so that the run cannot go on."""
     saved = run / "checkpoints" / "step-000004"
     spoil(saved / name)
-    refuses(begin, "no checkpoint in", str(saved), name, "restore one from a copy")
+    refuses(begin, "all checkpoints in", str(saved), name, "restore one from a copy")
     for command in ("sample", "eval"):
-        refuses([command, run], str(saved), name, "name another checkpoint")
+        refuses([command, run], str(saved), name, "another checkpoint")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
@@ -464,7 +466,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     outcome = rekindle(*begin, "--steps", 8)
     assert outcome.status == 0, outcome.err
     aside = saved.with_name("damaged-step-000008")
-    assert f"it is now {aside}" in outcome.out
+    assert f"moved to {aside}" in outcome.out
     assert str(saved / name) in outcome.out
     assert "resumes at step 4 of 8" in outcome.out
     assert aside.is_dir()
@@ -529,7 +531,7 @@ def test_samples_that_cannot_be_had(
 
 
 def test_sample_of_what_is_no_model(tmp_path: Path, refuses: Refuses) -> None:
-    refuses(["sample", tmp_path], "is no run and no checkpoint")
+    refuses(["sample", tmp_path], "is not a run or a checkpoint")
     refuses(
         ["sample", "gpt-2"], "gpt-2 is neither a folder nor one of the models", "did you mean gpt2"
     )

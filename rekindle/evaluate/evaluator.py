@@ -22,7 +22,7 @@ from rekindle.observe.console import Console
 from rekindle.recipes import Recipe
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
-from rekindle.runtime.sharding import is_sharded, parts_callable
+from rekindle.runtime.sharding import is_sharded, unsharded_root
 from rekindle.sampling import cut_at_end, generate
 
 
@@ -56,7 +56,7 @@ class Evaluator:
     def __call__(self, step: int) -> float | None:
         """Evaluate; return the validation loss in nats per token if there are validation shards."""
         loss = self.validate(step) if self.validation else None
-        with parts_callable(self.model):
+        with unsharded_root(self.model):
             for packed in self.tasks:
                 self.score(packed, step)
             if step:  # samples of an untrained model are noise
@@ -96,7 +96,7 @@ class Evaluator:
         if not tokens:
             return []
         ids = torch.tensor([self.tokenizer.end_of_text, *tokens], device=self.device.torch)
-        with parts_callable(self.model), self.device.autocast():
+        with unsharded_root(self.model), self.device.autocast():
             hidden = self.model.body(ids[None, :-1])
             return self.model.losses(hidden[0], ids[1:]).tolist()
 

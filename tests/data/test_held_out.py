@@ -58,7 +58,9 @@ def test_at_most_a_tenth_of_a_small_text_is_held_out(prepared: Callable[..., Hel
 
 
 @pytest.mark.parametrize("start", range(3))
-def test_few_long_documents_give_about_what_was_asked(prepared: Callable[..., Held], start: int) -> None:
+def test_few_long_documents_give_about_what_was_asked(
+    prepared: Callable[..., Held], start: int
+) -> None:
     """By their hash alone 171 documents give several times as much, or nothing."""
     texts = [words(400, 7 * i + start) for i in range(171)]
     manifest, splits = prepared(texts, 3000)

@@ -21,7 +21,7 @@ def test_the_global_order_of_tokens_is_that_of_one_process(
         told = {"step": stop, "do": "tell", "number": signal.SIGTERM, "who": "torchrun"}
         end = ranks(count, out, {"rank": count - 1, **told}, flags=MICRO)
         assert end.status != 0
-        assert [line.partition(",")[0] for line in end.errors] == [
+        assert [line.partition(";")[0] for line in end.errors] == [
             f"rekindle: stopped by SIGTERM after step {stop}"
         ], end.err
         assert saved(out)[-1] == f"step-{stop + 1:06d}"

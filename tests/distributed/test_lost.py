@@ -1,4 +1,4 @@
-"""A rank that dies, hangs or is cut off: the others do not wait for ever, and say which it is."""
+"""If a rank dies, hangs or is cut off, the others stop waiting and name it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from rekindle.errors import UserError
-from rekindle.runtime.distributed import meet
+from rekindle.runtime.distributed import rendezvous
 from tests.distributed.conftest import FLAGS, End, notes_by_rank, notes_of, same_bits, saved
 
 Ranks = Callable[..., End]
@@ -36,7 +36,7 @@ def test_torchrun_begins_anew_when_a_rank_dies(
     expected = [range(6), range(4, 9), range(8, 12)]
     assert steps == [(life, step) for life, steps in enumerate(expected) for step in steps]
     for line in end.errors:
-        assert "lost touch with another rank" in line
+        assert "lost the connection to another rank" in line
         assert line.endswith("the same command resumes from the newest checkpoint")
     assert same_bits(out, undisturbed(2, *flags))
     kinds = ("train", "validation", "samples")
@@ -51,15 +51,15 @@ ASLEEP = {"rank": 1, "seconds": 600}
     [
         (
             {"rank": 1, "step": 6, "do": "freeze"}, (),
-            "rank 1 is gone (last at the data of step 6)",
+            "rank 1 does not respond (last at the data of step 6)",
         ),
         (
             {"step": 6, "do": "sleep_in_batch", **ASLEEP}, (),
-            "rank 1 stands still at the data of step 6",
+            "rank 1 is stuck at the data of step 6",
         ),
         (
             {"step": 8, "do": "sleep_in_save", **ASLEEP}, ("--shard",),
-            "rank 1 stands still at the checkpoint of step 8",
+            "rank 1 is stuck at the checkpoint of step 8",
         ),
     ],
     ids=["frozen", "asleep", "asleep while a checkpoint is gathered"],
@@ -84,13 +84,13 @@ def test_a_rank_that_hangs_is_named(
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    """In the first life of the ranks, and in one that finds what the one before left."""
+    """In the first generation of ranks, and in one that finds keys of the previous generation."""
     store = HashStore()
     for others in ({0: "a"}, {0: "a", 1: "b"}):
         for rank, token in others.items():
             store.set(f"rekindle/{rank}", token)
-        with pytest.raises(UserError, match=r"waited 0 s for all 3 ranks to meet: (0, )?1 did not"):
-            meet(store, 2, 3, 0.2)
+        with pytest.raises(UserError, match=r"waited 0 s for all 3 ranks, .* connect: (0, )?1;"):
+            rendezvous(store, 2, 3, 0.2)
 
 
 def test_ranks_that_see_different_folders_are_told(tmp_path: Path, ranks: Ranks) -> None:
@@ -98,10 +98,10 @@ def test_ranks_that_see_different_folders_are_told(tmp_path: Path, ranks: Ranks)
     assert ranks(1, tmp_path / "run-0").status == 0
     (tmp_path / "run-1").mkdir()
     end = ranks(2, tmp_path / "run-{rank}")
-    advice = "; give a folder that all hosts share"
+    advice = "; use a folder that all hosts share"
     assert sorted(end.errors) == [
-        f"rekindle: error (rank {rank}): the ranks do not agree: to this one the newest "
-        f"whole checkpoint is that of step {mine}, to others it is {other}{advice}"
+        f"rekindle: error (rank {rank}): the ranks disagree: on this rank the step of the newest "
+        f"complete checkpoint is {mine}, on another {other}{advice}"
         for rank, mine, other in ((0, 12, 0), (1, 0, 12))
     ], end.err
     assert not list((tmp_path / "run-1").iterdir())
@@ -112,7 +112,7 @@ def test_ranks_with_other_recipes_are_told(tmp_path: Path, ranks: Ranks) -> None
     end = ranks(2, tmp_path / "run", flags=("--seed", "{rank}"))
     assert len(end.errors) == 2, end.err
     for line in end.errors:
-        assert "the ranks do not agree: to this one recipe, data and flags have the ch" in line
+        assert "the ranks disagree: on this rank the checksum of recipe, data and flags" in line
         assert line.endswith("; give every rank the same command, and data that was prepared once")
     assert not (tmp_path / "run").exists()
 
@@ -136,7 +136,8 @@ def test_a_host_that_is_cut_off_is_named(
         )
 
     ends = train({"rank": 1, "step": 6, "do": "shell", "command": "ip link set eth0 down"})
-    for end, said in zip(ends, ("rank 1 is gone", "rank 0's host cannot be reached"), strict=True):
+    expected = ("rank 1 does not respond", "rank 0's host cannot be reached")
+    for end, said in zip(ends, expected, strict=True):
         [line] = end.errors
         assert said in line
         assert line.endswith("the same command resumes from the newest checkpoint")

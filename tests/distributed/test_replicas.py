@@ -21,8 +21,8 @@ from tests.distributed.conftest import End, read_notes, saved
 Ranks = Callable[..., End]
 WEIGHT = "transformer.h.1.mlp.c_fc.weight"
 ADVICE = (
-    " after step {}: memory or a GPU there is faulty; take it out, and the same command resumes "
-    "from the newest checkpoint"
+    " after step {}: faulty memory or a faulty GPU; replace it, then run the same command to "
+    "resume from the newest checkpoint"
 )
 
 
@@ -33,7 +33,7 @@ def test_of_two_ranks_nobody_knows_which_is_right(tmp_path: Path, ranks: Ranks) 
     end = ranks(2, out, fault)
     assert end.status != 0
     assert sorted(end.errors) == [
-        f"rekindle: error (rank {rank}): the ranks 0, 1 disagree about {WEIGHT}{ADVICE.format(7)}"
+        f"rekindle: error (rank {rank}): {WEIGHT} differs between ranks 0, 1{ADVICE.format(7)}"
         for rank in (0, 1)
     ], end.err
     assert saved(out) == ["step-000004"]
@@ -47,7 +47,7 @@ def test_of_three_ranks_two_are_right(tmp_path: Path, ranks: Ranks) -> None:
     fault = {"rank": 1, "step": 90, "do": "flip", "what": "exp_avg_sq", "name": WEIGHT, "bit": 24}
     end = ranks(3, out, fault, flags=flags)
     assert end.status != 0
-    said = f"rank 1 has another {WEIGHT} than the others{ADVICE.format(99)}"
+    said = f"{WEIGHT} on rank 1 differs from the other ranks{ADVICE.format(99)}"
     assert end.errors
     assert set(end.errors) <= {f"rekindle: error (rank {rank}): {said}" for rank in range(3)}
     assert max(read_notes(out)) == 99
@@ -98,17 +98,19 @@ def test_any_flipped_bit_of_a_weight_or_moment_is_seen(
         stub = Stub(size=3, others={2: flipped(*trained, what, bit)})
         with pytest.raises(UserError) as error:
             replicas.compare(*trained, stub, 8)
-        assert str(error.value) == (f"rank 2 has another {name} than the others{ADVICE.format(7)}")
+        assert str(error.value) == (
+            f"{name} on rank 2 differs from the other ranks{ADVICE.format(7)}"
+        )
 
 
 @pytest.mark.parametrize(
     ("size", "bits", "named"),
     [
-        (3, {0: 1}, "rank 0 has"),
-        (4, {0: 1, 3: 2}, "ranks 0, 1, 2, 3 disagree"),  # two of four are no majority
-        (5, {0: 1, 3: 2}, "ranks 0, 3 disagree"),
-        (5, {0: 1, 1: 1, 2: 2}, "ranks 0, 1, 2, 3, 4 disagree"),  # nor two of five
-        (3, {1: 1, 2: 2}, "ranks 0, 1, 2 disagree"),
+        (3, {0: 1}, "on rank 0 differs"),
+        (4, {0: 1, 3: 2}, "differs between ranks 0, 1, 2, 3 "),  # two of four are no majority
+        (5, {0: 1, 3: 2}, "differs between ranks 0, 3 "),
+        (5, {0: 1, 1: 1, 2: 2}, "differs between ranks 0, 1, 2, 3, 4 "),  # nor two of five
+        (3, {1: 1, 2: 2}, "differs between ranks 0, 1, 2 "),
     ],
 )
 def test_only_a_majority_is_right(

@@ -46,7 +46,7 @@ def test_all_ranks_refuse_the_same_steps_and_go_back_together(
     end = ranks(2, out, {"rank": 0, "step": 8, "do": "nan"}, *many, flags=flags)
     assert end.status == 0, end.err
     assert (
-        "rolled back to step 8, continuing with batch 20 (batches 8 to 19 are left out)" in end.out
+        "rolled back to step 8, continuing with batch 20 (batches 8 to 19 are skipped)" in end.out
     )
 
     noted = notes_by_rank(out)

@@ -10,8 +10,7 @@ from tests.distributed.conftest import End, read_notes, same_bits, saved
 Ranks = Callable[..., End]
 Records = Callable[..., list[dict[str, Any]]]
 SAID = (
-    "rekindle: stopped by {} after step {}, and everything is saved: the same command resumes the "
-    "run"
+    "rekindle: stopped by {} after step {}; a checkpoint was saved: run the same command to resume"
 )
 KINDS = ("train", "validation", "samples")
 

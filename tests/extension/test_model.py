@@ -87,7 +87,9 @@ def test_they_train_and_resume_bit_for_bit(
 def test_their_checkpoint_says_what_it_is(run: Callable, tmp_path: Path) -> None:
     run("run")
     path = tmp_path / "run" / "checkpoints" / "step-000012"
-    with pytest.raises(UserError, match="holds a GatedModel, a model that is not Rekindle's"):
+    with pytest.raises(
+        UserError, match="holds a GatedModel, which is not one of Rekindle's models"
+    ):
         checkpoint.load(path)
     saved = checkpoint.load(path, GatedModel)
     assert isinstance(saved.config, GatedConfig)

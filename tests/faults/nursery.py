@@ -52,7 +52,7 @@ def work(job: dict[str, Any]) -> int:
 
 
 def nurse() -> None:
-    writer.PAUSES = (0.01, 0.04)
+    writer.RETRY_DELAYS = (0.01, 0.04)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # which loads the compiler
     answers = os.fdopen(os.dup(1), "w")

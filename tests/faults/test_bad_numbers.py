@@ -214,7 +214,7 @@ def test_ten_in_a_row_step_over_the_data(
     assert outcome.status == 0, outcome.err
     assert (
         "the 10 steps before step 54 were skipped in a row: rolled back to step 40, "
-        "continuing with batch 54 (batches 40 to 53 are left out)"
+        "continuing with batch 54 (batches 40 to 53 are skipped)"
     ) in outcome.out
     assert [number for number, _, _ in watched.steps] == list(range(74))
     rates = [lr for _, lr, _ in watched.steps]
@@ -367,7 +367,7 @@ def test_without_a_validation_split_the_last_loss_decides(
     outcome = rekindle(*flags, *HUGE, "--steps", 4, "--optim.lr", lr)
     if lr == 1e30:
         assert outcome.status == 2
-        assert "the run ends with a loss of" in outcome.err
+        assert "the run ended with a loss of" in outcome.err
     else:
         assert outcome.status == 0, outcome.err
 

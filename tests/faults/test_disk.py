@@ -63,7 +63,7 @@ def test_a_disk_that_fails_once_is_tried_again(
     out = tmp_path / "run"
     end = train(out, fault=f"{call} optimizer.safetensors 1 1 {BROKEN}")
     assert end.status == 0, end.err
-    assert "step     4 | saving failed: Input/output error; once more in 0 s" in end.out
+    assert "step     4 | saving failed: Input/output error; retrying in 0 s" in end.out
     assert steps(out) == [4, 8, 12]
     assert weights(out) == weights(expected)
     assert_same_records(out, expected, records)
@@ -96,8 +96,8 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(
     assert end.status == 2
     assert end.err == (
         f"rekindle: error: saving the checkpoint of step 12 in {out / 'checkpoints'} failed (No "
-        "space left on device): make room or see that it may be written to, then give the same "
-        "command again; it resumes from the newest checkpoint there\n"
+        "space left on device): free some space or make the folder writable, then run the same "
+        "command again; it resumes from the newest checkpoint\n"
     )
     assert steps(out) == [8]
     assert train(out).status == 0
@@ -166,7 +166,7 @@ def test_checkpoints_that_are_gone_are_missed(tmp_path: Path, train: Callable) -
     shutil.move(out / "checkpoints", tmp_path / "elsewhere")
     end = train(out)
     assert end.status == 2
-    assert f"{out} has saved checkpoints and there is none: see that the disk" in end.err
+    assert f"the log of {out} lists checkpoints, but none is there: check that" in end.err
     assert (out / "metrics.jsonl").read_bytes() == log
     shutil.move(tmp_path / "elsewhere", out / "checkpoints")
     assert train(out, "--steps", 14).status == 0
@@ -252,4 +252,4 @@ def test_a_run_folder_that_vanishes_is_made_again(
     assert (out / "run.json").is_file()
     assert [r["step"] for r in records(out, "train")] == [6, 7, 8, 9, 10, 11]
     other = rekindle(*command(out), "--seed", 1)
-    assert "was begun with another recipe" in other.err
+    assert "was started with a different recipe" in other.err

@@ -82,7 +82,7 @@ def test_a_second_run_does_not_judge_what_the_first_one_is_writing(
     with Lock(out) as lock:
         lock.take()
         assert_refused(rekindle(*command(out)), out)
-    assert "no checkpoint" in rekindle(*command(out)).err
+    assert "all checkpoints in" in rekindle(*command(out)).err
 
 
 def test_of_two_that_begin_at_once_one_begins(
@@ -101,8 +101,8 @@ def test_of_two_that_begin_at_once_one_begins(
         end = rekindle(*command(out), "--seed", 7)
     assert end.status == 2
     assert end.err == (
-        f"rekindle: error: another process has begun {out} meanwhile: give the same command again, "
-        "or another --out\n"
+        f"rekindle: error: another process has just started a run in {out}: run the same command "
+        "again, or choose another --out\n"
     )
     train(tmp_path / "straight")
     assert contents_of_checkpoints(out) == contents_of_checkpoints(tmp_path / "straight")

@@ -73,8 +73,8 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_end(
         monkeypatch.undo()
     assert outcome.status == 128 + number
     assert outcome.err == (
-        f"rekindle: stopped by {number.name} after step {at}, and everything is saved: the same "
-        "command resumes the run\n"
+        f"rekindle: stopped by {number.name} after step {at}; a checkpoint was saved: run the "
+        "same command to resume\n"
     )
     assert signal.getsignal(number) == before
     assert checkpoint.list_checkpoints(out / "checkpoints")[-1].name == f"step-{at + 1:06d}"

@@ -207,7 +207,7 @@ def test_invalid_requests_to_verify_are_user_errors(folder: Path, tmp_path: Path
         verify(str(folder), layers=2)
     with pytest.raises(UserError, match="needs a size"):
         verify("gpt3", random_weights=True)
-    with pytest.raises(UserError, match="is no run and no checkpoint"):
+    with pytest.raises(UserError, match="is not a run or a checkpoint"):
         verify(str(tmp_path))
 
 
