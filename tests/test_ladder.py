@@ -12,7 +12,7 @@ import torch
 from rekindle import ladder, recipes
 from rekindle.errors import UserError
 from rekindle.ladder import CPU_RUNGS, GPU_RUNGS, Levers, Work
-from rekindle.ladder.measure import _answer, measure
+from rekindle.ladder.measure import _handle, measure
 from rekindle.recipes import Recipe
 
 
@@ -71,7 +71,7 @@ def test_the_climb(
     assert names == [r.name for r in CPU_RUNGS if r.name != "compile"]
     assert json.loads((tmp_path / "ladder.json").read_text()) == result
     printed = capsys.readouterr().out
-    assert "compile              left out: not in this test" in printed
+    assert "compile              skipped: not in this test" in printed
     for rung in result["rungs"]:
         assert f"{rung['tokens_per_s']:,.0f}" in printed
         assert rung["why"] in printed
@@ -107,7 +107,7 @@ def test_the_micro_batch_is_halved_until_it_fits(
     monkeypatch.setattr(
         ladder, "measure_in_fresh_process", lambda work, levers: {"out_of_memory": True}
     )
-    with pytest.raises(UserError, match="not one row of tiny fits"):
+    with pytest.raises(UserError, match="not even one row of tiny fits"):
         ladder.measure_what_fits(work, Levers(micro=16))
 
 
@@ -138,10 +138,10 @@ def test_what_goes_wrong_in_a_rung_is_one_line(monkeypatch: pytest.MonkeyPatch, 
     assert "\n" not in str(caught.value)
 
 
-def test_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
+def test_out_of_memory_is_reported_as_a_result(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
     def measure(work: Work, levers: Levers) -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("rekindle.ladder.measure.measure", measure)
-    question = {"work": dataclasses.asdict(work), "levers": dataclasses.asdict(Levers())}
-    assert _answer(json.dumps(question)) == {"out_of_memory": True}
+    request = {"work": dataclasses.asdict(work), "levers": dataclasses.asdict(Levers())}
+    assert _handle(json.dumps(request)) == {"out_of_memory": True}

@@ -81,7 +81,7 @@ def read_config(file: Path) -> GPT2Config:
             raise UserError(f"{file}: {key} is {raw[key]!r}, which a plain GPT-2 does not have")
     for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
         if type(raw.get(key)) is not int or raw[key] < 1:
-            raise UserError(f"{file}: {key} is missing or no positive whole number")
+            raise UserError(f"{file}: {key} is missing or not a positive whole number")
     try:
         config = GPT2Config(
             n_layer=raw["n_layer"],

@@ -63,7 +63,7 @@ def test_which_tasks_a_training_run_evaluates(colours: Colours, cpu: Device) -> 
     assert load(colours, "auto", cpu, said) == []
     assert not said
     assert load(colours, "auto", GPU, said) == []  # the training does without
-    assert said == ["Colours is left out: no network"]
+    assert said == ["Colours is skipped: no network"]
     with pytest.raises(UserError, match="no network"):
         load(colours, "hub", cpu, said)
 
@@ -91,7 +91,7 @@ def test_a_task_is_evaluated_on_all_ranks_or_on_none(
     same = "Colours has the checksum give every host the same --colours"
     assert calls[1:] == ([same] if fewest else [])
     left_out = where == "two" and not fewest
-    assert said == (["Colours is left out: another rank has no items"] if left_out else [])
+    assert said == (["Colours is skipped: another rank has no items"] if left_out else [])
 
 
 def test_ranks_compare_more_than_the_number_of_items(

@@ -285,14 +285,14 @@ def test_progress_is_of_a_ranks_own_share(
     ranks: int,
     on_ranks: Callable[[int, Callable[[World], Any]], list[Any]],
 ) -> None:
-    said: list[list[str]] = [[], []]
+    lines: list[list[str]] = [[], []]
 
     def work(world: World) -> None:
         share = packed(model, [*asked.questions, *LONG], world=world)
-        evaluate(model, share, CPU, say=said[world.rank].append)
+        evaluate(model, share, CPU, progress=lines[world.rank].append)
 
     on_ranks(ranks, work)
-    last = [lines[-1] for lines in said[:ranks]]
+    last = [printed[-1] for printed in lines[:ranks]]
     shares = [188] if ranks == 1 else [96, 92]
     assert last == [f"HellaSwag: {n} of {n} endings scored" for n in shares]
 

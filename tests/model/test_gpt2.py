@@ -258,7 +258,7 @@ def test_a_configuration_is_read_from_a_file_with_every_field() -> None:
     assert GPT2Config.from_dict({**described, "more": 1}) == TINY
     for name in described:
         for wrong in (None, 0, "2", True):
-            with pytest.raises(UserError, match=f"^{name} is missing or no positive whole number"):
+            with pytest.raises(UserError, match=f"^{name} is missing or not a positive whole"):
                 GPT2Config.from_dict({**described, name: wrong})
     with pytest.raises(UserError, match="not a multiple of n_head"):
         GPT2Config.from_dict({**described, "n_head": 3})

@@ -205,7 +205,7 @@ def test_a_prompt_that_is_no_utf8(
         module, "load", lambda *_: module.Loaded(model, get_tokenizer(tokenizer), "x")
     )
     flags = ["--device", "cpu", "--json", "--prompt", os.fsdecode(prompt)]
-    error = refuses(["sample", "x", *flags], "--prompt is no UTF-8")
+    error = refuses(["sample", "x", *flags], "--prompt is not UTF-8")
     json.dumps(error).encode()
 
 

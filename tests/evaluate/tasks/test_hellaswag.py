@@ -72,12 +72,12 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path, content: bytes) -> None
 
 
 def test_files_that_hold_nothing_to_ask(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no HellaSwag file"):
+    with pytest.raises(UserError, match="HellaSwag file not found"):
         read_questions(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match="holds no questions"):
+    with pytest.raises(UserError, match="contains no questions"):
         read_questions(write(tmp_path / "empty.jsonl", []))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match="not a whole Parquet file"):
+    with pytest.raises(UserError, match="not a complete Parquet file"):
         read_questions(tmp_path / "cut.parquet")
 
 
