@@ -123,6 +123,6 @@ class Muon:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """`momentum.NAME` of matrices; `exp_avg.NAME` and `exp_avg_sq.NAME` of the others, shaped
-        like their parameters; and `updates`, the number of steps that were not skipped, once for Muon
-        and once per AdamW parameter."""
+        like their parameters; and `updates`, the number of steps that were not skipped, once for
+        Muon and once per AdamW parameter."""
         return dict(self._state)

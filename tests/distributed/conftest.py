@@ -41,10 +41,10 @@ class End(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Callable[..., list[End]]]:
-    """`nursery([{...}, ...])`: one torchrun for each host, see nursery.py."""
+def fork_server() -> Iterator[Callable[..., list[End]]]:
+    """`fork_server([{...}, ...])`: one torchrun for each host, see fork_server.py."""
     process = subprocess.Popen(
-        [sys.executable, HERE / "nursery.py"],
+        [sys.executable, HERE / "fork_server.py"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -63,7 +63,7 @@ def nursery() -> Iterator[Callable[..., list[End]]]:
 
 @pytest.fixture
 def ranks(
-    nursery: Callable[..., list[End]], command: Callable[[Path], list[str]]
+    fork_server: Callable[..., list[End]], command: Callable[[Path], list[str]]
 ) -> Callable[..., End]:
     """`ranks(2, out, {fault}, {fault}, flags=[...], torchrun=[...])`: train as so many ranks, which
     take notes beside `out`. `patience`: seconds between torchrun's SIGTERM and SIGKILL."""
@@ -75,17 +75,17 @@ def ranks(
         rank = [json.dumps(faults), str(notes_of(out)), *command(out), *FLAGS, *TIMEOUT]
         rank += map(str, flags)
         options = ["--standalone", "--nproc-per-node", str(count), *torchrun]
-        return nursery([{"torchrun": options, "rank": rank, "patience": patience}])[0]
+        return fork_server([{"torchrun": options, "rank": rank, "patience": patience}])[0]
 
     return run
 
 
 @pytest.fixture
-def undisturbed(ranks: Callable[..., End], tmp_path_factory: Any) -> Callable[..., Path]:
-    """`undisturbed(2, "--shard")`: the run of so many ranks that nothing happened to."""
+def uninterrupted(ranks: Callable[..., End], tmp_path_factory: Any) -> Callable[..., Path]:
+    """`uninterrupted(2, "--shard")`: the run of so many ranks that nothing happened to."""
 
     def run(count: int, *flags: str) -> Path:
-        out = tmp_path_factory.getbasetemp() / "-".join(["undisturbed", str(count), *flags])
+        out = tmp_path_factory.getbasetemp() / "-".join(["uninterrupted", str(count), *flags])
         if not out.exists():
             end = ranks(count, out, flags=flags)
             assert end.status == 0, end.err

@@ -19,8 +19,8 @@ HASTE = ("--timeout", 3)
 
 
 @pytest.mark.parametrize("flags", [(), ("--shard",)], ids=["parallel", "sharded"])
-def test_torchrun_begins_anew_when_a_rank_dies(
-    tmp_path: Path, ranks: Ranks, undisturbed: Callable[..., Path],
+def test_torchrun_restarts_when_a_rank_dies(
+    tmp_path: Path, ranks: Ranks, uninterrupted: Callable[..., Path],
     records: Callable[..., list[dict[str, Any]]], flags: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Rank 1 after the first checkpoint, then rank 0, which writes them."""
@@ -38,9 +38,9 @@ def test_torchrun_begins_anew_when_a_rank_dies(
     for line in end.errors:
         assert "lost touch with another rank" in line
         assert line.endswith("the same command resumes from the newest checkpoint")
-    assert same_bits(out, undisturbed(2, *flags))
+    assert same_bits(out, uninterrupted(2, *flags))
     kinds = ("train", "validation", "samples")
-    assert records(out, *kinds) == records(undisturbed(2, *flags), *kinds)
+    assert records(out, *kinds) == records(uninterrupted(2, *flags), *kinds)
 
 
 ASLEEP = {"rank": 1, "seconds": 600}
@@ -64,8 +64,8 @@ ASLEEP = {"rank": 1, "seconds": 600}
     ],
     ids=["frozen", "asleep", "asleep while a checkpoint is gathered"],
 )  # fmt: skip
-def test_a_rank_that_hangs_is_named(
-    tmp_path: Path, ranks: Ranks, undisturbed: Callable[..., Path], fault: dict[str, Any],
+def test_hanging_rank_is_named(
+    tmp_path: Path, ranks: Ranks, uninterrupted: Callable[..., Path], fault: dict[str, Any],
     flags: tuple[str, ...], said: str,
 ) -> None:  # fmt: skip
     out = tmp_path / "run"
@@ -80,10 +80,10 @@ def test_a_rank_that_hangs_is_named(
     assert end.seconds < 60
     assert saved(out) == ["step-000004"]
     assert ranks(2, out).status == 0
-    assert same_bits(out, undisturbed(2, *flags))
+    assert same_bits(out, uninterrupted(2, *flags))
 
 
-def test_a_rank_that_does_not_come_is_named() -> None:
+def test_missing_rank_is_named() -> None:
     """In the first life of the ranks, and in one that finds what the one before left."""
     store = HashStore()
     for others in ({0: "a"}, {0: "a", 1: "b"}):
@@ -93,7 +93,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
             meet(store, 2, 3, 0.2)
 
 
-def test_ranks_that_see_different_folders_are_told(tmp_path: Path, ranks: Ranks) -> None:
+def test_ranks_with_different_folders_are_rejected(tmp_path: Path, ranks: Ranks) -> None:
     """As where a host does not share the folder with the others."""
     assert ranks(1, tmp_path / "run-0").status == 0
     (tmp_path / "run-1").mkdir()
@@ -107,7 +107,7 @@ def test_ranks_that_see_different_folders_are_told(tmp_path: Path, ranks: Ranks)
     assert not list((tmp_path / "run-1").iterdir())
 
 
-def test_ranks_with_other_recipes_are_told(tmp_path: Path, ranks: Ranks) -> None:
+def test_ranks_with_different_recipes_are_rejected(tmp_path: Path, ranks: Ranks) -> None:
     """Or other data or flags: each would train well, and their sum would be nonsense."""
     end = ranks(2, tmp_path / "run", flags=("--seed", "{rank}"))
     assert len(end.errors) == 2, end.err
@@ -117,9 +117,9 @@ def test_ranks_with_other_recipes_are_told(tmp_path: Path, ranks: Ranks) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_a_host_that_is_cut_off_is_named(
-    tmp_path: Path, nursery: Callable[..., list[End]], command: Callable[[Path], list[str]],
-    two_networks: tuple[str, str], undisturbed: Callable[..., Path],
+def test_disconnected_host_is_named(
+    tmp_path: Path, fork_server: Callable[..., list[End]], command: Callable[[Path], list[str]],
+    two_networks: tuple[str, str], uninterrupted: Callable[..., Path],
 ) -> None:  # fmt: skip
     """Two hosts with a cable between them; both end in time, and given back they go on."""
     out = tmp_path / "run"
@@ -127,7 +127,7 @@ def test_a_host_that_is_cut_off_is_named(
     def train(*faults: dict[str, Any]) -> list[End]:
         rank = [json.dumps(faults), str(notes_of(out)), *command(out), *FLAGS, "--timeout", "3"]
         options = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "10.77.0.1"]
-        return nursery(
+        return fork_server(
             [
                 {"torchrun": [*options, "--node-rank", str(n)], "rank": rank, "network": network}
                 for n, network in enumerate(two_networks)
@@ -145,7 +145,7 @@ def test_a_host_that_is_cut_off_is_named(
     assert saved(out) == ["step-000004"]
     subprocess.run(["ip", "-n", two_networks[1], "link", "set", "eth0", "up"], check=True)
     assert [end.status for end in train()] == [0, 0]
-    assert same_bits(out, undisturbed(2))
+    assert same_bits(out, uninterrupted(2))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ ADVICE = (
 )
 
 
-def test_of_two_ranks_nobody_knows_which_is_right(tmp_path: Path, ranks: Ranks) -> None:
+def test_two_ranks_that_disagree_are_both_named(tmp_path: Path, ranks: Ranks) -> None:
     """The lowest bit of a weight, found when the next checkpoint is due; without it they go on."""
     out = tmp_path / "run"
     fault = {"rank": 1, "step": 6, "do": "flip", "what": "weight", "name": WEIGHT, "bit": 0}
@@ -40,7 +40,7 @@ def test_of_two_ranks_nobody_knows_which_is_right(tmp_path: Path, ranks: Ranks) 
     assert ranks(2, out).status == 0
 
 
-def test_of_three_ranks_two_are_right(tmp_path: Path, ranks: Ranks) -> None:
+def test_majority_of_three_ranks_is_right(tmp_path: Path, ranks: Ranks) -> None:
     """A moment, with no checkpoint due: the ranks are compared every 100 steps."""
     out = tmp_path / "run"
     flags = ("--batch.tokens", 96, "--checkpoint-every", 0, "--steps", 110, "--eval-every", 0)
@@ -89,9 +89,7 @@ def flipped(model: GPT2, optimizer: AdamW, what: str, bit: int) -> Tensor:
 
 
 @pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
-def test_any_flipped_bit_of_a_weight_or_moment_is_seen(
-    trained: tuple[GPT2, AdamW], what: str
-) -> None:
+def test_any_flipped_bit_is_detected(trained: tuple[GPT2, AdamW], what: str) -> None:
     name = WEIGHT if what == "weight" else f"{what}.{WEIGHT}"
     replicas.compare(*trained, Stub(size=3), 8)
     for bit in (0, 11, 23, 30, 31):

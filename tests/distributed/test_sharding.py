@@ -162,7 +162,7 @@ def assert_close(run: Path, other: Path, records: Records) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=2e-6, msg=name)
 
 
-def test_a_sharded_run_is_that_of_one_process(runs: Runs, records: Records) -> None:
+def test_sharded_run_matches_one_process(runs: Runs, records: Records) -> None:
     assert_close(runs.sharded, runs.one, records)
     assert_close(runs.sharded, runs.parallel, records)
     assert min(r["grad_norm"] for r in records(runs.one, "train")) > 0.05  # all were clipped
@@ -175,7 +175,7 @@ def test_a_sharded_run_is_that_of_one_process(runs: Runs, records: Records) -> N
     assert split["machine"]["shard"]
 
 
-def test_each_rank_holds_a_part_and_they_agree_about_the_norm(runs: Runs) -> None:
+def test_each_rank_holds_a_part_and_norms_agree(runs: Runs) -> None:
     for _, sharded, begun_by_one in runs.facts:
         assert sharded["held"] < 0.52 * sharded["all"]
         assert (len(sharded["norms"]), len(begun_by_one["norms"])) == (12, 8)
@@ -188,12 +188,12 @@ def test_each_rank_holds_a_part_and_they_agree_about_the_norm(runs: Runs) -> Non
     assert sharded[0]["norms"] == sharded[1]["norms"]
 
 
-def test_the_watchdog_knows_that_a_sharded_model_waits_for_the_others(runs: Runs) -> None:
+def test_watchdog_reports_a_sharded_forward_pass_as_waiting(runs: Runs) -> None:
     for parallel, sharded, _ in runs.facts:
         assert (parallel["place"], sharded["place"]) == ("step 11", "waiting in step 11")
 
 
-def test_a_run_goes_on_from_one_process_to_shards_and_back(
+def test_run_resumes_from_one_process_to_shards_and_back(
     runs: Runs, tmp_path: Path, flags: tuple[object, ...], train: Train, records: Records
 ) -> None:
     assert_close(runs.begun_by_one, runs.one, records)
@@ -204,8 +204,8 @@ def test_a_run_goes_on_from_one_process_to_shards_and_back(
     assert_close(begun_sharded, runs.one, records)
 
 
-def test_a_sharded_run_goes_on_sharded_with_the_same_bits(runs: Runs, records: Records) -> None:
+def test_sharded_run_resumes_with_the_same_bits(runs: Runs, records: Records) -> None:
     for kind in ("train", "validation", "hellaswag", "samples", "checkpoint"):
         assert records(runs.resumed, kind) == records(runs.sharded, kind)
-    resumed, undisturbed = tensors(runs.resumed), tensors(runs.sharded)
-    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+    resumed, uninterrupted = tensors(runs.resumed), tensors(runs.sharded)
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)

@@ -29,7 +29,7 @@ def batch_hash(shard_set: Path, tiny: Recipe) -> Callable[[int], str]:
     return lambda number: hash_rows(windows.read(batches.numbers(number)))
 
 
-def test_all_ranks_refuse_the_same_steps_and_go_back_together(
+def test_all_ranks_skip_the_same_steps_and_roll_back_together(
     tmp_path: Path, ranks: Callable[..., End], records: Callable[..., list[dict[str, Any]]],
     batch_hash: Callable[[int], str],
 ) -> None:  # fmt: skip

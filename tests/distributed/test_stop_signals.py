@@ -16,8 +16,8 @@ SAID = (
 KINDS = ("train", "validation", "samples")
 
 
-def test_one_rank_or_all_of_them_may_be_told(
-    tmp_path: Path, ranks: Ranks, undisturbed: Callable[..., Path], records: Records
+def test_stop_signal_to_one_rank_or_all_ranks(
+    tmp_path: Path, ranks: Ranks, uninterrupted: Callable[..., Path], records: Records
 ) -> None:
     """First one rank of two alone; then Ctrl-C, of which each hears twice."""
     out = tmp_path / "run"
@@ -36,5 +36,5 @@ def test_one_rank_or_all_of_them_may_be_told(
 
     end = ranks(2, out)
     assert end.status == 0, end.err
-    assert same_bits(out, undisturbed(2))
-    assert records(out, *KINDS) == records(undisturbed(2), *KINDS)
+    assert same_bits(out, uninterrupted(2))
+    assert records(out, *KINDS) == records(uninterrupted(2), *KINDS)

@@ -88,7 +88,7 @@ def two(folder: Path, torchrun: Callable, command: Callable) -> Path:
     return folder / "two"
 
 
-def test_two_processes_train_as_one(one: Path, two: Path, folder: Path, records: Records) -> None:
+def test_two_processes_train_like_one(one: Path, two: Path, folder: Path, records: Records) -> None:
     assert_close(two, one, records)
     printed = (folder / "printed").read_text()
     assert "8 rows" not in printed
@@ -99,7 +99,7 @@ def test_two_processes_train_as_one(one: Path, two: Path, folder: Path, records:
     assert (split["ranks"], machine["micro_batch"], machine["threads"]) == (2, 4, 1)
 
 
-def test_one_process_goes_on_with_the_run_of_two(
+def test_one_process_resumes_the_run_of_two(
     one: Path, two: Path, tmp_path: Path, train: Train, records: Records
 ) -> None:
     out = tmp_path / "run"
@@ -122,7 +122,7 @@ def questions(file: Path) -> Path:
     return file
 
 
-def test_two_processes_go_on_evaluate_and_add_up_gradients_as_one(
+def test_two_processes_resume_evaluate_and_average_gradients_like_one(
     one: Path, tmp_path: Path, train: Train, records: Records, rekindle: Callable,
     command: Callable, torchrun: Callable, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

@@ -138,10 +138,10 @@ def ends() -> dict[str, Any]:
 
 
 @pytest.fixture
-def undisturbed(
+def uninterrupted(
     watch: Callable, run: Callable, tmp_path: Path, records: Records, ends: dict[str, Any]
 ) -> Callable[[dict[int, str]], tuple[Any, ...]]:
-    """`undisturbed(spoil)`: the end of a run that suffers this and nothing else, made once."""
+    """`uninterrupted(spoil)`: the end of a run that suffers this and nothing else, made once."""
 
     def end(spoil: dict[int, str]) -> tuple[Any, ...]:
         if (name := str(spoil)) not in ends:
@@ -156,7 +156,7 @@ def undisturbed(
 BAD = ["loss nan", "loss inf", "loss -inf", "gradient nan", "gradient inf", "gradient -inf"]
 
 
-def test_a_refused_step_uses_up_its_batch_and_its_place_in_the_schedule(
+def test_skipped_step_consumes_its_batch_and_learning_rate(
     watch: Callable, run: Callable, tmp_path: Path
 ) -> None:
     """`Watched.step` sees that it touches no bit of the weights and the moments."""
@@ -183,14 +183,14 @@ def interrupt(run: Callable, number: Any) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, Killed], ids=["told to stop", "killed"])
 @pytest.mark.parametrize("at", [5, 41, 52])
-def test_the_guard_remembers_across_a_stop(
-    watch: Callable, run: Callable, undisturbed: Callable, tmp_path: Path, records: Records,
+def test_guard_state_survives_a_stop(
+    watch: Callable, run: Callable, uninterrupted: Callable, tmp_path: Path, records: Records,
     at: int, number: Any,
 ) -> None:  # fmt: skip
     """Before and in the middle of what is refused."""
     spoil = dict.fromkeys((4, 5, 6, 8), "loss nan")
     spoil |= dict.fromkeys((20, 40, 41, 51, 53), "labels")  # 20 is too early to be refused
-    expected = undisturbed(spoil)
+    expected = uninterrupted(spoil)
     assert [r["step"] for r in expected[2] if r.get("skipped")] == [
         4, 5, 6, 8, 40, 41, 51, 53,
     ]  # fmt: skip
@@ -205,7 +205,7 @@ def test_the_guard_remembers_across_a_stop(
 STREAK = dict.fromkeys(range(44, 54), "labels")
 
 
-def test_ten_in_a_row_step_over_the_data(
+def test_ten_skipped_steps_roll_back_past_the_data(
     watch: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends with the bits of a run on data in which they never were."""
@@ -234,22 +234,22 @@ def test_ten_in_a_row_step_over_the_data(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, Killed], ids=["told to stop", "killed"])
 @pytest.mark.parametrize("at", [46, 53, 54])
-def test_stopped_around_going_back_it_ends_the_same(
-    watch: Callable, run: Callable, undisturbed: Callable, tmp_path: Path, records: Records,
+def test_run_stopped_around_a_rollback_ends_the_same(
+    watch: Callable, run: Callable, uninterrupted: Callable, tmp_path: Path, records: Records,
     at: int, number: Any,
 ) -> None:  # fmt: skip
     """In the streak, in its last step, and right after going back."""
-    expected = undisturbed(STREAK)
+    expected = uninterrupted(STREAK)
     watch(STREAK, {at: number})
     interrupt(run, number)
     assert run("run").status == 0
     assert end_of(tmp_path / "run", records) == expected
 
 
-def test_a_checkpoint_saved_in_the_streak_is_not_gone_back_to(
-    watch: Callable, run: Callable, undisturbed: Callable, tmp_path: Path, records: Records
+def test_rollback_ignores_checkpoints_saved_in_the_streak(
+    watch: Callable, run: Callable, uninterrupted: Callable, tmp_path: Path, records: Records
 ) -> None:
-    expected = undisturbed(STREAK)
+    expected = uninterrupted(STREAK)
     watch(STREAK, {45: signal.SIGTERM, 49: signal.SIGUSR1})
     names = []
     for status in (128 + signal.SIGTERM, 128 + signal.SIGUSR1, 0):
@@ -262,7 +262,7 @@ def test_a_checkpoint_saved_in_the_streak_is_not_gone_back_to(
     assert end_of(tmp_path / "run", records) == expected
 
 
-def test_a_damaged_checkpoint_is_not_gone_back_to(
+def test_rollback_ignores_a_damaged_checkpoint(
     watch: Callable, run: Callable, tmp_path: Path
 ) -> None:
     """But the one before it; the next start sets it aside."""
@@ -284,7 +284,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
     assert watched.steps[-1][0] == 54 + 60 - 32 - 1
 
 
-def test_no_checkpoint_is_saved_within_a_streak_unasked(watch: Callable, run: Callable) -> None:
+def test_no_scheduled_checkpoint_is_saved_in_a_streak(watch: Callable, run: Callable) -> None:
     watch(dict.fromkeys(range(44, 50), "labels"))
     outcome = run("run")
     assert "step    40 | saved" in outcome.out
@@ -315,15 +315,15 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ["rename metrics.jsonl 1 1 kill", "rename metrics.jsonl 1 1 after",
      "write metrics.jsonl 75 1 kill", "write metrics.jsonl 76 1 half"],
 )  # fmt: skip
-def test_killed_while_going_back_it_ends_the_same(
-    tmp_path: Path, nursery: Callable, command: Callable, noisy: Path, records: Records,
+def test_run_killed_during_a_rollback_ends_the_same(
+    tmp_path: Path, fork_server: Callable, command: Callable, noisy: Path, records: Records,
     ends: dict[str, Any], fault: str,
 ) -> None:  # fmt: skip
     """Before and after the log is cut back, and in the lines that follow."""
 
     def train(name: str, **job: Any) -> Any:
         flags = [*FLAGS, "--data", noisy, "--batch.order", "sequential"]
-        return nursery([*command(tmp_path / name), *flags], **job)
+        return fork_server([*command(tmp_path / name), *flags], **job)
 
     if "killed" not in ends:
         assert "rolled back to step 40, continuing with batch 54" in train("straight").out
@@ -345,7 +345,7 @@ HUGE = ("--optim.lr", 1e30, "--schedule.warmup", 0)
 
 @pytest.mark.parametrize("flags", [("--optim.weight-decay", 1e30), ("--optim.eps", 1e-30)])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_a_run_never_ends_well_with_weights_that_are_no_use(
+def test_run_that_ends_with_unusable_weights_fails(
     tmp_path: Path, command: Callable, rekindle: Callable, one_thread: None, flags: tuple,
     steps: int,
 ) -> None:  # fmt: skip
@@ -374,7 +374,7 @@ def test_without_a_validation_split_the_last_loss_decides(
 
 @pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_any_number_that_is_not_finite_is_found(tiny: Any, what: str, value: float) -> None:
+def test_any_non_finite_number_is_found(tiny: Any, what: str, value: float) -> None:
     from rekindle.errors import UserError
     from rekindle.model.gpt2 import GPT2
     from rekindle.optim.adamw import AdamW

@@ -79,7 +79,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], An
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("name", ["train-0000.bin", "train-0001.bin", "val-0001.bin"])
-def test_a_shard_that_changes_ends_the_run(
+def test_changed_shard_ends_the_run(
     tmp_path: Path, data: Path, train: Callable, command: Callable, rekindle: Callable,
     records: Records, meanwhile: Callable, monkeypatch: pytest.MonkeyPatch, change: Callable,
     name: str,
@@ -105,7 +105,7 @@ def test_a_shard_that_changes_ends_the_run(
             assert (path / file).read_bytes() == other.read_bytes()
 
 
-def test_a_batch_that_changes_while_it_is_read_is_not_learnt(
+def test_batch_that_changes_while_read_is_not_trained_on(
     tmp_path: Path, data: Path, command: Callable, rekindle: Callable, records: Records,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -121,7 +121,7 @@ def test_a_batch_that_changes_while_it_is_read_is_not_learnt(
     assert records(tmp_path / "run", "train")[-1]["step"] == 5
 
 
-def test_the_run_goes_on_once_the_data_is_as_it_was(
+def test_run_resumes_once_the_data_is_restored(
     tmp_path: Path, data: Path, shard_set: Path, train: Callable, command: Callable,
     rekindle: Callable, meanwhile: Callable, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -154,7 +154,7 @@ def test_an_id_out_of_range_is_named(
     assert all(path.name < "step-000020" for path in found)
 
 
-def test_a_run_told_to_stop_after_the_change_saves_what_was_right(
+def test_run_stopped_after_the_change_saves_a_correct_checkpoint(
     tmp_path: Path, data: Path, train: Callable, command: Callable, rekindle: Callable,
     meanwhile: Callable, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -178,7 +178,7 @@ def test_a_run_told_to_stop_after_the_change_saves_what_was_right(
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_unchanged_names_the_file(data: Path, change: Callable) -> None:
+def test_check_for_changes_names_the_file(data: Path, change: Callable) -> None:
     unchanged = Unchanged(data, shards.read_manifest(data))
     (data / "train-0000.bin").read_bytes()
     (data / "another file").write_text("is nobody's business")
@@ -188,7 +188,7 @@ def test_unchanged_names_the_file(data: Path, change: Callable) -> None:
         unchanged.check()
 
 
-def test_a_link_may_be_moved_but_not_to_other_tokens(tmp_path: Path, data: Path) -> None:
+def test_link_to_other_tokens_is_detected(tmp_path: Path, data: Path) -> None:
     """A folder of links, as the hub's cache is one."""
     links = tmp_path / "links"
     links.mkdir()
@@ -203,7 +203,7 @@ def test_a_link_may_be_moved_but_not_to_other_tokens(tmp_path: Path, data: Path)
 
 
 @pytest.mark.parametrize("token", [0, 15, 16, 17, 300, 496])
-def test_windows_find_an_id_out_of_range(data: Path, token: int) -> None:
+def test_windows_detect_an_id_out_of_range(data: Path, token: int) -> None:
     """Anywhere in a window, in any shard, and only in the windows that hold it."""
     spoil(data / "train-0001.bin", token, 257)
     manifest = shards.read_manifest(data)
@@ -231,7 +231,7 @@ def test_the_largest_id_is_in_range(tmp_path: Path, write_shards: WriteShards) -
     assert len(windows.read(np.arange(0))) == 0
 
 
-def test_validation_finds_an_id_out_of_range(data: Path) -> None:
+def test_validation_detects_an_id_out_of_range(data: Path) -> None:
     spoil(data / "val-0001.bin", 42, 300)
     found = shards.open_split(data, shards.read_manifest(data), "val")
     with pytest.raises(UserError, match=r"val-0001\.bin holds the id 300 .* at token 42\),"):

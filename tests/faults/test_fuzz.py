@@ -329,7 +329,7 @@ class Fuzz:
         (b"\x10" + bytes(7) + b'{"a":{"b":[3]}} ' + bytes(range(40)), [damage, edit_header]),
     ],
 )
-def test_a_line_of_the_corpus_repeats_a_change(content: bytes, mutations: list[Mutate]) -> None:
+def test_corpus_entry_reproduces_a_change(content: bytes, mutations: list[Mutate]) -> None:
     for n in range(50):
         chance = random.Random(n)
         changed = chance.choice(mutations)(content, chance)
@@ -345,7 +345,7 @@ def same_up_to_spaces(a: bytes, b: bytes) -> bool:
     return all(x == y or repr(json.loads(x)) == repr(json.loads(y)) for x, y in pairs)
 
 
-def test_every_line_of_the_corpus_is_tried() -> None:
+def test_every_corpus_entry_is_used() -> None:
     """It belongs to a test, and to a file that this test changes."""
     for file in CORPUS.iterdir():
         assert f"test_{file.stem}" in globals(), file
@@ -417,7 +417,7 @@ def test_manifests(fuzz: Fuzz, data: Path) -> None:
     fuzz(data / "manifest.json", [damage, edit_json, edit_json], lambda: read_data(data))
 
 
-def test_a_run_on_hostile_data(
+def test_training_on_hostile_data(
     fuzz: Fuzz, data: Path, command: Callable, rekindle: Callable, tmp_path: Path
 ) -> None:
     def read() -> None:
@@ -478,14 +478,14 @@ def test_damaged_checkpoints(fuzz: Fuzz, trained: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [format.DESCRIPTION, *checkpoint.FILES])
-def test_checkpoints_that_mean_harm(fuzz: Fuzz, trained: Path, name: str) -> None:
+def test_hostile_checkpoints(fuzz: Fuzz, trained: Path, name: str) -> None:
     """With the right hashes."""
     mutations = [edit_json] if name == format.DESCRIPTION else [damage, edit_header, edit_header]
     fuzz(last(trained) / name, mutations, lambda: use(last(trained)), sealed=True)
 
 
 @pytest.mark.parametrize("name", checkpoint.FILES)
-def test_tensors_of_another_type_are_refused(trained: Path, name: str) -> None:
+def test_tensors_of_another_type_are_rejected(trained: Path, name: str) -> None:
     from safetensors.torch import load_file, save_file
 
     file = last(trained) / name
@@ -502,7 +502,7 @@ def test_tensors_of_another_type_are_refused(trained: Path, name: str) -> None:
         ({"n_embd": 2**40}, "a model of these sizes cannot be built"),
     ],
 )
-def test_a_model_too_large_is_refused_before_it_is_built(
+def test_oversized_model_is_rejected_before_it_is_built(
     trained: Path, sizes: dict[str, int], reason: str
 ) -> None:
     file = last(trained) / format.DESCRIPTION
@@ -515,9 +515,7 @@ def test_a_model_too_large_is_refused_before_it_is_built(
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_that_goes_on_from_what_means_harm(
-    fuzz: Fuzz, trained: Path, again: Callable
-) -> None:
+def test_resuming_from_a_hostile_checkpoint(fuzz: Fuzz, trained: Path, again: Callable) -> None:
     """What cannot be used is set aside; here that is all there is."""
     file, checkpoints = last(trained) / format.DESCRIPTION, trained / "checkpoints"
     whole = shutil.copytree(checkpoints, trained.parent / "whole")
@@ -646,7 +644,7 @@ class Harmful:
         return Path.touch, (self.file,)
 
 
-def test_nothing_that_is_loaded_runs_code(
+def test_loading_a_file_never_runs_code(
     tmp_path: Path, trained: Path, data: Path, again: Callable
 ) -> None:
     """A pickle in the place of any file is refused and not run."""
@@ -677,7 +675,7 @@ def test_nothing_that_is_loaded_runs_code(
             file.write_bytes(before)
 
 
-def test_no_module_unpickles() -> None:
+def test_no_module_unpickles_or_evaluates() -> None:
     """`torch.load`, `numpy.load` of objects, `eval` and their like are nowhere in the package."""
     forbidden = re.compile(
         r"\b(import|from) (pickle|marshal|yaml)\b|(torch|np)\.load\b|allow_pickle"

@@ -1,4 +1,4 @@
-"""Killed at random moments, a run that is resumed ends with the bits of an undisturbed one.
+"""Killed at random moments, a run that is resumed ends with the bits of an uninterrupted one.
 
     REKINDLE_KILLS=5000 python -m pytest tests/faults/test_kills.py -m slow
 
@@ -25,7 +25,7 @@ STEPS = 20
 FLAGS = ["--steps", STEPS, "--checkpoint-every", 3, "--eval-every", 6, "--keep-checkpoints", 2,
          "--micro-batch", 8]  # fmt: skip
 
-Nursery = Callable[..., Any]
+ForkServer = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
 
 
@@ -36,11 +36,13 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture
-def train(command: Callable, nursery: Nursery, straight: dict[str, Any]) -> Callable[..., Any]:
+def train(
+    command: Callable, fork_server: ForkServer, straight: dict[str, Any]
+) -> Callable[..., Any]:
     """`train(out, fault=...)`: the tiny recipe in a process that may be killed."""
 
     def run(out: Path, **job: Any) -> Any:
-        return nursery([*command(out), *FLAGS], **job)
+        return fork_server([*command(out), *FLAGS], **job)
 
     if not straight["run"].exists():
         began = time.monotonic()
@@ -102,9 +104,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def prepare(nursery: Nursery, texts: Path, out: Path, **job: Any) -> Any:
+def prepare(fork_server: ForkServer, texts: Path, out: Path, **job: Any) -> Any:
     flags = ["--val-tokens", 5000, "--shard-tokens", 25_000, "--tokenizer", "bytes"]
-    return nursery(["prepare", "--jsonl", texts, "--out", out, *flags], **job)
+    return fork_server(["prepare", "--jsonl", texts, "--out", out, *flags], **job)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -113,10 +115,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("wanted", KILLS)
 def test_preparing_killed_at_random_moments(
-    tmp_path: Path, nursery: Nursery, texts: Path, wanted: int
+    tmp_path: Path, fork_server: ForkServer, texts: Path, wanted: int
 ) -> None:
     began = time.monotonic()
-    assert prepare(nursery, texts, tmp_path / "straight").status == 0
+    assert prepare(fork_server, texts, tmp_path / "straight").status == 0
     seconds, chance, kills = time.monotonic() - began, random.Random(), 0
     expected = contents(tmp_path / "straight")
     assert len(expected) > 10
@@ -124,13 +126,13 @@ def test_preparing_killed_at_random_moments(
         out = tmp_path / f"data-{n}"
         for _ in range(10):  # a kill before anything is saved begins anew
             end = prepare(
-                nursery, texts, out, signal=signal.SIGKILL, after=chance.uniform(0.0, seconds)
+                fork_server, texts, out, signal=signal.SIGKILL, after=chance.uniform(0.0, seconds)
             )
             assert end.status in (0, -signal.SIGKILL), end.err
             if end.status == 0:
                 break
             kills += 1
         else:
-            assert prepare(nursery, texts, out).status == 0
+            assert prepare(fork_server, texts, out).status == 0
         assert contents(out) == expected
     assert wanted < 20 or kills  # a few may all come too late

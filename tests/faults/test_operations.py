@@ -2,7 +2,7 @@
 
 One run is traced, and what its folder holds before each operation is kept: exactly what a kill at
 that moment leaves behind. From each of these states the same command is given again, and must end
-with the bits of the undisturbed run. The same holds for what a power cut leaves, except for the
+with the bits of the uninterrupted run. The same holds for what a power cut leaves, except for the
 log, which is not flushed at every line.
 """
 
@@ -104,7 +104,7 @@ def stop_after(number: int, run: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("which", ["begun", "resumed"])
-def test_killed_at_any_operation_a_run_ends_the_same(
+def test_run_killed_at_any_operation_ends_the_same(
     request: pytest.FixtureRequest, tmp_path: Path, train: Callable, records: Records,
     write_disk: Callable, which: str,
 ) -> None:  # fmt: skip
@@ -120,7 +120,7 @@ def test_killed_at_any_operation_a_run_ends_the_same(
 
 
 @pytest.mark.parametrize("which", ["begun", "resumed"])
-def test_without_power_at_any_operation_a_run_ends_the_same(
+def test_run_after_a_power_cut_at_any_operation_ends_the_same(
     request: pytest.FixtureRequest, tmp_path: Path, train: Callable, write_disk: Callable,
     which: str,
 ) -> None:  # fmt: skip
@@ -152,7 +152,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != storage.LOCK}
 
 
-def test_cut_short_at_any_operation_a_preparation_ends_the_same(
+def test_preparation_interrupted_at_any_operation_ends_the_same(
     tmp_path: Path, rekindle: Callable, prepare: Callable, traced: Callable, write_disk: Callable
 ) -> None:
     """Killed, and without power."""
@@ -173,7 +173,7 @@ def test_cut_short_at_any_operation_a_preparation_ends_the_same(
 
 
 @pytest.mark.parametrize("which", ["begun", "resumed"])
-def test_nothing_is_seen_half_written_or_half_removed(
+def test_no_file_is_visible_half_written_or_half_removed(
     request: pytest.FixtureRequest, which: str
 ) -> None:
     """Only what has a temporary name is changed in place, the lock and the log apart."""
@@ -193,7 +193,7 @@ def test_names_are_flushed_before_anything_is_removed(
     assert_names_are_flushed(request.getfixturevalue(which)[0].operations)
 
 
-def test_a_preparation_flushes_names(tmp_path: Path, prepare: Callable, traced: Callable) -> None:
+def test_preparation_flushes_names(tmp_path: Path, prepare: Callable, traced: Callable) -> None:
     out = tmp_path / "data"
     assert_names_are_flushed(traced(out, prepare(out)).operations)
 

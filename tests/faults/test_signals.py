@@ -18,7 +18,7 @@ from rekindle import trainer as rekindle_trainer
 from rekindle.runtime import signals as listening
 from rekindle.runtime.signals import ECHO, SIGNALS, Listener
 
-Nursery = Callable[..., Any]
+ForkServer = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
 KINDS = ("train", "validation", "samples")
 
@@ -32,7 +32,7 @@ def hears_ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files")
-def test_a_listener_leaves_nothing_open() -> None:
+def test_listener_leaves_no_open_files() -> None:
     before, handlers = len(os.listdir("/proc/self/fd")), [signal.getsignal(n) for n in SIGNALS]
     with Listener() as listener:
         assert len(os.listdir("/proc/self/fd")) == before + 2
@@ -60,7 +60,7 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize(("at", "number"), zip((5, 7, 0, 11), [*SIGNALS, SIGNALS[0]], strict=True))
-def test_a_run_that_is_told_to_stop_goes_on_to_the_same_end(
+def test_stopped_run_resumes_to_the_same_result(
     tmp_path: Path, train: Callable, rekindle: Callable, command: Callable, records: Records,
     tell: Callable, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, at: int,
 ) -> None:  # fmt: skip
@@ -85,9 +85,11 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_end(
     assert records(out, *KINDS) == records(tmp_path / "straight", *KINDS)
 
 
-def test_it_ends_at_the_next_step(tmp_path: Path, command: Callable, nursery: Nursery) -> None:
+def test_run_stops_at_the_next_step(
+    tmp_path: Path, command: Callable, fork_server: ForkServer
+) -> None:
     out = tmp_path / "run"
-    end = nursery(
+    end = fork_server(
         [*command(out), "--steps", 100_000],
         signal=signal.SIGTERM, until=str(out / "metrics.jsonl"),
     )  # fmt: skip
@@ -95,12 +97,12 @@ def test_it_ends_at_the_next_step(tmp_path: Path, command: Callable, nursery: Nu
     assert "stopped by SIGTERM" in end.err
 
 
-def test_a_second_signal_ends_it_at_once(
-    tmp_path: Path, command: Callable, nursery: Nursery
+def test_second_signal_ends_the_run_at_once(
+    tmp_path: Path, command: Callable, fork_server: ForkServer
 ) -> None:
     """Though the disk would take ten minutes; nothing half-written is taken for a checkpoint."""
     out = tmp_path / "run"
-    end = nursery(
+    end = fork_server(
         [*command(out), "--steps", 100_000, "--checkpoint-every", 0],
         signal=signal.SIGTERM, until=str(out / "metrics.jsonl"), again=ECHO + 0.5,
         fault="fsync model 1 1 sleep600000",
@@ -111,7 +113,7 @@ def test_a_second_signal_ends_it_at_once(
 
 
 @pytest.mark.parametrize("signals", [1, 1000])
-def test_a_second_signal_is_heard_where_python_is_not(
+def test_second_signal_works_while_the_main_thread_is_blocked(
     monkeypatch: pytest.MonkeyPatch, signals: int
 ) -> None:
     """The main thread waits in C++, as for a rank that never comes."""
@@ -149,7 +151,7 @@ def test_an_echo_of_the_first_signal_is_not_a_second_one() -> None:
         assert listener.signal == signal.SIGINT
 
 
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
+def test_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with Listener() as listener:

@@ -42,7 +42,7 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
+def test_plain_lines_without_a_terminal(clock: list[float]) -> None:
     stream = io.StringIO()
     console = Console(stream=stream)
     console.progress("one")
@@ -55,7 +55,7 @@ def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
     assert stream.getvalue() == "one\nimportant\ntwo\nsaid\n"
 
 
-def test_a_terminals_line_is_rewritten_in_place(clock: list[float]) -> None:
+def test_terminal_line_is_rewritten_in_place(clock: list[float]) -> None:
     stream = Terminal()
     console = Console(stream=stream)
     console.progress("one")
@@ -87,7 +87,7 @@ def make_metrics(stream: io.StringIO, log: JsonLines | None = None, **changes: A
 STEP: dict[str, Any] = {"loss": 3.14159, "lr": 6e-4, "grad_norm": 1.5, "data_wait": 0.0025}
 
 
-def test_the_progress_line() -> None:
+def test_progress_line() -> None:
     stream = io.StringIO()
     make_metrics(stream, peak_flops=20_000.0).step(0, seconds=2.0, **STEP)
     assert stream.getvalue() == (
@@ -96,14 +96,14 @@ def test_the_progress_line() -> None:
     )
 
 
-def test_the_mfu_of_an_unknown_device_is_left_out(tmp_path: Path) -> None:
+def test_mfu_of_an_unknown_device_is_omitted(tmp_path: Path) -> None:
     stream, log = io.StringIO(), JsonLines(tmp_path / "log.jsonl")
     make_metrics(stream, log).step(0, seconds=2.0, **STEP)
     assert "mfu" not in stream.getvalue()
     assert storage.read_json_lines(tmp_path / "log.jsonl")[0]["mfu"] is None
 
 
-def test_a_refused_step_says_so_at_once(clock: list[float]) -> None:
+def test_skipped_step_is_printed_at_once(clock: list[float]) -> None:
     stream = io.StringIO()
     metrics = make_metrics(stream)
     metrics.step(1, seconds=2.0, **STEP)
@@ -114,7 +114,7 @@ def test_a_refused_step_says_so_at_once(clock: list[float]) -> None:
     assert lines[1].endswith("SKIPPED: not finite")
 
 
-def test_the_time_left_is_that_of_a_typical_step(clock: list[float]) -> None:
+def test_time_left_is_based_on_a_typical_step(clock: list[float]) -> None:
     """One step that compiles, or stalls, says nothing of those to come."""
     stream = io.StringIO()
     metrics = make_metrics(stream)
@@ -124,7 +124,7 @@ def test_the_time_left_is_that_of_a_typical_step(clock: list[float]) -> None:
     assert stream.getvalue().splitlines()[-1].split(" | ")[2] == "1 min 35 s left"
 
 
-def test_the_log(tmp_path: Path) -> None:
+def test_log_records(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log.jsonl")
     metrics = make_metrics(io.StringIO(), log, peak_flops=50_000.0)
     metrics.step(7, seconds=0.5, **STEP)
@@ -140,7 +140,7 @@ def test_the_log(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_log_is_json_whatever_the_numbers(tmp_path: Path) -> None:
+def test_log_is_valid_json_for_any_numbers(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log.jsonl")
     metrics = make_metrics(io.StringIO(), log)
     bad = {"loss": float("nan"), "grad_norm": float("inf"), "skip_reason": "not finite"}
@@ -150,7 +150,7 @@ def test_the_log_is_json_whatever_the_numbers(tmp_path: Path) -> None:
     assert (record["loss"], record["grad_norm"], record["skipped"]) == (None, None, True)
 
 
-def test_a_rank_without_a_log_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_without_a_log_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It neither opens nor writes a file, nor prints; all else works as on the main rank."""
     monkeypatch.chdir(tmp_path)
     stream, opened = io.StringIO(), []

@@ -37,7 +37,7 @@ def test_report_draws_a_picture(rekindle: Callable, run: Path) -> None:
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_picture_shows_the_run(rekindle: Callable, run: Path, tmp_path: Path) -> None:
+def test_picture_shows_the_run(rekindle: Callable, run: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib import rc_context
 
@@ -55,7 +55,7 @@ def test_nothing_to_draw(refuses: Callable, run: Path, tmp_path: Path) -> None:
     refuses(["report", run], "has taken no step yet")
 
 
-def test_without_matplotlib_it_says_how_to_get_it(
+def test_without_matplotlib_the_error_says_how_to_install_it(
     refuses: Callable, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -63,7 +63,7 @@ def test_without_matplotlib_it_says_how_to_get_it(
 
 
 @pytest.mark.parametrize("name", ["x.xyz", "loss", "curve.png.bak", "metrics.jsonl", "x."])
-def test_a_picture_of_a_kind_that_cannot_be_drawn(
+def test_unsupported_picture_format_is_rejected(
     refuses: Callable, run: Path, tmp_path: Path, name: str
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -71,14 +71,16 @@ def test_a_picture_of_a_kind_that_cannot_be_drawn(
 
 
 @pytest.mark.parametrize("name", ["pictures", "loss.png", "run"])
-def test_a_folder_is_no_picture(refuses: Callable, run: Path, tmp_path: Path, name: str) -> None:
+def test_folder_as_picture_is_rejected(
+    refuses: Callable, run: Path, tmp_path: Path, name: str
+) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / name).mkdir(exist_ok=True)
     refuses(["report", run, "--picture", tmp_path / name], f"{tmp_path / name} is a folder")
 
 
 @pytest.mark.parametrize("name", ["loss.PNG", "loss.svg", "loss.pdf"])
-def test_the_picture_has_the_name_that_was_given(
+def test_picture_is_written_to_the_given_name(
     rekindle: Callable, run: Path, tmp_path: Path, name: str
 ) -> None:
     pytest.importorskip("matplotlib")

@@ -113,7 +113,7 @@ class Host:
         }  # fmt: skip
 
 
-def nurse() -> None:
+def serve() -> None:
     subprocess_handler.Popen = Popen  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # which loads the compiler
@@ -125,4 +125,4 @@ def nurse() -> None:
 
 
 if __name__ == "__main__":
-    nurse()
+    serve()
