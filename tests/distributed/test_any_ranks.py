@@ -1,4 +1,4 @@
-"""A run may go on with any number of ranks: the tokens of every step are those of one process."""
+"""A run may resume with any number of ranks: every step trains on the tokens of one process."""
 
 import signal
 from collections.abc import Callable
@@ -14,12 +14,12 @@ def test_token_order_is_the_same_for_any_number_of_ranks(
     tmp_path: Path, ranks: Callable[..., End], uninterrupted: Callable[..., Path],
     records: Callable[..., list[dict[str, Any]]],
 ) -> None:  # fmt: skip
-    """One rank, then two, four and one, each time stopped by a SIGTERM to torchrun; with 8, 4 and 2
-    micro-steps, where the one process has one."""
+    """One rank, then two, four and one, each time stopped by SIGTERM to torchrun; with 8, 4 and 2
+    micro-steps, whereas the reference process has one."""
     out = tmp_path / "run"
     for count, stop in ((1, 1), (2, 4), (4, 7)):
-        told = {"step": stop, "do": "tell", "number": signal.SIGTERM, "who": "torchrun"}
-        end = ranks(count, out, {"rank": count - 1, **told}, flags=MICRO)
+        fault = {"step": stop, "do": "send_signal", "number": signal.SIGTERM, "target": "torchrun"}
+        end = ranks(count, out, {"rank": count - 1, **fault}, flags=MICRO)
         assert end.status != 0
         assert [line.partition(",")[0] for line in end.errors] == [
             f"rekindle: stopped by SIGTERM after step {stop}"

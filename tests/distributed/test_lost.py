@@ -1,4 +1,4 @@
-"""A rank that dies, hangs or is cut off: the others do not wait for ever, and say which it is."""
+"""If a rank dies, hangs or is disconnected, the others do not wait forever, and name it."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def test_torchrun_restarts_when_a_rank_dies(
     tmp_path: Path, ranks: Ranks, uninterrupted: Callable[..., Path],
     records: Callable[..., list[dict[str, Any]]], flags: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Rank 1 after the first checkpoint, then rank 0, which writes them."""
+    """First rank 1 after the first checkpoint, then rank 0, which writes the checkpoints."""
     out = tmp_path / "run"
     end = ranks(
         2, out, {"rank": 1, "step": 6, "do": "die", "after": "step-000004"},
@@ -47,7 +47,7 @@ ASLEEP = {"rank": 1, "seconds": 600}
 
 
 @pytest.mark.parametrize(
-    ("fault", "flags", "said"),
+    ("fault", "flags", "message"),
     [
         (
             {"rank": 1, "step": 6, "do": "freeze"}, (),
@@ -66,15 +66,15 @@ ASLEEP = {"rank": 1, "seconds": 600}
 )  # fmt: skip
 def test_hanging_rank_is_named(
     tmp_path: Path, ranks: Ranks, uninterrupted: Callable[..., Path], fault: dict[str, Any],
-    flags: tuple[str, ...], said: str,
+    flags: tuple[str, ...], message: str,
 ) -> None:  # fmt: skip
     out = tmp_path / "run"
-    # Only SIGKILL ends what hangs, and torchrun would ask for 30 s before.
+    # Only SIGKILL ends a hanging rank, and torchrun would wait 30 s before sending it.
     end = ranks(2, out, fault, flags=(*HASTE, *flags), patience=1)
     [line] = end.errors
     assert line.startswith("rekindle: error (rank 0): waited ")
     assert line.endswith(
-        f" s for the other ranks: {said}; the same command resumes from the newest checkpoint"
+        f" s for the other ranks: {message}; the same command resumes from the newest checkpoint"
     )
     assert "failed (exitcode: 3) local_rank: 0" in end.err
     assert end.seconds < 60
@@ -84,7 +84,7 @@ def test_hanging_rank_is_named(
 
 
 def test_missing_rank_is_named() -> None:
-    """In the first life of the ranks, and in one that finds what the one before left."""
+    """In the first life of the ranks, and after a restart that finds entries of the one before."""
     store = HashStore()
     for others in ({0: "a"}, {0: "a", 1: "b"}):
         for rank, token in others.items():
@@ -94,7 +94,7 @@ def test_missing_rank_is_named() -> None:
 
 
 def test_ranks_with_different_folders_are_rejected(tmp_path: Path, ranks: Ranks) -> None:
-    """As where a host does not share the folder with the others."""
+    """As when a host does not share the folder with the others."""
     assert ranks(1, tmp_path / "run-0").status == 0
     (tmp_path / "run-1").mkdir()
     end = ranks(2, tmp_path / "run-{rank}")
@@ -108,7 +108,7 @@ def test_ranks_with_different_folders_are_rejected(tmp_path: Path, ranks: Ranks)
 
 
 def test_ranks_with_different_recipes_are_rejected(tmp_path: Path, ranks: Ranks) -> None:
-    """Or other data or flags: each would train well, and their sum would be nonsense."""
+    """Or different data or flags: each rank alone could train, but their average is useless."""
     end = ranks(2, tmp_path / "run", flags=("--seed", "{rank}"))
     assert len(end.errors) == 2, end.err
     for line in end.errors:
@@ -121,7 +121,7 @@ def test_disconnected_host_is_named(
     tmp_path: Path, fork_server: Callable[..., list[End]], command: Callable[[Path], list[str]],
     two_networks: tuple[str, str], uninterrupted: Callable[..., Path],
 ) -> None:  # fmt: skip
-    """Two hosts with a cable between them; both end in time, and given back they go on."""
+    """Two connected hosts: when the link is down, both end in time; when it is up, they resume."""
     out = tmp_path / "run"
 
     def train(*faults: dict[str, Any]) -> list[End]:
@@ -136,9 +136,9 @@ def test_disconnected_host_is_named(
         )
 
     ends = train({"rank": 1, "step": 6, "do": "shell", "command": "ip link set eth0 down"})
-    for end, said in zip(ends, ("rank 1 is gone", "rank 0's host cannot be reached"), strict=True):
+    for end, words in zip(ends, ("rank 1 is gone", "rank 0's host cannot be reached"), strict=True):
         [line] = end.errors
-        assert said in line
+        assert words in line
         assert line.endswith("the same command resumes from the newest checkpoint")
         assert "failed (exitcode: 3)" in end.err
         assert end.seconds < 60
@@ -162,8 +162,8 @@ def two_networks() -> Iterator[tuple[str, str]]:
             try:
                 subprocess.run(["ip", *text.split()], check=True, capture_output=True, text=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                said = getattr(error, "stderr", "") or str(error)
-                pytest.skip(f"no network namespaces here: ip {text}: {said.strip()}")
+                reason = getattr(error, "stderr", "") or str(error)
+                pytest.skip(f"no network namespaces here: ip {text}: {reason.strip()}")
         yield a, b
     finally:
         for name in names:

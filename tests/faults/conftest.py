@@ -1,4 +1,4 @@
-"""A fork_server of processes to be killed, and a disk that fails when told."""
+"""Processes that can be killed, and a disk that fails on request."""
 
 import json
 import os

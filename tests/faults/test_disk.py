@@ -1,4 +1,4 @@
-"""A disk that is full, broken, slow or gone does not stop the training, and destroys nothing."""
+"""A disk that is full, broken, slow or missing does not stop training or destroy anything."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def expected(straight: Path, train: Callable) -> Path:
-    """The run that nobody disturbs."""
+    """The run without faults."""
     if not straight.exists():
         assert train(straight).status == 0
     return straight
@@ -46,7 +46,7 @@ def weights(run: Path, step: int = 12) -> list[bytes]:
 
 
 def assert_same_records(run: Path, other: Path, records: Records) -> None:
-    """A checkpoint is told of when it is whole, which may be later."""
+    """Checkpoint records are compared separately, because they may be logged later."""
     for kinds in (("train", "validation", "samples"), ("checkpoint",)):
         assert records(run, *kinds) == records(other, *kinds)
 
@@ -72,7 +72,7 @@ def test_saving_is_retried_when_the_disk_fails_once(
 def test_training_continues_when_a_checkpoint_cannot_be_saved(
     tmp_path: Path, train: Callable, expected: Path, records: Records
 ) -> None:
-    """Of step 8, in three attempts; that of step 4 stays though only one is to be kept."""
+    """Step 8 fails in three attempts. Step 4 is kept meanwhile, although only one is to be kept."""
     out = tmp_path / "run"
     end = train(
         out, "--keep-checkpoints", 1, "--keep-best", 0,
@@ -119,7 +119,7 @@ def test_log_lines_are_kept_until_they_can_be_written(
 def test_resume_without_room_for_the_log_is_an_error(
     tmp_path: Path, train: Callable, expected: Path, records: Records
 ) -> None:
-    """Which a run that goes on writes anew."""
+    """A resumed run rewrites its log."""
     out = tmp_path / "run"
     assert train(out, fault="rename checkpoints/step-000012 1 1 kill").status == -signal.SIGKILL
     before = (out / "metrics.jsonl").read_bytes()
@@ -148,7 +148,7 @@ STARTS = [f"write metrics.jsonl 1 99 {FULL}", f"write .lock 1 1 {FULL}", f"fsync
 
 @pytest.mark.parametrize("fault", STARTS)
 def test_disk_failure_at_the_start_is_one_line(tmp_path: Path, train: Callable, fault: str) -> None:
-    """Or does no harm."""
+    """Or it does not affect the run."""
     end = train(tmp_path / "run", fault=fault)
     assert "Traceback" not in end.err
     assert end.err.count("\n") == (1 if end.status else 0)
@@ -157,7 +157,7 @@ def test_disk_failure_at_the_start_is_one_line(tmp_path: Path, train: Callable, 
 
 
 def test_missing_checkpoints_are_an_error(tmp_path: Path, train: Callable) -> None:
-    """As when the disk behind a link is not mounted: beginning anew would replace the log."""
+    """As when a linked disk is not mounted: starting from scratch would overwrite the log."""
     out = tmp_path / "run"
     assert train(out).status == 0
     log = (out / "metrics.jsonl").read_bytes()
@@ -196,7 +196,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_real_small_disk(small_disk: Path, tmp_path: Path, train: Callable, expected: Path) -> None:
-    """It fills up; the checkpoint that fitted stays whole, and the run moves away with it."""
+    """When it is full, the checkpoint that fitted stays complete, and the run can be moved."""
     out = small_disk / "run"
     end = train(out)
     assert end.status == 2
@@ -228,12 +228,12 @@ def test_deleted_run_folder_is_recreated(
     tmp_path: Path, rekindle: Callable, command: Callable, expected: Path, records: Records,
     monkeypatch: pytest.MonkeyPatch, one_thread: None,
 ) -> None:  # fmt: skip
-    """With the next checkpoint, from which the same command goes on."""
+    """When the next checkpoint is saved, from which the same command resumes."""
     out, original = tmp_path / "run", rekindle_trainer.learning_rate
 
     def remove(step: int, **options: Any) -> float:
         if step == 6:
-            while not steps(out):  # written in the background, it would come after
+            while not steps(out):  # wait for it, because it is written in the background
                 time.sleep(0.01)
             shutil.rmtree(out)
         return original(step, **options)

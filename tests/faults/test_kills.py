@@ -1,9 +1,9 @@
-"""Killed at random moments, a run that is resumed ends with the bits of an uninterrupted one.
+"""A run killed at random moments and resumed ends with the same bits as an uninterrupted one.
 
     REKINDLE_KILLS=5000 python -m pytest tests/faults/test_kills.py -m slow
 
-kills that often. The quick tests kill a few times, since `test_operations.py` covers every state
-of the disk of one run; chance adds the orders in which its threads may come.
+kills that many times. The quick tests kill a few times, since `test_operations.py` covers every
+state of the disk of one run; random kills add different orders of its threads.
 """
 
 import json
@@ -31,7 +31,7 @@ Records = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run that nobody disturbs, made by the first test that asks for it."""
+    """The uninterrupted run, created by the first test that needs it."""
     return {"run": tmp_path_factory.mktemp("straight") / "run"}
 
 
@@ -52,10 +52,10 @@ def train(
 
 
 def everything(run: Path, records: Records) -> tuple[Any, ...]:
-    """All that a run has at its end and that may not differ."""
+    """Everything of a finished run that must not differ."""
     found = [checkpoint.load(path) for path in checkpoint.list_checkpoints(run / "checkpoints")]
     bits = [[(c.path / name).read_bytes() for name in checkpoint.FILES] for c in found]
-    said = [
+    descriptions = [
         {
             key: getattr(c.description, key)
             for key in ("step", "data_position", "guard", "evaluated")
@@ -64,7 +64,7 @@ def everything(run: Path, records: Records) -> tuple[Any, ...]:
     ]
     kinds = ("train", "validation", "samples", "checkpoint")
     assert not list(run.rglob(".tmp-*"))
-    return (bits, said, *(records(run, kind) for kind in kinds))
+    return (bits, descriptions, *(records(run, kind) for kind in kinds))
 
 
 @pytest.mark.parametrize("wanted", KILLS)
@@ -85,9 +85,9 @@ def test_killed_at_random_moments(
                 break
             kills += 1
         assert everything(out, records) == expected
-        shutil.rmtree(out)  # thousands of them would fill a disk
+        shutil.rmtree(out)  # thousands of them would fill the disk
     print(f"{kills} kills in {runs} runs")
-    assert runs > wanted / 40  # else it was never killed near the end
+    assert runs > wanted / 40  # otherwise it was never killed near the end
 
 
 # -- preparing data -------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_killed_at_random_moments(
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of documents, enough for a fraction of a second's work."""
+    """A file of documents that takes a fraction of a second to prepare."""
     chance, file = random.Random(0), tmp_path_factory.mktemp("texts") / "texts.jsonl"
     with open(file, "w") as lines:
         for n in range(1000):
@@ -124,7 +124,7 @@ def test_preparing_killed_at_random_moments(
     assert len(expected) > 10
     for n in range(max(1, wanted // 20)):
         out = tmp_path / f"data-{n}"
-        for _ in range(10):  # a kill before anything is saved begins anew
+        for _ in range(10):  # after a kill before anything is saved, preparing starts again
             end = prepare(
                 fork_server, texts, out, signal=signal.SIGKILL, after=chance.uniform(0.0, seconds)
             )
@@ -135,4 +135,4 @@ def test_preparing_killed_at_random_moments(
         else:
             assert prepare(fork_server, texts, out).status == 0
         assert contents(out) == expected
-    assert wanted < 20 or kills  # a few may all come too late
+    assert wanted < 20 or kills  # with few kills, all may come too late

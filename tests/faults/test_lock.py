@@ -1,4 +1,4 @@
-"""A folder is one process's: the next one says whose it is, and disturbs nothing."""
+"""Only one process may write to a folder: a second one names the first and changes nothing."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def assert_refused(end: Any, folder: Path) -> None:
 def meanwhile(
     monkeypatch: pytest.MonkeyPatch, fork_server: ForkServer, command: Callable
 ) -> Callable[..., list[Any]]:
-    """`meanwhile(out, 5)`: in step 5 another process is given `out` too; how it ended."""
+    """`meanwhile(out, 5)`: in step 5, start another process with `out`; returns how it ended."""
 
     def arrange(out: Path, at: int) -> list[Any]:
         original, ends = rekindle_trainer.learning_rate, []
@@ -58,7 +58,7 @@ def meanwhile(
 def test_second_run_in_a_folder_is_rejected(
     tmp_path: Path, train: Callable, meanwhile: Callable, records: Callable
 ) -> None:
-    """In a new folder and in one that is gone on with; and the first one does not notice."""
+    """For a new run and for a resumed one. The first run is not affected."""
     out = tmp_path / "run"
     train(tmp_path / "straight", "--checkpoint-every", 0)
     for steps, at in ((12, 3), (18, 14)):
@@ -74,7 +74,7 @@ def test_second_run_in_a_folder_is_rejected(
 def test_second_run_does_not_inspect_checkpoints_of_the_first(
     tmp_path: Path, train: Callable, command: Callable, rekindle: Callable
 ) -> None:
-    """A checkpoint that is just being removed would look damaged to it."""
+    """A checkpoint that is being removed would look damaged."""
     out = tmp_path / "run"
     train(out)
     for path in checkpoint.list_checkpoints(out / "checkpoints"):
@@ -89,7 +89,7 @@ def test_only_one_of_two_simultaneous_runs_starts(
     tmp_path: Path, command: Callable, rekindle: Callable, fork_server: ForkServer, train: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """While this one checks the hashes of its data, another one trains to the end."""
+    """While this run checks the hashes of its data, another one trains to the end."""
     out, verify = tmp_path / "run", start._verify_data
 
     def meanwhile(*arguments: Any) -> None:
@@ -160,7 +160,7 @@ def test_second_preparation_into_a_folder_is_rejected(
 
 @pytest.mark.parametrize("make", [lambda folder: PublishedShards(), ShardFolder])
 def test_ready_made_shards_are_locked(tmp_path: Path, shard_set: Path, make: Callable) -> None:
-    """The second is refused before it asks the hub for anything."""
+    """The second process is rejected before it contacts the hub."""
     (tmp_path / "train.bin").write_bytes((shard_set / "train-0000.bin").read_bytes())
     with Lock(tmp_path) as first, Lock(tmp_path) as second:
         first.take()
@@ -189,7 +189,7 @@ def test_missing_lock_file_is_created_only_on_request(tmp_path: Path) -> None:
 def test_file_system_without_locks_does_not_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As some of clusters are; but one that says the lock is taken means it."""
+    """As on some clusters. If the file system reports that the lock is held, it does block."""
     import fcntl
 
     def refuse(number: int) -> Callable[[int, int], None]:

@@ -1,4 +1,4 @@
-"""The progress line, and what it is made of."""
+"""The console, the progress line and the log."""
 
 import io
 import json
@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time of the console, to be set by the test."""
+    """The console's clock, set by the test."""
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return now
@@ -64,7 +64,7 @@ def test_terminal_line_is_rewritten_in_place(clock: list[float]) -> None:
     clock[0] += 0.2
     console.progress("two")
     assert stream.getvalue() == "\r\033[Kone\r\033[Ktwo"
-    console.print("said")  # does not stand in the progress line
+    console.print("said")  # on a separate line
     assert stream.getvalue().endswith("two\nsaid\n")
     console.progress("three", important=True)
     assert stream.getvalue().endswith("said\n\r\033[Kthree\n")
@@ -115,7 +115,7 @@ def test_skipped_step_is_printed_at_once(clock: list[float]) -> None:
 
 
 def test_time_left_is_based_on_a_typical_step(clock: list[float]) -> None:
-    """One step that compiles, or stalls, says nothing of those to come."""
+    """A step that compiles or stalls does not affect the estimate."""
     stream = io.StringIO()
     metrics = make_metrics(stream)
     for step, seconds in enumerate([60.0, 1.0, 1.0, 50.0, 1.0]):
@@ -146,12 +146,12 @@ def test_log_is_valid_json_for_any_numbers(tmp_path: Path) -> None:
     bad = {"loss": float("nan"), "grad_norm": float("inf"), "skip_reason": "not finite"}
     metrics.step(0, seconds=1.0, **{**STEP, **bad})
     text = (tmp_path / "log.jsonl").read_text()
-    record = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    record = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are not valid JSON
     assert (record["loss"], record["grad_norm"], record["skipped"]) == (None, None, True)
 
 
 def test_rank_without_a_log_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It neither opens nor writes a file, nor prints; all else works as on the main rank."""
+    """It opens no file and prints nothing; everything else works as on the main rank."""
     monkeypatch.chdir(tmp_path)
     stream, opened = io.StringIO(), []
     monkeypatch.setattr(os, "open", lambda *a: opened.append(a))

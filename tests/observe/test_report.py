@@ -1,4 +1,4 @@
-"""A run's loss curve as a picture."""
+"""The picture of a run's loss curve."""
 
 import sys
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from rekindle.storage import JsonLines
 
 @pytest.fixture
 def run(tmp_path: Path, tiny: Any) -> Path:
-    """A run's log and description, without the run."""
+    """A run folder with only a log and a description."""
     from rekindle.recipes import flatten
 
     folder = tmp_path / "run"
@@ -22,7 +22,7 @@ def run(tmp_path: Path, tiny: Any) -> Path:
     log = JsonLines(folder / "metrics.jsonl")
     for step in range(5):
         log.append({"kind": "train", "step": step, "loss": 5.0 - step})
-    log.append({"kind": "train", "step": 5, "loss": None})  # it was not finite
+    log.append({"kind": "train", "step": 5, "loss": None})  # not finite
     log.append({"kind": "validation", "step": 5, "loss": 1.25})
     log.append({"kind": "validation", "step": 6, "loss": None})
     log.close()
@@ -41,7 +41,7 @@ def test_picture_shows_the_run(rekindle: Callable, run: Path, tmp_path: Path) ->
     pytest.importorskip("matplotlib")
     from matplotlib import rc_context
 
-    with rc_context({"svg.fonttype": "none"}):  # text as text
+    with rc_context({"svg.fonttype": "none"}):  # keep text as text
         assert rekindle("report", run, "--picture", tmp_path / "loss.svg").status == 0
     picture = (tmp_path / "loss.svg").read_text()
     for words in ("1.250", "demo: 2 layers, 16 wide", "optimizer steps", "validation"):
