@@ -55,7 +55,7 @@ class Mutant:
 
 
 class MovedError(Exception):
-    """The code that a hand-written bug changes is no longer in the package."""
+    """Raised if the code that a hand-written bug changes is not found in the package."""
 
 
 # name, module, qualified name of the function, code now, code with the bug
@@ -187,7 +187,7 @@ LEFT_OUT = {  # needs a GPU, is only run by multi-process tests, or is text for 
 }  # fmt: skip
 PATHS = re.compile("out|folder|path|parent|root", re.IGNORECASE)  # whose / is not a division
 EITHER_WAY = {"max", "min", "isinstance", "cast", "next", "zip", "map", "getattr", "hasattr"}
-TALK = {"say", "print", "_print", "progress", "add_argument", "update", "_add", "at"}
+TALK = {"say", "report", "print", "_print", "progress", "add_argument", "update", "_add", "at"}
 COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,

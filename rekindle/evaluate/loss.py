@@ -1,4 +1,4 @@
-"""Validation loss over a fixed set of tokens, whatever the batch size and number of ranks."""
+"""Validation loss over a fixed set of tokens, for any batch size and number of ranks."""
 
 import math
 from collections.abc import Sequence

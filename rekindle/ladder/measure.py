@@ -144,7 +144,7 @@ def padded_model(config: GPT2Config) -> GPT2:
 
 
 def peak_memory(device: Device) -> int:
-    """Peak memory in bytes: allocated by torch on a GPU, or of the whole process on a CPU."""
+    """Peak memory in bytes: allocated by torch on a GPU, or of the process on a CPU."""
     if device.torch.type == "cuda":
         return torch.cuda.max_memory_allocated(device.torch)
     import resource

@@ -165,8 +165,8 @@ def draw(
     """Draw one id for each row of `logits` (B, vocab_size). Returns the ids (B,), and the sum () of
     all probabilities: not finite if any of them is not, and 0 if `temperature` is 0.
 
-    If e is exponentially distributed, the argmax of p / e is distributed as p. The result is the
-    same as that of `torch.multinomial`, whose checks would make the host wait for a GPU.
+    If e is exponentially distributed, the argmax of p / e is distributed as p. This gives the
+    same ids as `torch.multinomial`, whose checks would make the host wait for a GPU.
     """
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(())

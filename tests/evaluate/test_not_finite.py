@@ -192,10 +192,10 @@ def test_bits_per_byte_of_a_text_without_bytes_is_null(
     outcome = rekindle("eval", run, *flags, "--json")
     assert outcome.status == 0, outcome.err
 
-    def refuse(constant: str) -> None:
+    def fail(constant: str) -> None:
         raise AssertionError(constant)
 
-    values = json.loads(outcome.out, parse_constant=refuse)["validation"]
+    values = json.loads(outcome.out, parse_constant=fail)["validation"]
     assert values["bits_per_byte"] is None
     assert math.isfinite(values["loss"])
     assert "nan" not in rekindle("eval", run, *flags).out

@@ -78,7 +78,7 @@ def test_killed_preparation_resumes_to_the_same_bytes(
     monkeypatch.setattr(
         encoding, "usable_cores", lambda: 1
     )  # no reading ahead, which would be lost
-    run(CounterSource(40, 25), tmp_path / "whole")
+    run(CounterSource(40, 25), tmp_path / "straight")
     resumed_in = set()  # the file
     for last in (0, 9, 12):
         out = tmp_path / str(last)
@@ -87,7 +87,7 @@ def test_killed_preparation_resumes_to_the_same_bytes(
         if (state := out / shards.UNFINISHED / shards.STATE).exists():
             resumed_in.add(read_json(state)["cursor"][0])
         run(CounterSource(40, 25), out)
-        assert contents(out) == contents(tmp_path / "whole")
+        assert contents(out) == contents(tmp_path / "straight")
     assert resumed_in == {0, 1}
 
 

@@ -518,14 +518,14 @@ def test_oversized_model_is_rejected_before_it_is_built(
 def test_resuming_from_a_hostile_checkpoint(fuzz: Fuzz, trained: Path, again: Callable) -> None:
     """A checkpoint that cannot be used is set aside; here it is the only one."""
     file, checkpoints = last(trained) / format.DESCRIPTION, trained / "checkpoints"
-    whole = shutil.copytree(checkpoints, trained.parent / "whole")
+    backup = shutil.copytree(checkpoints, trained.parent / "backup")
 
     def read() -> None:
         try:
             again("--steps", 5)
         finally:
             shutil.rmtree(checkpoints)
-            shutil.copytree(whole, checkpoints)
+            shutil.copytree(backup, checkpoints)
 
     fuzz(file, [edit_json], read, sealed=True, share=1 / 2)
 

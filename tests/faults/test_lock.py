@@ -192,16 +192,16 @@ def test_file_system_without_locks_does_not_block(
     """As on some clusters. If the file system reports that the lock is held, it does block."""
     import fcntl
 
-    def refuse(number: int) -> Callable[[int, int], None]:
+    def failing_flock(number: int) -> Callable[[int, int], None]:
         def flock(descriptor: int, operation: int) -> None:
             raise OSError(number, os.strerror(number))
 
         return flock
 
-    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOSYS))
+    monkeypatch.setattr(fcntl, "flock", failing_flock(errno.ENOSYS))
     with storage.Lock(tmp_path) as first, storage.Lock(tmp_path) as second:
         first.take()
         second.take()
-    monkeypatch.setattr(fcntl, "flock", refuse(errno.EAGAIN))
+    monkeypatch.setattr(fcntl, "flock", failing_flock(errno.EAGAIN))
     with storage.Lock(tmp_path) as lock, pytest.raises(UserError, match="is in use by"):
         lock.take()

@@ -239,9 +239,9 @@ def test_attention_stays_within_documents(model: Any, idx: Tensor) -> None:
     assert changed_by(model, idx[:1], 4) == [4 <= t < 9 for t in range(17)]
     assert changed_by(model, idx[:1], 12) == [t >= 12 for t in range(17)]
     with torch.no_grad():
-        whole = model(idx[:1])[0]
+        full = model(idx[:1])[0]
         parts = [model(idx[:1, :9])[0], model(idx[:1, 9:])[0]]
-    torch.testing.assert_close(whole, torch.cat(parts, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(full, torch.cat(parts, 1), rtol=1e-4, atol=1e-4)
 
 
 CACHED = [{}, {"window": 0}, {"document_token": -1}, {"window": 0, "document_token": -1}]
@@ -259,7 +259,7 @@ def test_cached_logits_match_uncached(
     idx[:, :prompt] = idx[0, :prompt]
     cache = model.new_cache(3, 20)
     with torch.no_grad():
-        whole = model(idx)[0][:, prompt - 1 :]
+        full = model(idx)[0][:, prompt - 1 :]
         logits = [predict(model, idx[:1, :prompt], cache).expand(3, -1)]
         cache.advance(prompt)
         if fix:
@@ -267,7 +267,7 @@ def test_cached_logits_match_uncached(
         for t in range(prompt, 17):
             logits.append(predict(model, idx[:, t : t + 1], cache))
             cache.advance(1)
-    torch.testing.assert_close(torch.stack(logits, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(logits, 1), full, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_text_matches_eager_with_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:

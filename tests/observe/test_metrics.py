@@ -51,8 +51,8 @@ def test_plain_lines_without_a_terminal(clock: list[float]) -> None:
     console.progress("important", important=True)
     clock[0] += 11
     console.progress("two")
-    console.print("said")
-    assert stream.getvalue() == "one\nimportant\ntwo\nsaid\n"
+    console.print("a line")
+    assert stream.getvalue() == "one\nimportant\ntwo\na line\n"
 
 
 def test_terminal_line_is_rewritten_in_place(clock: list[float]) -> None:
@@ -64,10 +64,10 @@ def test_terminal_line_is_rewritten_in_place(clock: list[float]) -> None:
     clock[0] += 0.2
     console.progress("two")
     assert stream.getvalue() == "\r\033[Kone\r\033[Ktwo"
-    console.print("said")  # on a separate line
-    assert stream.getvalue().endswith("two\nsaid\n")
+    console.print("a line")  # on a separate line
+    assert stream.getvalue().endswith("two\na line\n")
     console.progress("three", important=True)
-    assert stream.getvalue().endswith("said\n\r\033[Kthree\n")
+    assert stream.getvalue().endswith("a line\n\r\033[Kthree\n")
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])

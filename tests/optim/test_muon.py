@@ -189,11 +189,11 @@ def test_step_does_not_synchronize_with_the_device(
     draw_gradients(model)
     monkeypatch.setattr(ours._adamw, "step", lambda: None)  # PyTorch's own, fused
 
-    def refuse(*_: Any) -> Any:
+    def fail(*_: Any) -> Any:
         raise AssertionError("the host waits")
 
     for name in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu"):
-        monkeypatch.setattr(Tensor, name, refuse)
+        monkeypatch.setattr(Tensor, name, fail)
     ours.step(NO)
 
 

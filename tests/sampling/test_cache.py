@@ -76,9 +76,9 @@ def test_fixed_cache_matches_a_full_pass(
     model.use(Compute(attention=attention))
     idx = torch.randint(CONFIG.vocab_size, (3, 20), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        whole, _ = model(idx)
+        full, _ = model(idx)
     steps = fixed(model, idx, prompt, capacity)
-    torch.testing.assert_close(steps, whole[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(steps, full[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
     assert torch.equal(steps, fixed(model, idx, prompt, capacity, fill=1e4))
 
 
@@ -91,8 +91,8 @@ def test_single_query_attention_matches_attention(model: GPT2) -> None:
     idx = torch.randint(CONFIG.vocab_size, (2, 20), generator=torch.Generator().manual_seed(3))
     model.use(Compute(dtype=torch.bfloat16)).cast(torch.bfloat16)
     with torch.no_grad():
-        whole = model(idx)[0][:, 6:].float()
-    error = (fixed(model, idx, 7, 48, fill=1e4).float() - whole).norm() / whole.norm()
+        full = model(idx)[0][:, 6:].float()
+    error = (fixed(model, idx, 7, 48, fill=1e4).float() - full).norm() / full.norm()
     assert error < 0.03
 
 

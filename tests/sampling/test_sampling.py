@@ -56,8 +56,8 @@ def test_cached_logits_match_a_full_pass(model: GPT2) -> None:
             logits, _ = model(part, cache=cache)
             cache.advance(part.shape[1])
             parts.append(logits)
-        whole, _ = model(idx)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+        full, _ = model(idx)
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-4)
 
 
 def test_cache_rejects_a_second_prompt(model: GPT2) -> None:
