@@ -301,7 +301,7 @@ def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
         (["--device", "tpu"], "--device is auto, cpu, cuda or mps, not 'tpu'"),
         (["--precision", "fp8"], "not 'fp8'"),
         (["--precision", "tf32"], "--precision tf32 needs an NVIDIA GPU"),
-        (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
+        (["--hellaswag", "nowhere.jsonl"], "HellaSwag file not found: nowhere.jsonl"),
         (["--fork", "nowhere"], "there is no nowhere"),
         (["--seed", 2**63], "--seed must be below 2^63"),
     ],
@@ -501,7 +501,7 @@ def test_eval_with_shards_of_another_tokenizer(
     ("flags", "words"),
     [
         (["--data", "nowhere"], "there is no data folder nowhere"),
-        (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
+        (["--hellaswag", "nowhere.jsonl"], "HellaSwag file not found: nowhere.jsonl"),
         (["--tokens", -5], "--tokens"),
         (["--limit", 0, "--hellaswag", "nowhere.jsonl"], "--limit"),
         (["--device", "tpu"], "not 'tpu'"),
