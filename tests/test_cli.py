@@ -124,7 +124,7 @@ def test_a_prompt_that_is_no_text_is_told(run: Path, rekindle: Callable) -> None
     outcome = rekindle("sample", run, "--prompt", os.fsdecode(b"a\xff"), "--device", "cpu")
     assert outcome.status == 2
     assert outcome.err.startswith(
-        "rekindle: error: --prompt is no UTF-8 (its character 2 is a stray"
+        "rekindle: error: --prompt is not UTF-8 (its character 2 is a stray"
     )
 
 
@@ -301,7 +301,7 @@ def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
         (["--device", "tpu"], "--device must be auto, cpu, cuda or mps, not 'tpu'"),
         (["--precision", "fp8"], "not 'fp8'"),
         (["--precision", "tf32"], "--precision tf32 needs an NVIDIA GPU"),
-        (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
+        (["--hellaswag", "nowhere.jsonl"], "HellaSwag file not found: nowhere.jsonl"),
         (["--fork", "nowhere"], "there is no nowhere"),
         (["--seed", 2**63], "--seed must be below 2^63"),
     ],
@@ -496,14 +496,14 @@ def test_eval_with_shards_of_another_tokenizer(
     other = data.with_name("other")
     write_shards(other, [700], [201], tokenizer="gpt2", tokenizer_sha256="1" * 64)
     arguments = ["eval", run, "--data", other, "--device", "cpu"]
-    refuses(arguments, f"{other} was prepared with the tokenizer gpt2", "knows bytes")
+    refuses(arguments, f"{other} was prepared with the tokenizer gpt2", "uses bytes")
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--data", "nowhere"], "there is no data folder nowhere"),
-        (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
+        (["--hellaswag", "nowhere.jsonl"], "HellaSwag file not found: nowhere.jsonl"),
         (["--tokens", -5], "--tokens"),
         (["--limit", 0, "--hellaswag", "nowhere.jsonl"], "--limit"),
         (["--device", "tpu"], "not 'tpu'"),

@@ -65,7 +65,7 @@ class Layout(ABC):
         self.offset = 0  # tokens of the document at the cursor that are done
         self.position = 0  # tokens of that document read by this call
         self.pending = {split: Pending(tokenizer) for split in SPLITS}
-        self.full = dict.fromkeys(SPLITS, 0)  # tokens in finished shards
+        self.full: dict[str, int] = dict.fromkeys(SPLITS, 0)  # tokens in finished shards
 
     @abstractmethod
     def add(self, encoded: Encoded) -> Iterator[str]:

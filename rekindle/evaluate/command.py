@@ -1,4 +1,4 @@
-"""`rekindle eval`: validation loss and tasks of any model that can be named."""
+"""`rekindle eval`: validation loss and task scores of a run or model."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from rekindle.runtime.micro_batch import rows_for
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """A model, and what it is evaluated on."""
+    """A loaded model, and the device and ranks that evaluate it."""
 
     loaded: Loaded
     device: Device
@@ -32,14 +32,14 @@ class _Evaluation:
     console: Console
 
     def validate(self, data: Path, tokens: int | None) -> dict[str, Any]:
-        """Loss of the validation split of `data`, of at most `tokens` tokens."""
+        """Validation loss on `data`, over at most `tokens` tokens."""
         loaded, device = self.loaded, self.device
         manifest = shards.read_manifest(data)
         if manifest.tokenizer_sha256 != loaded.tokenizer.sha256:
-            known = loaded.tokenizer.name
+            expected = loaded.tokenizer.name
             raise UserError(
-                f"{data} was prepared with the tokenizer {manifest.tokenizer}, {loaded.name} knows "
-                f"{known}: prepare the text with --tokenizer {known}"
+                f"{data} was prepared with the tokenizer {manifest.tokenizer}, but {loaded.name} "
+                f"uses {expected}: prepare the text with --tokenizer {expected}"
             )
         if self.world.local_rank == 0:
             shards.verify(data, manifest)
@@ -71,7 +71,7 @@ class _Evaluation:
         items = task.load(where, loaded.tokenizer)[:limit]
         block_size = loaded.model.config.block_size
         (packed,) = scoring.pack([(task, items)], block_size, device, self.world)
-        scores = scoring.evaluate(loaded.model, packed, device, say=self.console.progress)
+        scores = scoring.evaluate(loaded.model, packed, device, progress=self.console.progress)
         shown = [
             f"{name} {value:.4f}"
             + (f" ({round(value * len(items))}/{len(items)})" if name.startswith("acc") else "")
@@ -93,11 +93,11 @@ def evaluate_model(
     console: Console,
     note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Validation loss and tasks of a run or model, also under torchrun.
+    """Validation loss and task scores of a run or model; also works under torchrun.
 
-    `tasks`: for a task's name, the file its items are read from, or "hub". A run without `data` and
-    without tasks is scored on its own data. `note` gets what the name fits beside what was taken.
-    Raises `UserError` if there is nothing to score.
+    `tasks` maps a task's name to the file that holds its items, or to "hub". With neither `data`
+    nor tasks, a run is evaluated on the data it was trained on. `note` is called with a line of
+    text if `name` is ambiguous. Raises `UserError` if there is nothing to evaluate.
     """
     world = distributed.get_world()
     chosen = get_device(device, precision, world.local_rank)
@@ -107,8 +107,7 @@ def evaluate_model(
         data = Path(loaded.run.data["path"])
         if not data.is_dir():
             raise UserError(
-                f"the data that {loaded.name} was trained on is not at {data} any more: give "
-                "--data DIR"
+                f"the training data of {loaded.name} is no longer at {data}: give --data DIR"
             )
     if data is None and not tasks:
         raise UserError("nothing to evaluate: give --data DIR, --hellaswag FILE, or both")

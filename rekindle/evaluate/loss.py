@@ -1,4 +1,4 @@
-"""Validation loss over a fixed number of tokens, the same ones however the work is split."""
+"""Validation loss over a fixed set of tokens, for any batch size and number of ranks."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +18,11 @@ from rekindle.runtime.distributed import World
 
 @dataclass(frozen=True)
 class Loss:
-    """A validation loss. `nats` is per token; `bits_per_byte` does not depend on the tokenizer, and
-    is nan where all targets are ends of texts, which stand for no byte.
+    """A validation loss. `nats` is per token. `bits_per_byte` is comparable between tokenizers; it
+    is nan if every target is an end-of-text token, because those stand for no bytes.
 
-    Training looks at `nats` by itself; whoever tells a person calls `check_finite` first.
+    The loss may not be finite. Training checks `nats` itself; call `check_finite` before reporting
+    the loss to a user.
     """
 
     nats: float
@@ -29,7 +30,7 @@ class Loss:
     tokens: int
 
     def check_finite(self, model: HasParameters) -> None:
-        """Raises `UserError` that names what is wrong with `model` if this is no loss."""
+        """Raise `UserError` with the reason if the loss of `model` is not finite."""
         if not math.isfinite(self.nats):
             raise UserError(f"the validation loss is {self.nats}: {why_not_finite(model)}")
 
@@ -46,11 +47,11 @@ def validation_loss(
     device: Device,
     world: World | None = None,
 ) -> Loss:
-    """Mean cross-entropy of the first `tokens` targets of `shards` (all, if there are fewer).
+    """Mean cross-entropy of the first `tokens` targets of `shards` (all if there are fewer).
 
-    `forward` is a model or its compiled form and gets batches of one shape, (`rows`, `T`).
-    `token_bytes` (vocab_size,) says how much text an id stands for. Sums are kept in float64.
-    Raises `UserError` if the shards hold nothing to predict, or an id beyond the vocabulary.
+    `forward` is a model or its compiled form; all batches have the shape (`rows`, `T`).
+    `token_bytes` (vocab_size,) is the number of bytes of text per token id. Sums are float64.
+    Raises `UserError` if the shards contain no targets, or an id outside the vocabulary.
     """
     world = world or World()
     totals = torch.zeros(3, dtype=torch.float64)  # nats, targets, bytes
@@ -64,7 +65,7 @@ def validation_loss(
                 torch.from_numpy(y).to(device.torch, non_blocking=True),
             )
         assert mean is not None
-        if not len(real):  # a rank may run out a batch before the others, but all take every step
+        if not len(real):  # this rank ran out of targets, but a sharded model needs all ranks
             continue
         nats = mean.item() * len(real)
         totals += torch.tensor([nats, len(real), token_bytes[real].sum()], dtype=torch.float64)

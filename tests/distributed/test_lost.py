@@ -19,11 +19,11 @@ HASTE = ("--timeout", 3)
 
 
 @pytest.mark.parametrize("flags", [(), ("--shard",)], ids=["parallel", "sharded"])
-def test_torchrun_begins_anew_when_a_rank_dies(
-    tmp_path: Path, ranks: Ranks, undisturbed: Callable[..., Path],
+def test_torchrun_restarts_when_a_rank_dies(
+    tmp_path: Path, ranks: Ranks, uninterrupted: Callable[..., Path],
     records: Callable[..., list[dict[str, Any]]], flags: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Rank 1 after the first checkpoint, then rank 0, which writes them."""
+    """First rank 1 after the first checkpoint, then rank 0, which writes the checkpoints."""
     out = tmp_path / "run"
     end = ranks(
         2, out, {"rank": 1, "step": 6, "do": "die", "after": "step-000004"},
@@ -38,16 +38,16 @@ def test_torchrun_begins_anew_when_a_rank_dies(
     for line in end.errors:
         assert "lost the connection to another rank" in line
         assert line.endswith("the same command resumes from the newest checkpoint")
-    assert same_bits(out, undisturbed(2, *flags))
+    assert same_bits(out, uninterrupted(2, *flags))
     kinds = ("train", "validation", "samples")
-    assert records(out, *kinds) == records(undisturbed(2, *flags), *kinds)
+    assert records(out, *kinds) == records(uninterrupted(2, *flags), *kinds)
 
 
 ASLEEP = {"rank": 1, "seconds": 600}
 
 
 @pytest.mark.parametrize(
-    ("fault", "flags", "said"),
+    ("fault", "flags", "message"),
     [
         (
             {"rank": 1, "step": 6, "do": "freeze"}, (),
@@ -64,23 +64,23 @@ ASLEEP = {"rank": 1, "seconds": 600}
     ],
     ids=["frozen", "asleep", "asleep while a checkpoint is gathered"],
 )  # fmt: skip
-def test_a_rank_that_hangs_is_named(
-    tmp_path: Path, ranks: Ranks, undisturbed: Callable[..., Path], fault: dict[str, Any],
-    flags: tuple[str, ...], said: str,
+def test_hanging_rank_is_named(
+    tmp_path: Path, ranks: Ranks, uninterrupted: Callable[..., Path], fault: dict[str, Any],
+    flags: tuple[str, ...], message: str,
 ) -> None:  # fmt: skip
     out = tmp_path / "run"
-    # Only SIGKILL ends what hangs, and torchrun would ask for 30 s before.
+    # Only SIGKILL ends a hanging rank, and torchrun would wait 30 s before sending it.
     end = ranks(2, out, fault, flags=(*HASTE, *flags), patience=1)
     [line] = end.errors
     assert line.startswith("rekindle: error (rank 0): waited ")
     assert line.endswith(
-        f" s for the other ranks: {said}; the same command resumes from the newest checkpoint"
+        f" s for the other ranks: {message}; the same command resumes from the newest checkpoint"
     )
     assert "failed (exitcode: 3) local_rank: 0" in end.err
     assert end.seconds < 60
     assert saved(out) == ["step-000004"]
     assert ranks(2, out).status == 0
-    assert same_bits(out, undisturbed(2, *flags))
+    assert same_bits(out, uninterrupted(2, *flags))
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
@@ -93,8 +93,8 @@ def test_a_rank_that_does_not_come_is_named() -> None:
             rendezvous(store, 2, 3, 0.2)
 
 
-def test_ranks_that_see_different_folders_are_told(tmp_path: Path, ranks: Ranks) -> None:
-    """As where a host does not share the folder with the others."""
+def test_ranks_with_different_folders_are_rejected(tmp_path: Path, ranks: Ranks) -> None:
+    """As when a host does not share the folder with the others."""
     assert ranks(1, tmp_path / "run-0").status == 0
     (tmp_path / "run-1").mkdir()
     end = ranks(2, tmp_path / "run-{rank}")
@@ -107,8 +107,8 @@ def test_ranks_that_see_different_folders_are_told(tmp_path: Path, ranks: Ranks)
     assert not list((tmp_path / "run-1").iterdir())
 
 
-def test_ranks_with_other_recipes_are_told(tmp_path: Path, ranks: Ranks) -> None:
-    """Or other data or flags: each would train well, and their sum would be nonsense."""
+def test_ranks_with_different_recipes_are_rejected(tmp_path: Path, ranks: Ranks) -> None:
+    """Or different data or flags: each rank alone could train, but their average is useless."""
     end = ranks(2, tmp_path / "run", flags=("--seed", "{rank}"))
     assert len(end.errors) == 2, end.err
     for line in end.errors:
@@ -117,17 +117,17 @@ def test_ranks_with_other_recipes_are_told(tmp_path: Path, ranks: Ranks) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_a_host_that_is_cut_off_is_named(
-    tmp_path: Path, nursery: Callable[..., list[End]], command: Callable[[Path], list[str]],
-    two_networks: tuple[str, str], undisturbed: Callable[..., Path],
+def test_disconnected_host_is_named(
+    tmp_path: Path, fork_server: Callable[..., list[End]], command: Callable[[Path], list[str]],
+    two_networks: tuple[str, str], uninterrupted: Callable[..., Path],
 ) -> None:  # fmt: skip
-    """Two hosts with a cable between them; both end in time, and given back they go on."""
+    """Two connected hosts: when the link is down, both end in time; when it is up, they resume."""
     out = tmp_path / "run"
 
     def train(*faults: dict[str, Any]) -> list[End]:
         rank = [json.dumps(faults), str(notes_of(out)), *command(out), *FLAGS, "--timeout", "3"]
         options = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "10.77.0.1"]
-        return nursery(
+        return fork_server(
             [
                 {"torchrun": [*options, "--node-rank", str(n)], "rank": rank, "network": network}
                 for n, network in enumerate(two_networks)
@@ -137,16 +137,16 @@ def test_a_host_that_is_cut_off_is_named(
 
     ends = train({"rank": 1, "step": 6, "do": "shell", "command": "ip link set eth0 down"})
     expected = ("rank 1 does not respond", "rank 0's host cannot be reached")
-    for end, said in zip(ends, expected, strict=True):
+    for end, words in zip(ends, expected, strict=True):
         [line] = end.errors
-        assert said in line
+        assert words in line
         assert line.endswith("the same command resumes from the newest checkpoint")
         assert "failed (exitcode: 3)" in end.err
         assert end.seconds < 60
     assert saved(out) == ["step-000004"]
     subprocess.run(["ip", "-n", two_networks[1], "link", "set", "eth0", "up"], check=True)
     assert [end.status for end in train()] == [0, 0]
-    assert same_bits(out, undisturbed(2))
+    assert same_bits(out, uninterrupted(2))
 
 
 @pytest.fixture
@@ -163,8 +163,8 @@ def two_networks() -> Iterator[tuple[str, str]]:
             try:
                 subprocess.run(["ip", *text.split()], check=True, capture_output=True, text=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                said = getattr(error, "stderr", "") or str(error)
-                pytest.skip(f"no network namespaces here: ip {text}: {said.strip()}")
+                reason = getattr(error, "stderr", "") or str(error)
+                pytest.skip(f"no network namespaces here: ip {text}: {reason.strip()}")
         yield a, b
     finally:
         for name in names:

@@ -1,4 +1,4 @@
-"""A bit that flips in one rank's memory is found before it is saved, and the rank is named."""
+"""A flipped bit in one rank's memory is detected before it is saved, and the rank is named."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -26,8 +26,8 @@ ADVICE = (
 )
 
 
-def test_of_two_ranks_nobody_knows_which_is_right(tmp_path: Path, ranks: Ranks) -> None:
-    """The lowest bit of a weight, found when the next checkpoint is due; without it they go on."""
+def test_two_ranks_that_disagree_are_both_named(tmp_path: Path, ranks: Ranks) -> None:
+    """The lowest bit of a weight, detected when the next checkpoint is due. The run can resume."""
     out = tmp_path / "run"
     fault = {"rank": 1, "step": 6, "do": "flip", "what": "weight", "name": WEIGHT, "bit": 0}
     end = ranks(2, out, fault)
@@ -40,23 +40,23 @@ def test_of_two_ranks_nobody_knows_which_is_right(tmp_path: Path, ranks: Ranks) 
     assert ranks(2, out).status == 0
 
 
-def test_of_three_ranks_two_are_right(tmp_path: Path, ranks: Ranks) -> None:
-    """A moment, with no checkpoint due: the ranks are compared every 100 steps."""
+def test_majority_of_three_ranks_is_right(tmp_path: Path, ranks: Ranks) -> None:
+    """Optimizer state, without a checkpoint: ranks are also compared every 100 steps."""
     out = tmp_path / "run"
     flags = ("--batch.tokens", 96, "--checkpoint-every", 0, "--steps", 110, "--eval-every", 0)
     fault = {"rank": 1, "step": 90, "do": "flip", "what": "exp_avg_sq", "name": WEIGHT, "bit": 24}
     end = ranks(3, out, fault, flags=flags)
     assert end.status != 0
-    said = f"{WEIGHT} on rank 1 differs from the other ranks{ADVICE.format(99)}"
+    message = f"{WEIGHT} on rank 1 differs from the other ranks{ADVICE.format(99)}"
     assert end.errors
-    assert set(end.errors) <= {f"rekindle: error (rank {rank}): {said}" for rank in range(3)}
+    assert set(end.errors) <= {f"rekindle: error (rank {rank}): {message}" for rank in range(3)}
     assert max(read_notes(out)) == 99
     assert saved(out) == []
 
 
 @dataclass(frozen=True)
 class Stub(World):
-    """A world in which the `others` gave these checksums, and all else what this rank gives."""
+    """A world where `others` have these checksums, and the remaining ranks those of this rank."""
 
     others: dict[int, Tensor] = field(default_factory=dict)
     given: list[Tensor] = field(default_factory=list)
@@ -78,7 +78,7 @@ def trained(tiny: Recipe) -> tuple[GPT2, AdamW]:
 
 
 def flipped(model: GPT2, optimizer: AdamW, what: str, bit: int) -> Tensor:
-    """The checksums of a rank on which one bit is another."""
+    """The checksums of a rank with one flipped bit."""
     model, optimizer = deepcopy((model, optimizer))
     p = model.get_parameter(WEIGHT)
     tensor = p.detach() if what == "weight" else optimizer.state_tensors()[f"{what}.{WEIGHT}"]
@@ -89,9 +89,7 @@ def flipped(model: GPT2, optimizer: AdamW, what: str, bit: int) -> Tensor:
 
 
 @pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
-def test_any_flipped_bit_of_a_weight_or_moment_is_seen(
-    trained: tuple[GPT2, AdamW], what: str
-) -> None:
+def test_any_flipped_bit_is_detected(trained: tuple[GPT2, AdamW], what: str) -> None:
     name = WEIGHT if what == "weight" else f"{what}.{WEIGHT}"
     replicas.compare(*trained, Stub(size=3), 8)
     for bit in (0, 11, 23, 30, 31):

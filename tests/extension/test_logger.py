@@ -1,5 +1,5 @@
-"""A logger that the package does not know gets what `metrics.jsonl` gets; one that fails harms
-nobody."""
+"""A logger from outside the package gets the same records as `metrics.jsonl`; one that fails does
+not affect the run."""
 
 import io
 from pathlib import Path
@@ -26,7 +26,7 @@ def make_metrics(*loggers: Logger) -> tuple[Metrics, io.StringIO]:
     return metrics, printed
 
 
-def test_it_receives_what_the_file_receives(tmp_path: Path) -> None:
+def test_logger_receives_the_same_records_as_the_file(tmp_path: Path) -> None:
     path, memory = tmp_path / "metrics.jsonl", MemoryLogger()
     metrics, _ = make_metrics(memory, JsonLinesLogger(JsonLines(path), pytest.fail))
     for step in range(5):
@@ -47,7 +47,7 @@ def test_it_receives_what_the_file_receives(tmp_path: Path) -> None:
 
 
 class BrokenLogger(MemoryLogger):
-    """Fails as long as `error` is set, whatever it is asked to do."""
+    """Every method fails while `error` is set."""
 
     error: Exception | None = None
 
@@ -67,7 +67,7 @@ class BrokenLogger(MemoryLogger):
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no route"), UserError("no route")])
-def test_one_that_fails_ends_nothing(error: Exception) -> None:
+def test_failing_logger_does_not_stop_the_run(error: Exception) -> None:
     broken, memory = BrokenLogger(), MemoryLogger()
     metrics, printed = make_metrics(broken, memory)
     metrics.record("samples", 0)
@@ -87,8 +87,8 @@ def test_one_that_fails_ends_nothing(error: Exception) -> None:
     assert memory.closed
 
 
-def test_a_file_that_cannot_be_rewound_ends_the_run() -> None:
-    """It would hold the same steps twice; any other failure is of less weight."""
+def test_log_file_that_cannot_be_rewound_ends_the_run() -> None:
+    """Otherwise the log would contain steps twice. Other failures do not end the run."""
     broken, memory = BrokenLogger(), MemoryLogger()
     metrics, _ = make_metrics(broken, memory)
     metrics.record("samples", 5)
@@ -100,8 +100,8 @@ def test_a_file_that_cannot_be_rewound_ends_the_run() -> None:
         metrics.rewind(lambda record: False)
 
 
-def test_records_are_not_shared() -> None:
-    """A logger may change what it is given."""
+def test_each_logger_gets_its_own_record() -> None:
+    """A logger may modify its record."""
 
     class Clearing(MemoryLogger):
         def write(self, record: dict[str, Any]) -> None:

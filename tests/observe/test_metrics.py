@@ -1,4 +1,4 @@
-"""The progress line, and what it is made of."""
+"""The console, the progress line and the log."""
 
 import io
 import json
@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time of the console, to be set by the test."""
+    """The console's clock, set by the test."""
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return now
@@ -43,7 +43,7 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
+def test_plain_lines_without_a_terminal(clock: list[float]) -> None:
     stream = io.StringIO()
     console = Console(stream=stream)
     console.progress("one")
@@ -52,11 +52,11 @@ def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
     console.progress("important", important=True)
     clock[0] += 11
     console.progress("two")
-    console.print("said")
-    assert stream.getvalue() == "one\nimportant\ntwo\nsaid\n"
+    console.print("a line")
+    assert stream.getvalue() == "one\nimportant\ntwo\na line\n"
 
 
-def test_a_terminals_line_is_rewritten_in_place(clock: list[float]) -> None:
+def test_terminal_line_is_rewritten_in_place(clock: list[float]) -> None:
     stream = Terminal()
     console = Console(stream=stream)
     console.progress("one")
@@ -65,10 +65,10 @@ def test_a_terminals_line_is_rewritten_in_place(clock: list[float]) -> None:
     clock[0] += 0.2
     console.progress("two")
     assert stream.getvalue() == "\r\033[Kone\r\033[Ktwo"
-    console.print("said")  # does not stand in the progress line
-    assert stream.getvalue().endswith("two\nsaid\n")
+    console.print("a line")  # on a separate line
+    assert stream.getvalue().endswith("two\na line\n")
     console.progress("three", important=True)
-    assert stream.getvalue().endswith("said\n\r\033[Kthree\n")
+    assert stream.getvalue().endswith("a line\n\r\033[Kthree\n")
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
@@ -88,7 +88,7 @@ def make_metrics(stream: io.StringIO, log: JsonLines | None = None, **changes: A
 STEP: dict[str, Any] = {"loss": 3.14159, "lr": 6e-4, "grad_norm": 1.5, "data_wait": 0.0025}
 
 
-def test_the_progress_line() -> None:
+def test_progress_line() -> None:
     stream = io.StringIO()
     make_metrics(stream, peak_flops=20_000.0).step(0, seconds=2.0, **STEP)
     assert stream.getvalue() == (
@@ -97,14 +97,14 @@ def test_the_progress_line() -> None:
     )
 
 
-def test_the_mfu_of_an_unknown_device_is_left_out(tmp_path: Path) -> None:
+def test_mfu_of_an_unknown_device_is_omitted(tmp_path: Path) -> None:
     stream, log = io.StringIO(), JsonLines(tmp_path / "log.jsonl")
     make_metrics(stream, log).step(0, seconds=2.0, **STEP)
     assert "mfu" not in stream.getvalue()
     assert storage.read_json_lines(tmp_path / "log.jsonl")[0]["mfu"] is None
 
 
-def test_a_refused_step_says_so_at_once(clock: list[float]) -> None:
+def test_skipped_step_is_printed_at_once(clock: list[float]) -> None:
     stream = io.StringIO()
     metrics = make_metrics(stream)
     metrics.step(1, seconds=2.0, **STEP)
@@ -115,8 +115,8 @@ def test_a_refused_step_says_so_at_once(clock: list[float]) -> None:
     assert lines[1].startswith("step     2/100 | SKIPPED: not finite | ")
 
 
-def test_the_time_left_is_that_of_a_typical_step(clock: list[float]) -> None:
-    """One step that compiles, or stalls, says nothing of those to come."""
+def test_time_left_is_based_on_a_typical_step(clock: list[float]) -> None:
+    """A step that compiles or stalls does not affect the estimate."""
     stream = io.StringIO()
     metrics = make_metrics(stream)
     for step, seconds in enumerate([60.0, 1.0, 1.0, 50.0, 1.0]):
@@ -169,7 +169,7 @@ def test_much_slower_steps_are_explained_once(clock: list[float]) -> None:
     assert "note: a step now takes 0.6 s instead of 0.1 s: advice\n" in stream.getvalue()
 
 
-def test_the_log(tmp_path: Path) -> None:
+def test_log_records(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log.jsonl")
     metrics = make_metrics(io.StringIO(), log, peak_flops=50_000.0)
     metrics.step(7, seconds=0.5, **STEP)
@@ -187,18 +187,18 @@ def test_the_log(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_log_is_json_whatever_the_numbers(tmp_path: Path) -> None:
+def test_log_is_valid_json_for_any_numbers(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log.jsonl")
     metrics = make_metrics(io.StringIO(), log)
     bad = {"loss": float("nan"), "grad_norm": float("inf"), "skip_reason": "not finite"}
     metrics.step(0, seconds=1.0, **{**STEP, **bad})
     text = (tmp_path / "log.jsonl").read_text()
-    record = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    record = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are not valid JSON
     assert (record["loss"], record["grad_norm"], record["skipped"]) == (None, None, True)
 
 
-def test_a_rank_without_a_log_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It neither opens nor writes a file, nor prints; all else works as on the main rank."""
+def test_rank_without_a_log_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens no file and prints nothing; everything else works as on the main rank."""
     monkeypatch.chdir(tmp_path)
     stream, opened = io.StringIO(), []
     monkeypatch.setattr(os, "open", lambda *a: opened.append(a))
