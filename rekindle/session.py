@@ -13,7 +13,7 @@ from typing import NoReturn
 from rekindle.checkpoint import Saver
 from rekindle.data import shards
 from rekindle.errors import Stopped, UserError
-from rekindle.evaluate.evaluator import Evaluator
+from rekindle.evaluate.evaluator import Evaluator, InterruptedEvaluationError
 from rekindle.observe.console import Console, duration
 from rekindle.observe.metrics import Metrics
 from rekindle.run import Run
@@ -44,6 +44,7 @@ class Session:
     # Rollbacks per checkpoint step. Not saved: a resumed run would repeat them.
     rollbacks: Counter[int] = field(default_factory=Counter)
     signals: Listener = field(default_factory=Listener)
+    evaluation_compiled: bool = False
     began: float = 0.0  # when the command was started; 0 once the first step is done
 
     @property
@@ -54,6 +55,9 @@ class Session:
     def evaluated(self) -> bool:
         """Whether the weights that the run starts with have been evaluated."""
         return self.run.evaluated
+
+    def __post_init__(self) -> None:
+        self.evaluator.stop_requested = self.stop_requested
 
     def __enter__(self) -> "Session":
         return self
@@ -68,14 +72,18 @@ class Session:
         self.watch.close()
 
     def warm_up(self) -> None:
-        """Compile and print how long it took. Does nothing if all steps are done."""
+        """Compile the training step and print how long it took. Does nothing if all steps are
+        done."""
         if self.trainer.step >= self.trainer.recipe.steps:
             return
+        compiled = self.trainer.machine.compile
+        if compiled:
+            self.console.progress("compiling the training step", passing=True)
         found = self.trainer.warm_up()
         memory = f", {found.peak_bytes / 2**30:.1f} GiB" if found.peak_bytes else ""
         self.console.print(
-            f"warm-up: {duration(found.compile_s)} to compile and set up, then "
-            f"{found.pass_s * 1e3:.0f} ms per micro-batch{memory}"
+            f"{'compiled the training step' if compiled else 'warmed up'} in "
+            f"{duration(found.compile_s)}; a micro-batch takes {duration(found.pass_s)}{memory}"
         )
 
     def log(self, result: StepResult, seconds: float, data_wait: float) -> None:
@@ -96,12 +104,23 @@ class Session:
             self.began = 0.0
 
     def evaluate(self) -> None:
-        """Evaluate the current weights."""
+        """Evaluate the current weights, or stop as a signal asked: a resumed run evaluates them."""
         step = self.trainer.step
         self.trainer.at(f"the evaluation after step {step}")
         self.unchanged.check()
-        self.validation = self.evaluator(step)
+        self._compile_evaluation()
+        try:
+            self.validation = self.evaluator(step)
+        except InterruptedEvaluationError:
+            self.stop(self.stop_requested())
         self.unchanged.check()
+
+    def _compile_evaluation(self) -> None:
+        """Compile before the first evaluation, and print how long that took."""
+        if not self.evaluation_compiled and self.trainer.machine.compile:
+            self.console.progress("compiling the evaluation", passing=True)
+            self.console.print(f"compiled the evaluation in {duration(self.evaluator.compile())}")
+        self.evaluation_compiled = True
 
     def evaluate_saved(self) -> None:
         """Evaluate the checkpoint that the run resumes from, if a stop signal prevented that."""
@@ -137,10 +156,10 @@ class Session:
         self.save(evaluated=False)
         self.saver.finish()
         name, step = signal.Signals(number).name, self.trainer.step
+        when = f"after step {step - 1}" if step else "before the first step"
         raise Stopped(
             number,
-            f"stopped by {name} after step {step - 1}; a checkpoint was saved: run the same "
-            "command to resume",
+            f"stopped by {name} {when}; a checkpoint was saved: run the same command to resume",
         )
 
     def roll_back(self) -> None:

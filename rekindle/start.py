@@ -62,8 +62,8 @@ def train_run(
 ) -> Run:
     """Train `recipe` on the shards in `data` into the run folder `out`, from where it stopped.
 
-    Raises `UserError` for what the user can mend, before anything is written, and `Stopped`, once
-    all is saved, if a signal asked to stop.
+    Raises `UserError` for what the user can fix, before anything is written, and `Stopped`, once a
+    checkpoint is saved, if a signal asked to stop.
     """
     began = time.perf_counter()
     with (
@@ -195,18 +195,16 @@ def _make_evaluator(
 
 
 def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
-    """Say what is trained and on what."""
+    """Print what is trained and on what."""
     machine, device, p = trainer.machine, trainer.device, trainer.partition
     asked = run.options.machine
     if not machine.compile:
-        why = "as the run was started" if run.recorded and not run.recorded.compile else None
-        why = "as asked" if asked.compile is False else why
+        why = "as when the run was started" if run.recorded and not run.recorded.compile else None
+        why = "--no-compile was given" if asked.compile is False else why
         why = "the model is sharded" if is_sharded(trainer.model) else why
-        console.print(
-            f"running without torch.compile: {devices.why_not_compile(device.torch) or why}"
-        )
+        console.print(f"not compiled: {devices.why_not_compile(device.torch) or why}")
     if run.recorded and (changed := machines.changes(run.recorded, machine, asked)):
-        console.print(f"this machine is not the one the run was started on: {changed}")
+        console.print(f"this machine differs from the one the run was started on: {changed}")
     m = run.recipe.model
     sizes = ", ".join(f"{flag.name} {flag.default}" for flag in flags_of(m))
     console.print(
@@ -222,13 +220,13 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
     console.print(
         f"device: {p.ranks} x {device.name}, {device.precision}"
         f"{''.join(f', {name}' for name, on in traits.items() if on)}; "
-        f"{run.recipe.batch.tokens:,} tokens a step = {p.micro_batch} rows x "
-        f"{run.recipe.batch.length} x {p.accumulation} micro-steps x {p.ranks} ranks"
+        f"{run.recipe.batch.tokens:,} tokens per step = {p.micro_batch} rows × "
+        f"{run.recipe.batch.length} tokens × {p.accumulation} accumulation steps × {p.ranks} ranks"
     )
 
 
 def _warnings(run: Run, tokenizer: Tokenizer) -> list[str]:
-    """What this command says that its user may not mean, a line each."""
+    """Likely mistakes in this command, a line each."""
     recipe, found = run.recipe, recipes.warnings(run.recipe)
     tokens, room = len(tokenizer.encode(recipe.prompt)), recipe.model.block_size
     if tokens >= room:
@@ -240,8 +238,8 @@ def _warnings(run: Run, tokenizer: Tokenizer) -> list[str]:
             for steps, step in ((before, max(0, run.step - 1)), (recipe.steps, run.step))
         )
         found.append(
-            f"--steps was {before} and is now {recipe.steps}, so the learning rate schedule is "
-            f"another: {was:.2e} at step {run.step - 1}, {now:.2e} at step {run.step}"
+            f"--steps was {before} and is now {recipe.steps}, which changes the learning rate "
+            f"schedule: {was:.2e} at step {run.step - 1}, {now:.2e} at step {run.step}"
         )
     return found
 
@@ -249,7 +247,7 @@ def _warnings(run: Run, tokenizer: Tokenizer) -> list[str]:
 def _open_metrics(
     run: Run, trainer: Trainer, console: Console, loggers: Sequence[Logger]
 ) -> Metrics:
-    """The run's metrics, on the main rank with the loggers that write them."""
+    """The run's metrics. Only the main rank has loggers."""
     main = trainer.world.is_main
     own = [JsonLinesLogger(run.open_log(), console.print)] if main else []
     peak = trainer.device.peak_flops

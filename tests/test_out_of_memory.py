@@ -33,7 +33,7 @@ def test_out_of_memory_in_a_step_is_one_line(
     assert outcome.status == 2
     assert message in outcome.err
     assert outcome.err.count("\n") == 1
-    assert "give a smaller --micro-batch" in outcome.err
+    assert "lower --micro-batch" in outcome.err
 
 
 def test_other_torch_errors_are_not_caught(

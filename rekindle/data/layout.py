@@ -37,7 +37,7 @@ class Pending:
         self.tokens = self.documents = 0
         self.saved: list[str] = []  # files with pieces, needed to resume after a kill
         self.unsaved = 0  # index of the first piece that is in none of these files
-        self.samples = Samples(tokenizer)
+        self.samples, self.end_of_text = Samples(tokenizer), tokenizer.end_of_text
 
     def append(self, tokens: np.ndarray, documents: int) -> None:
         self.pieces.append(tokens)
@@ -45,11 +45,20 @@ class Pending:
         self.documents += documents
 
     def move_tail(self, tokens: int, to: "Pending") -> None:
-        """Move the last `tokens` tokens to another split. A document that this cuts counts for the
-        split it starts in."""
-        whole = np.concatenate([*self.pieces]) if self.pieces else np.empty(0, np.uint16)
-        self.pieces, self.tokens = [whole[: -tokens or None]], len(whole) - tokens
-        to.append(whole[len(whole) - tokens :], 0)
+        """Move about the last `tokens` tokens to another split: whole documents if that comes close
+        enough, or else the end of a long one, which then counts for the split it starts in."""
+        every = np.concatenate(self.pieces)
+        cut = len(every) - tokens
+        starts = np.flatnonzero(every == self.end_of_text)
+        nearest = int(starts[np.argmin(abs(starts - cut))]) if len(starts) else 0
+        if len(every) - nearest < TOLERANCE * tokens and tokens < TOLERANCE * (
+            len(every) - nearest
+        ):
+            cut = nearest
+        moved = int(np.count_nonzero(starts >= cut))
+        self.pieces, self.tokens = [every[:cut]], cut
+        self.documents -= moved
+        to.append(every[cut:], moved)
 
 
 class Layout(ABC):
@@ -185,7 +194,9 @@ class Documents(Layout):
         total = self.full["train"] + train.tokens + val.tokens
         asked = min(self.val_tokens, int(MOST_VALIDATION * total))
         if val.tokens < asked / TOLERANCE:
-            train.move_tail(min(asked - val.tokens, train.tokens), val)
+            missing = min(asked - val.tokens, train.tokens)
+            if missing:
+                train.move_tail(missing, val)
         elif val.tokens > asked * TOLERANCE:
             val.move_tail(val.tokens - asked, train)
         return {"train": train, "val": val}

@@ -25,7 +25,6 @@ from rekindle.data.earlier import (
 )
 from rekindle.data.encoding import encoded_blocks
 from rekindle.data.layout import LAYOUTS, Pending
-from rekindle.data.progress import Progress
 from rekindle.data.samples import Samples
 from rekindle.data.shards import Manifest, Shard
 from rekindle.data.sources.base import Source
@@ -34,6 +33,7 @@ from rekindle.data.sources.splits import split_lines
 from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.errors import UserError
 from rekindle.observe.console import Console
+from rekindle.observe.progress import Progress
 
 VAL_TOKENS = 10_485_760  # validation loss covers 20 batches of 524,288 tokens, as in the lecture
 SHARD_TOKENS = 100_000_000  # as in the lecture and in llm.c
@@ -177,7 +177,7 @@ class _Preparation:
         self.shards: list[Shard] = []
         self.history: list[dict[str, Any]] = []  # the last position in each file, to resume from
         self.tokens = 0  # encoded by this call
-        self.console, self.progress = console, Progress(console, "tokens")
+        self.console, self.progress = console, Progress(console, "tokens", "preparing")
         self.disk = ThreadPoolExecutor(1)
         self.writing: Future[Shard] | None = None
 

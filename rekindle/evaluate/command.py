@@ -15,6 +15,7 @@ from rekindle.evaluate.loss import validation_loss
 from rekindle.evaluate.tasks import Task, get_task
 from rekindle.loading import Loaded, load
 from rekindle.observe.console import Console
+from rekindle.observe.progress import Progress
 from rekindle.recipes import Recipe
 from rekindle.runtime import distributed
 from rekindle.runtime.device import Device, get_device, keep_freed_memory
@@ -54,6 +55,7 @@ class _Evaluation:
             rows=rows_for(loaded.model.config, T, device),
             device=device,
             world=self.world,
+            progress=Progress(self.console, "tokens", "validation").update,
         )
         loss.check_finite(loaded.model)
         bits = loss.bits_per_byte if math.isfinite(loss.bits_per_byte) else None
@@ -71,7 +73,8 @@ class _Evaluation:
         items = task.load(where, loaded.tokenizer)[:limit]
         block_size = loaded.model.config.block_size
         (packed,) = scoring.pack([(task, items)], block_size, device, self.world)
-        scores = scoring.evaluate(loaded.model, packed, device, progress=self.console.progress)
+        progress = Progress(self.console, "candidates", task.title).update
+        scores = scoring.evaluate(loaded.model, packed, device, progress=progress)
         shown = [
             f"{name} {value:.4f}"
             + (f" ({round(value * len(items))}/{len(items)})" if name.startswith("acc") else "")

@@ -4,6 +4,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,16 +15,22 @@ from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 from rekindle.evaluate import scoring
 from rekindle.evaluate.loss import validation_loss
-from rekindle.evaluate.scoring import Packed
+from rekindle.evaluate.scoring import Packed, run_body
 from rekindle.evaluate.tasks import Item, Task
 from rekindle.model import LanguageModel
 from rekindle.model.compute import Forward
 from rekindle.observe.console import Console
+from rekindle.observe.progress import Progress
 from rekindle.recipes import Recipe
+from rekindle.runtime.compiling import with_repaired_cache
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 from rekindle.runtime.sharding import is_sharded, unsharded_root
 from rekindle.sampling import cut_at_end, generate
+
+
+class InterruptedEvaluationError(Exception):
+    """A signal asked to stop while a model was being evaluated."""
 
 
 class Logger(Protocol):
@@ -48,20 +55,60 @@ class Evaluator:
     world: World
     logger: Logger
     console: Console
+    # Whether a signal asked any rank to stop; every rank must call it. It ends an evaluation.
+    stop_requested: Callable[[], int] = lambda: 0
     token_bytes: np.ndarray = field(init=False)  # (vocab_size,)
 
     def __post_init__(self) -> None:
         self.token_bytes = self.tokenizer.token_bytes()
 
     def __call__(self, step: int) -> float | None:
-        """Evaluate; return the validation loss in nats per token if there are validation shards."""
+        """Evaluate; return the validation loss in nats per token if there are validation shards.
+
+        Raises `InterruptedEvaluationError` on every rank once a signal asked to stop.
+        """
         loss = self.validate(step) if self.validation else None
         with unsharded_root(self.model):
             for packed in self.tasks:
+                self._check_stop()
                 self.score(packed, step)
+            self._check_stop()
             if step:  # samples of an untrained model are noise
                 self.sample(step)
         return loss
+
+    def compile(self) -> float:
+        """Compile the model for every shape that evaluation uses; return the seconds it took, 0
+        if the model is not compiled."""
+        if self.body is None:
+            return 0.0
+        began, shapes = time.perf_counter(), set()
+        with torch.no_grad(), self.device.autocast():
+            if self.validation:
+                sizes = self.micro_batch, self.recipe.batch.length
+                ids = torch.zeros(sizes, dtype=torch.long, device=self.device.torch)
+                with_repaired_cache(lambda: self.forward(ids, ids))
+            for batch in (batch for packed in self.tasks for batch in packed.batches):
+                if batch.idx.shape not in shapes:
+                    shapes.add(batch.idx.shape)
+                    with_repaired_cache(partial(run_body, self.body, batch))
+        self.device.synchronize()
+        return time.perf_counter() - began
+
+    def _check_stop(self) -> None:
+        if self.stop_requested():
+            raise InterruptedEvaluationError
+
+    def _progress(self, unit: str, label: str, *, can_stop: bool) -> Callable[[int, float], None]:
+        """Shows progress; if `can_stop`, also ends the evaluation once a signal asked to."""
+        progress = Progress(self.console, unit, label)
+
+        def report(count: int, part: float) -> None:
+            progress.update(count, part)
+            if can_stop:
+                self._check_stop()
+
+        return report
 
     def validate(self, step: int) -> float:
         """Log the validation loss and return it, in nats per token."""
@@ -75,6 +122,7 @@ class Evaluator:
             rows=self.micro_batch,
             device=self.device,
             world=self.world,
+            progress=self._progress("tokens", "validation", can_stop=True),
         )
         seconds = time.perf_counter() - began
         values = {"loss": loss.nats, "bits_per_byte": loss.bits_per_byte, "tokens": loss.tokens}
@@ -105,7 +153,12 @@ class Evaluator:
     def score(self, packed: Packed, step: int) -> None:
         """Log a task's metrics."""
         began = time.perf_counter()
-        scores = scoring.evaluate(self.model, packed, self.device, body=self.body)
+        # Ranks may have different numbers of batches, so only one alone can stop between them.
+        alone = self.world.size == 1
+        progress = self._progress("candidates", packed.task.title, can_stop=alone)
+        scores = scoring.evaluate(
+            self.model, packed, self.device, body=self.body, progress=progress
+        )
         seconds = time.perf_counter() - began
         task, total = packed.task, len(packed.items)
         metrics = metrics_of(task, scores)

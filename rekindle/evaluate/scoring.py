@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rekindle.errors import UserError
+from rekindle.evaluate.loss import Progress, no_progress
 from rekindle.evaluate.tasks.base import Item, Task
 from rekindle.model import LanguageModel
 from rekindle.model.finite import first_not_finite, why_not_finite
@@ -178,13 +179,13 @@ def evaluate(
     device: Device,
     *,
     body: Callable[..., Tensor] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, float]:
     """Score all items of a task, divided among the ranks; return its scores on every rank.
 
-    `body` is the compiled form of the model's body, if there is one. `progress` is called with
-    lines of progress. Raises `UserError` on every rank if a loss is not finite, naming the first
-    such candidate: a score computed from it would look valid.
+    `body` is the compiled form of the model's body, if there is one. `progress` is called after
+    each batch, with the candidates scored. Raises `UserError` on every rank if a loss is not
+    finite, naming the first such candidate: a score computed from it would look valid.
     """
     losses = candidate_losses(model, packed, device, body=body, progress=progress)
     _check_finite(model, packed, losses)
@@ -208,7 +209,7 @@ def candidate_losses(
     device: Device,
     *,
     body: Callable[..., Tensor] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Losses:
     """Score the candidates of all items, divided among the ranks; return all losses on each."""
     body = model.body if body is None else body
@@ -218,8 +219,7 @@ def candidate_losses(
     for batch in packed.batches:  # this loop does not synchronize with the GPU
         found.append(_score_tokens(model, body, batch, device, greedy=packed.task.needs_greedy))
         done += len(batch.owners.unique())
-        if progress:
-            progress(f"{packed.task.title}: {done:,} of {mine:,} endings scored")
+        progress(done, done / max(1, mine))
     totals = torch.zeros(3, sum(sizes), dtype=torch.float64)
     for batch, (losses, hits) in zip(packed.batches, found, strict=True):
         totals[0].index_add_(0, batch.owners, losses.cpu().double())
@@ -232,6 +232,11 @@ def candidate_losses(
     return Losses(sums.split(sizes), counts.split(sizes), greedy)
 
 
+def run_body(body: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """Hidden states (B, T, C) of a batch."""
+    return body(batch.idx, positions=batch.positions, mask=tree_mask(batch.segments))
+
+
 def _score_tokens(
     model: LanguageModel, body: Callable[..., Tensor], batch: Batch, device: Device, *, greedy: bool
 ) -> tuple[Tensor, Tensor]:
@@ -239,7 +244,7 @@ def _score_tokens(
     model's first choice, (N,) bool; all False unless `greedy`."""
     losses, hits = [], []
     with device.autocast():
-        hidden = body(batch.idx, positions=batch.positions, mask=tree_mask(batch.segments))
+        hidden = run_body(body, batch)
         predictors = hidden.flatten(0, 1)[batch.predictors]  # (N, C): only these need the head
         parts = zip(predictors.split(HEAD_TOKENS), batch.targets.split(HEAD_TOKENS), strict=True)
         for x, y in parts:

@@ -7,8 +7,9 @@ import socket
 import threading
 import time
 
-# Sent by Ctrl-C; by `kill` or a scheduler; and by Slurm as an advance warning.
-SIGNALS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, s)]
+# Sent by Ctrl-C; by `kill` or a scheduler; by Slurm as an advance warning; by a closed terminal.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 # After Ctrl-C, torchrun forwards a signal that its processes have already received from the
 # terminal: a second signal within this many seconds is ignored.
 ECHO = 1.0

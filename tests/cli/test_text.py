@@ -33,7 +33,7 @@ def test_training_on_a_text_file(
 
     again = rekindle(*arguments, "--eval-tokens", 500, "--steps", 6)
     assert again.status == 0, again.err
-    assert "is prepared already" in again.out
+    assert "is already prepared" in again.out
     assert "resumes at step 4 of 6" in again.out
 
 

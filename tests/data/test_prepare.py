@@ -22,13 +22,13 @@ from rekindle.data import encoding, samples, shards
 from rekindle.data import prepare as module
 from rekindle.data.encoding import encoded_blocks, is_validation
 from rekindle.data.prepare import prepare
-from rekindle.data.progress import Progress
 from rekindle.data.shards import Manifest
 from rekindle.data.sources import from_arguments
 from rekindle.data.sources.base import Block, Source, SourceFile
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
 from rekindle.observe.console import Console
+from rekindle.observe.progress import Progress
 from rekindle.storage import files as storage_files
 from tests.data.listening import listen
 
@@ -614,17 +614,19 @@ def test_progress_lines(
     interrupted(tmp_path, documents, shard_tokens=2000)
     output: list[str] = []
     ticks = iter(range(100_000))
-    monkeypatch.setattr("rekindle.data.progress.time.monotonic", lambda: next(ticks) * 11.0)
+    monkeypatch.setattr("rekindle.observe.progress.time.monotonic", lambda: next(ticks) * 11.0)
     run(ListSource(documents), tmp_path, shard_tokens=2000, console=listen(output))
     text = "\n".join(output)
-    assert "tokens/s · " in text
+    assert "tokens/s | " in text
     assert "left" in text
     assert f"train_{len(shards.read_manifest(tmp_path).split('train')) - 2:06d}.bin: " in text
     for strange in ("nan", "inf", "-", "101%"):
         assert strange not in text.replace(str(tmp_path), "")
     assert "tokens to train on" in output[-1]
     counted = [
-        int(line.split(" tokens · ")[0].replace(",", "")) for line in output if " · " in line
+        int(line.split(" | ")[-1].removesuffix(" tokens").replace(",", ""))
+        for line in output
+        if line.startswith("preparing")
     ]
     assert counted == sorted(counted)
     assert 0 < counted[-1] < sum(map(len, documents)) + len(documents)  # only this call's tokens
@@ -644,7 +646,7 @@ def test_progress_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     progress.update(1001, 0.5)
     console.print("done")
     console.print("and over")
-    progress_line = "1,000 tokens · 500 tokens/s · 50% · 2.0 s left"
+    progress_line = "50% | 2.0 s left | 500 tokens/s | 1,000 tokens"
     assert "".join(output) == f"\r\033[K{progress_line}\r\033[Kdone\nand over\n"
 
 

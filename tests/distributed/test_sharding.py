@@ -168,7 +168,7 @@ def test_sharded_run_matches_one_process(runs: Runs, records: Records) -> None:
     assert min(r["grad_norm"] for r in records(runs.one, "train")) > 0.05  # all were clipped
     assert records(runs.sharded, "samples") == records(runs.one, "samples")
     assert len(records(runs.one, "samples")) == 3
-    assert "2 rows x 16 x 2 micro-steps x 2 ranks" in runs.printed
+    assert "2 rows × 16 tokens × 2 accumulation steps × 2 ranks" in runs.printed
     assert runs.printed.count(", sharded; ") == 2
     assert runs.printed.count(", recomputing, sharded; ") == 1
     split = storage.read_json(runs.sharded / "checkpoints" / "step-000012" / "checkpoint.json")

@@ -283,16 +283,17 @@ def test_progress_counts_the_ranks_own_share(
     ranks: int,
     on_ranks: Callable[[int, Callable[[World], Any]], list[Any]],
 ) -> None:
-    lines: list[list[str]] = [[], []]
+    calls: list[list[tuple[int, float]]] = [[], []]
 
     def work(world: World) -> None:
         share = packed(model, [*asked.questions, *LONG], world=world)
-        evaluate(model, share, CPU, progress=lines[world.rank].append)
+        evaluate(model, share, CPU, progress=lambda *call: calls[world.rank].append(call))
 
     on_ranks(ranks, work)
-    last = [printed[-1] for printed in lines[:ranks]]
+    assert all(reported == sorted(reported) for reported in calls)
+    last = [reported[-1] for reported in calls[:ranks]]
     shares = [188] if ranks == 1 else [96, 92]
-    assert last == [f"HellaSwag: {n} of {n} endings scored" for n in shares]
+    assert last == [(share, 1.0) for share in shares]
 
 
 def test_all_tasks_share_the_shapes_of_a_compiled_model(model: GPT2) -> None:

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import HashStore
 
 from rekindle import checkpoint
 from rekindle import trainer as rekindle_trainer
+from rekindle.evaluate import loss
 from rekindle.runtime import signals as listening
 from rekindle.runtime.signals import ECHO, SIGNALS, Listener
 
@@ -59,7 +60,9 @@ def send_signal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return arrange
 
 
-@pytest.mark.parametrize(("at", "number"), zip((5, 7, 0, 11), [*SIGNALS, SIGNALS[0]], strict=True))
+@pytest.mark.parametrize(
+    ("at", "number"), zip((5, 7, 0, 3, 11), [*SIGNALS, SIGNALS[0]], strict=True)
+)
 def test_stopped_run_resumes_to_the_same_result(
     tmp_path: Path, train: Callable, rekindle: Callable, command: Callable, records: Records,
     send_signal: Callable, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, at: int,
@@ -79,6 +82,39 @@ def test_stopped_run_resumes_to_the_same_result(
     assert signal.getsignal(number) == before
     assert checkpoint.list_checkpoints(out / "checkpoints")[-1].name == f"step-{at + 1:06d}"
     train(out)
+    ends = [run / "checkpoints" / "step-000012" for run in (out, tmp_path / "straight")]
+    for name in checkpoint.FILES:
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+    assert records(out, *KINDS) == records(tmp_path / "straight", *KINDS)
+
+
+@pytest.mark.parametrize("at", [0, 4, 12])
+def test_signal_during_an_evaluation_does_not_wait_for_its_end(
+    tmp_path: Path, train: Callable, rekindle: Callable, command: Callable, records: Records,
+    monkeypatch: pytest.MonkeyPatch, at: int,
+) -> None:  # fmt: skip
+    """The resumed run evaluates what the stopped one did not."""
+    flags = ["--micro-batch", 1, "--eval-tokens", 200]
+    train(tmp_path / "straight", *flags)
+    out, original, batches = tmp_path / "run", loss.validation_batches, []
+
+    def signalled(*arguments: Any) -> Iterator[Any]:
+        for number, batch in enumerate(original(*arguments)):
+            batches.append(number)
+            if number == 2 and batches.count(0) == 1 + at // 4:  # evaluations so far
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)  # until the listening thread has received it
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loss, "validation_batches", signalled)
+        outcome = rekindle(*command(out), *flags)
+    assert outcome.status == 128 + signal.SIGTERM
+    assert batches[-1] == 2
+    newest = checkpoint.list_checkpoints(out / "checkpoints")[-1]
+    assert newest.name == f"step-{at:06d}"
+    assert not checkpoint.load(newest).description.evaluated
+    train(out, *flags)
     ends = [run / "checkpoints" / "step-000012" for run in (out, tmp_path / "straight")]
     for name in checkpoint.FILES:
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rekindle import hub
-from rekindle.data.progress import Progress
 from rekindle.data.sources.base import Block, Source, SourceFile
 from rekindle.data.sources.parquet import parquet_blocks
 from rekindle.data.sources.splits import LEFT_OUT, splits_of
 from rekindle.errors import UserError
 from rekindle.observe.console import Console
+from rekindle.observe.progress import Progress
 
 # Short name → repository, and the folder in it.
 DATASETS = {
@@ -100,7 +100,7 @@ class HubSource(Source):
         coming, remote = self._coming[file], self._listing.files[file]
         if coming.done():
             return coming.result()
-        progress = Progress(self._console, "bytes")
+        progress = Progress(self._console, "bytes", "downloading")
         self._console.print(f"downloading {remote.path} ({remote.size:,} bytes)")
         before = self._received
         while not coming.done():

@@ -10,12 +10,12 @@ from typing import Any
 from rekindle import hub, storage
 from rekindle.data import shards
 from rekindle.data.cores import usable_cores
-from rekindle.data.progress import Progress
 from rekindle.data.shards import Manifest, Shard
 from rekindle.data.sources.splits import LEFT_OUT, split_lines, split_of
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 from rekindle.observe.console import Console
+from rekindle.observe.progress import Progress
 
 DATASET = "fineweb-10bt-tokenized"
 REPOSITORY = "kjj0/fineweb10B-gpt2"  # modded-nanogpt's tokens of FineWeb's 10BT sample

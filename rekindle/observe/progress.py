@@ -1,4 +1,4 @@
-"""Progress, speed and remaining time while data is prepared or downloaded."""
+"""The progress, speed and remaining time of a preparation, a download or an evaluation."""
 
 import time
 
@@ -6,10 +6,10 @@ from rekindle.observe.console import Console, duration
 
 
 class Progress:
-    """The progress line of a preparation or a download, first shown after the usual interval."""
+    """A progress line, first shown after the usual interval."""
 
-    def __init__(self, console: Console, unit: str) -> None:
-        self._console, self._unit = console, unit
+    def __init__(self, console: Console, unit: str, label: str = "") -> None:
+        self._console, self._unit, self._label = console, unit, label
         self._start = time.monotonic()
         self._part_before: float | None = None  # done by earlier runs, so not counted in our time
         self._count = 0
@@ -21,8 +21,14 @@ class Progress:
         self._count = count
         if self._part_before is None:
             self._part_before = part if count == 0 else 0.0
-        line = f"{count:,} {self._unit} · {self._rate()} · {min(part, 1.0):.0%}{self._left(part)}"
-        self._console.progress(line, passing=True)
+        parts = (
+            self._label,
+            f"{min(part, 1.0):.0%}",
+            self._left(part),
+            self._rate(),
+            f"{count:,} {self._unit}",
+        )
+        self._console.progress(*filter(None, parts), passing=True)
 
     def summary(self) -> str:
         return f"{duration(self._elapsed())}, {self._rate()}"
@@ -41,4 +47,4 @@ class Progress:
         done = part - (self._part_before or 0.0)
         if done <= 0 or part >= 1:  # no basis for an estimate, or nothing left
             return ""
-        return f" · {duration(self._elapsed() * (1 - part) / done)} left"
+        return f"{duration(self._elapsed() * (1 - part) / done)} left"
