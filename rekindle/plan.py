@@ -6,6 +6,7 @@ import torch
 
 from rekindle.data.shards import Manifest
 from rekindle.flags import flags_of
+from rekindle.observe.console import counted
 from rekindle.run import Run
 from rekindle.trainer import Trainer
 
@@ -27,8 +28,9 @@ def _costs(run: Run, trainer: Trainer, manifest: Manifest) -> Iterator[tuple[str
     yield (
         "batch",
         (
-            f"{batch.rows:,} rows of {batch.length:,} tokens = {p.micro_batch} rows per pass × "
-            f"{p.accumulation} accumulation steps × {p.ranks} ranks"
+            f"{counted(batch.rows, 'row')} of {batch.length:,} tokens = "
+            f"{counted(p.micro_batch, 'row')} per pass × "
+            f"{counted(p.accumulation, 'accumulation step')} × {counted(p.ranks, 'rank')}"
         ),
     )
     yield "arithmetic", _flops(trainer, left * batch.tokens)

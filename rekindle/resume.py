@@ -82,6 +82,8 @@ def _has_saved(log: Path) -> bool:
 
 def _check_can_be_written(out: Path) -> None:
     """Raise `UserError` if a parent of `out` is a file, or if there is no permission to write."""
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"{out} is a link to {os.readlink(out)}, which does not exist: create it")
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if nearest != out and not nearest.is_dir():
         raise UserError(f"cannot create {out}: {nearest} is not a folder; choose another --out")
@@ -92,7 +94,11 @@ def _check_can_be_written(out: Path) -> None:
 def _identity_of(out: Path, model: type[LanguageModel]) -> dict[str, Any] | None:
     """The contents of run.json in `out`, or of the newest checkpoint if run.json is missing."""
     if (out / "run.json").is_file():
-        return storage.read_json(out / "run.json", SCHEMA)
+        try:
+            return storage.read_json(out / "run.json", SCHEMA)
+        except UserError as error:
+            advice = "remove run.json, and the newest checkpoint replaces it"
+            raise UserError(f"{str(error).partition(': restore')[0]}: {advice}") from None
     found, _ = checkpoint.newest_complete(out / "checkpoints", model)
     return dataclasses.asdict(found.description) if found else None
 

@@ -100,14 +100,18 @@ class Run:
                 "again, or choose another --out"
             )
         storage.remove_unfinished(self.folder)
-        if not (self.folder / "run.json").exists():
-            versions = {"rekindle": __version__, "torch": torch.__version__}
-            storage.write_json(self.folder / "run.json", {**self.identity(), "versions": versions})
+        self.write_identity()
         checkpoints = self.folder / "checkpoints"
         storage.make_folder(checkpoints)
         storage.remove_unfinished(checkpoints)
         for path, what in self.damaged.items():
             console.print(f"{what}: moved to {storage.set_aside(path)}")
+
+    def write_identity(self) -> None:
+        """Write run.json, unless it exists."""
+        if not (self.folder / "run.json").exists():
+            versions = {"rekindle": __version__, "torch": torch.__version__}
+            storage.write_json(self.folder / "run.json", {**self.identity(), "versions": versions})
 
     def opening(self, ranks: int) -> str:
         """One line on where the run starts or resumes."""

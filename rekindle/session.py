@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -144,6 +145,9 @@ class Session:
         t.at(f"the checkpoint of step {t.step}")
         t.compare_ranks()
         replicas.check_finite(t.model, t.optimizer, t.world, t.step)
+        if self.world.is_main:
+            with suppress(OSError):  # the saver reports a failing disk
+                self.run.write_identity()  # again, if the folder was removed or hidden by a mount
         validation = self.validation if evaluated else None
         self.saver.save(self.run.describe(t.describe(), evaluated=evaluated, validation=validation))
 

@@ -19,7 +19,7 @@ from rekindle.evaluate.scoring import Packed, pack
 from rekindle.evaluate.tasks import Item, Task
 from rekindle.flags import flags_of
 from rekindle.model import LanguageModel
-from rekindle.observe.console import Console
+from rekindle.observe.console import Console, counted
 from rekindle.observe.json_lines import JsonLinesLogger
 from rekindle.observe.metrics import Logger, Metrics
 from rekindle.optim import Optimizer
@@ -128,7 +128,7 @@ def open_trainer(
         trainer.restore(run.checkpoint)
         run.checkpoint.model.clear()  # or its file stays open, even once the checkpoint is removed
     _introduce(run, trainer, console)
-    for line in _warnings(run, tokenizer):
+    for line in _warnings(run, tokenizer, world.size):
         console.print(f"note: {line}")
     return Opened(run, trainer, manifest, unchanged, tokenizer, work, watch, console)
 
@@ -220,17 +220,20 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
     console.print(
         f"device: {p.ranks} x {device.name}, {device.precision}"
         f"{''.join(f', {name}' for name, on in traits.items() if on)}; "
-        f"{run.recipe.batch.tokens:,} tokens per step = {p.micro_batch} rows × "
-        f"{run.recipe.batch.length} tokens × {p.accumulation} accumulation steps × {p.ranks} ranks"
+        f"{run.recipe.batch.tokens:,} tokens per step = {counted(p.micro_batch, 'row')} × "
+        f"{run.recipe.batch.length:,} tokens × {counted(p.accumulation, 'accumulation step')} × "
+        f"{counted(p.ranks, 'rank')}"
     )
 
 
-def _warnings(run: Run, tokenizer: Tokenizer) -> list[str]:
+def _warnings(run: Run, tokenizer: Tokenizer, world_size: int) -> list[str]:
     """Likely mistakes in this command, a line each."""
     recipe, found = run.recipe, recipes.warnings(run.recipe)
     tokens, room = len(tokenizer.encode(recipe.prompt)), recipe.model.block_size
     if tokens >= room:
         found.append(f"--prompt has {tokens} tokens, and the context {room}: no samples are logged")
+    if run.options.machine.shard and world_size == 1:
+        found.append("--shard has no effect on a single rank")
     before = run.checkpoint.description.recipe.get("steps") if run.checkpoint else None
     if before and before != recipe.steps and not run.forked_from and run.step < recipe.steps:
         was, now = (

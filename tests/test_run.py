@@ -55,7 +55,7 @@ def test_printed_lines_of_a_run(tmp_path: Path, train: Train) -> None:
     assert "1,220 training and 302 validation tokens, every hash checked" in lines[0]
     assert lines[1] == "not compiled: --no-compile was given"
     assert lines[2].startswith("model: 11,216 parameters (n_layer 2, n_head 2, n_embd 16")
-    assert "128 tokens per step = 8 rows × 16 tokens × 1 accumulation steps × 1 ranks" in lines[3]
+    assert "128 tokens per step = 8 rows × 16 tokens × 1 accumulation step × 1 rank" in lines[3]
     assert lines[4].startswith(f"run: {tmp_path / 'run'} starts at step 0 of 4")
     assert lines[5].startswith("warmed up in ")
     assert lines[6].startswith("step     0 | validation loss")

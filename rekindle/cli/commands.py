@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from rekindle import recipes, storage
+from rekindle import recipes
 from rekindle.cli import options
 from rekindle.cli.arguments import given, options_of
 from rekindle.data.sources import SOURCES
@@ -87,10 +87,13 @@ def train(arguments: Namespace) -> None:
 
 def _steps_at_start(out: Path) -> int | None:
     """The steps that a run was started with, on which some of its numbers depend; None for a new
-    run. Raises `UserError` if its run.json is damaged."""
-    if not (out / "run.json").is_file():
+    run."""
+    from rekindle import storage
+
+    try:
+        return storage.read_json(out / "run.json", {"recipe": {"steps": int}})["recipe"]["steps"]
+    except UserError:  # there is none, or it is damaged, which is reported when the run is opened
         return None
-    return storage.read_json(out / "run.json", {"recipe": {"steps": int}})["recipe"]["steps"]
 
 
 def _data_of(o: options.Train, recipe: recipes.Recipe, sources: dict[str, Any]) -> Path:

@@ -65,11 +65,19 @@ def prepare(
     if isinstance(source, ReadyMade) and layout != "documents":
         raise UserError(f"ready-made shards are used unchanged: remove --layout {layout}")
     out = Path(out)
+    if (out / "run.json").exists():
+        raise UserError(f"{out} is a run folder: choose another --out for the shards")
+    new = not out.exists()
     try:
         with storage.Lock(out) as lock:
-            if isinstance(source, ReadyMade):
-                return source.take(out, tokenizer, console, lock)
-            return _prepare(source, out, tokenizer, settings, console, lock)
+            try:
+                if isinstance(source, ReadyMade):
+                    return source.take(out, tokenizer, console, lock)
+                return _prepare(source, out, tokenizer, settings, console, lock)
+            except UserError:
+                if new:
+                    _remove_if_empty(out, lock)
+                raise
     except MemoryError:
         raise UserError(
             f"out of memory while preparing {out}: close other programs or use fewer cores "
@@ -80,6 +88,17 @@ def prepare(
             f"{error.filename or out}: {error.strerror or error}; fix this and run the same "
             "command again: it resumes where it stopped"
         ) from None
+
+
+def _remove_if_empty(out: Path, lock: storage.Lock) -> None:
+    """Remove a folder that this call created, if it made no shard."""
+    folder = out / shards.UNFINISHED
+    if lock.held and {path.name for path in out.iterdir()} <= {storage.LOCK, folder.name}:
+        if (folder / shards.STATE).exists():
+            return
+        storage.remove_folder(folder)
+        lock.remove_file()
+        out.rmdir()
 
 
 def _settings(
@@ -278,7 +297,8 @@ class _Preparation:
             if pending.pieces:
                 self._write_shard(split, pending)
         if not self.shards:
-            raise UserError(f"{self.source.name} contains no documents: nothing was prepared")
+            names = ", ".join(file.name for file in self.source.files[:3])
+            raise UserError(f"{names} contains no documents: nothing was prepared")
         if all(shard.split == "val" for shard in self.shards):
             raise UserError(
                 f"{self.source.name} has nothing to train on: all its documents are validation"

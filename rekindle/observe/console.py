@@ -25,6 +25,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+def counted(number: int, noun: str) -> str:
+    """1 rank, 2 ranks, 1,024 ranks."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class Console:
     """Prints on the main process only. On a terminal the progress line is rewritten in place;
     elsewhere a plain line is printed every ten seconds. Safe to call from several threads."""

@@ -83,14 +83,14 @@ class Metrics:
             seconds=seconds,
         )
         self._pace.add(seconds)
-        left = self._pace.left(self._steps - step - 1)
+        left = self._pace.left(self._steps - step - 1)  # None, or 0 at the end: nothing to show
         self._show(
             step,
             [  # what matters most comes first: a narrow terminal shows as many as fit
                 f"step {step:>5}/{self._steps}",
                 f"SKIPPED: {skip_reason}" if skip_reason else "",
                 f"loss {loss:.4f}",
-                "" if left is None else f"{duration(left)} left",
+                f"{duration(left)} left" if left else "",
                 f"{rate:,.0f} tok/s",
                 "" if mfu is None else f"mfu {mfu:.1%}",
                 f"lr {lr:.2e}",

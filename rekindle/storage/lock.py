@@ -46,7 +46,11 @@ class Lock:
             raise UserError(
                 f"{self._path.parent} is not writable ({error.strerror}): choose another --out"
             ) from None
-        if not _lock_file(descriptor):
+        locked = _lock_file(descriptor)
+        if locked and os.fstat(descriptor).st_nlink == 0:  # another process removed it just now
+            os.close(descriptor)
+            return self._open()
+        if not locked:
             holder = (
                 os.pread(descriptor, 200, 0).decode(errors="replace") if os.name != "nt" else ""
             )
@@ -59,6 +63,11 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         return self
+
+    def remove_file(self) -> None:
+        """Remove the lock file, while the lock is held."""
+        if self._descriptor is not None:
+            self._path.unlink(missing_ok=True)
 
     def __exit__(self, *_: object) -> None:
         """Release the lock, if it was taken."""

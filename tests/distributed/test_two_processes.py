@@ -92,7 +92,7 @@ def test_two_processes_train_like_one(one: Path, two: Path, folder: Path, record
     assert_close(two, one, records)
     printed = (folder / "printed").read_text()
     assert "8 rows" not in printed
-    assert "4 rows × 16 tokens × 1 accumulation steps × 2 ranks" in printed
+    assert "4 rows × 16 tokens × 1 accumulation step × 2 ranks" in printed
     assert printed.count("step     0/12") == 1  # only one of them prints
     split = storage.read_json(last(two) / "checkpoint.json")
     machine = split["machine"]

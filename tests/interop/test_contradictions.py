@@ -137,7 +137,7 @@ def test_more_rows_than_the_tokenizer_has_ids(tmp_path: Path, rows: int) -> None
     model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=2, block_size=4, vocab_size=rows))
     (tmp_path / "config.json").write_text(json.dumps(describe(model)))
     save_file(export(model), tmp_path / "model.safetensors")
-    words = rf"{rows} rows.*50257 ids.*{rows - 50257} more"
+    words = rf"{rows} rows.*50257 ids.*{rows - 50257} extra"
     with pytest.raises(UserError, match=words):
         load(str(tmp_path), CPU)
 

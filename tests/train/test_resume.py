@@ -205,7 +205,7 @@ def test_machine_settings_are_reused_on_resume(
     outcome = rekindle(*arguments[:at], *arguments[at + 2 :])
     assert outcome.status == 0, outcome.err
     assert "autocast" in outcome.out
-    assert "2 rows × 16 tokens × 4 accumulation steps × 1 ranks" in outcome.out
+    assert "2 rows × 16 tokens × 4 accumulation steps × 1 rank" in outcome.out
     machine = storage.read_json(out / "checkpoints" / "step-000012" / "checkpoint.json")["machine"]
     assert machine["memory"] > 2**29
     assert machine == {

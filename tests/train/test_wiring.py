@@ -36,7 +36,7 @@ NUMBERS: dict[str, Any] = {
     "schedule.kind": "linear", "schedule.warmup": 5, "schedule.final": 0.25,
     "schedule.cooldown": 0.5, "steps": 46, "seed": 7, "eval_every": 6,
     "eval_tokens": 210, "checkpoint_every": 4, "keep_checkpoints": 2, "keep_best": 2,
-    "keep_every": 20, "prompt": "b c", "passage": "b c d",
+    "keep_every": 20, "tokenizer": "bytes", "prompt": "b c", "passage": "b c d",
 }  # fmt: skip
 # Not chosen here: descriptive text, or decided by the data.
 EXCLUDED = {"name", "about", "model.vocab_size", "model.padded_vocab_size"}
