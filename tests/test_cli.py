@@ -105,7 +105,7 @@ def test_a_run_is_found_by_its_checkpoints_though_the_newest_is_damaged(
     (newest / "model.safetensors").write_bytes(b"")
     outcome = rekindle(*begin, "--steps", 4, "--checkpoint-every", 1)
     assert outcome.status == 0, outcome.err
-    assert f"it is now {newest.with_name(f'damaged-{newest.name}')}" in outcome.out
+    assert f"moved to {newest.with_name(f'damaged-{newest.name}')}" in outcome.out
     assert (run / "run.json").is_file()
 
 
@@ -124,7 +124,7 @@ def test_a_prompt_that_is_no_text_is_told(run: Path, rekindle: Callable) -> None
     outcome = rekindle("sample", run, "--prompt", os.fsdecode(b"a\xff"), "--device", "cpu")
     assert outcome.status == 2
     assert outcome.err.startswith(
-        "rekindle: error: --prompt is no UTF-8 (its character 2 is a stray"
+        "rekindle: error: --prompt is not UTF-8 (its character 2 is a stray"
     )
 
 
@@ -174,8 +174,8 @@ def test_an_error_of_the_disk_is_a_line(tmp_path: Path, run: Path, rekindle: Cal
     outcome = rekindle("report", run, "--picture", tmp_path / "no folder" / "x.png")
     assert outcome.status == 2
     assert outcome.err == (
-        f"rekindle: error: {tmp_path}/no folder/x.png: No such file or directory: mend that and "
-        "give the same command again\n"
+        f"rekindle: error: {tmp_path}/no folder/x.png: No such file or directory: fix that and "
+        "run the same command again\n"
     )
 
 
@@ -257,11 +257,11 @@ def shorter_shard(shard: Path) -> None:
         (spoil_header, "does not start with the header of a token shard"),
         (spoil_version, "does not start with the header of a token shard"),
         (cut_header, "does not start with the header of a token shard"),
-        (cut_short, "damaged or cut short"),
-        (lengthen, "damaged or cut short"),
+        (cut_short, "damaged or truncated"),
+        (lengthen, "damaged or truncated"),
         (flip_bit, "its SHA-256 differs"),
-        (foreign_id, "holds the id 257 beyond the vocabulary of 257 (first at token 0)"),
-        (shorter_shard, "holds 50 tokens, its manifest says"),
+        (foreign_id, "contains the id 257, outside the vocabulary of 257 (first at token 0)"),
+        (shorter_shard, "has 50 tokens, but its manifest says"),
         (Path.unlink, "is missing"),
     ],
 )
@@ -274,7 +274,7 @@ def test_a_damaged_shard(
 
 
 def test_fewer_tokens_than_one_step(begin: list[str], refuses: Refuses) -> None:
-    words = "one step needs 1,600 tokens, the training split has 1,200 in whole windows of 16"
+    words = "one step needs 1,600 tokens, but the training split has 1,200 in whole windows of 16"
     refuses([*begin, "--batch.tokens", 1600], words)
 
 
@@ -283,7 +283,7 @@ def test_fewer_tokens_than_one_step(begin: list[str], refuses: Refuses) -> None:
 
 @pytest.mark.parametrize("seconds", [-1, "nan"])
 def test_a_timeout_that_is_none(begin: list[str], refuses: Refuses, seconds: object) -> None:
-    refuses([*begin, "--timeout", seconds], "--timeout must be at least 0 seconds")
+    refuses([*begin, "--timeout", seconds], "--timeout must be at least 0")
 
 
 def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
@@ -298,10 +298,10 @@ def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
         (["--batch.length", 64], "--batch.length 64 is longer than --model.block-size 32"),
         (["--model.n-head", 3], "--model.n-embd 16 is not a multiple of --model.n-head 3"),
         (["--optim.lr", "nan"], "--optim.lr must be at least 0"),
-        (["--device", "tpu"], "--device is auto, cpu, cuda or mps, not 'tpu'"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or mps, not 'tpu'"),
         (["--precision", "fp8"], "not 'fp8'"),
         (["--precision", "tf32"], "--precision tf32 needs an NVIDIA GPU"),
-        (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
+        (["--hellaswag", "nowhere.jsonl"], "HellaSwag file not found: nowhere.jsonl"),
         (["--fork", "nowhere"], "there is no nowhere"),
         (["--seed", 2**63], "--seed must be below 2^63"),
     ],
@@ -328,13 +328,13 @@ def test_a_mistake_under_torchrun_names_the_rank(
 def test_out_is_something_else(begin: list[str], tmp_path: Path, refuses: Refuses) -> None:
     out = tmp_path / "run"
     out.write_text("a file")
-    refuses(begin, f"{out} exists and is no run")
+    refuses(begin, f"{out} exists but is not a run folder")
     beneath = [str(out / "below") if a == str(out) else a for a in begin]
     refuses(beneath, str(out))
     out.unlink()
     out.mkdir()
     (out / "thesis.txt").write_text("not ours")
-    refuses(begin, f"{out} exists and is no run")
+    refuses(begin, f"{out} exists but is not a run folder")
 
 
 def test_an_empty_folder_is_as_good_as_none(
@@ -347,7 +347,7 @@ def test_an_empty_folder_is_as_good_as_none(
 def test_going_on_with_another_recipe(begin: list[str], run: Path, refuses: Refuses) -> None:
     line = refuses([*begin, "--optim.lr", 0.5, "--seed", 3, "--batch.order", "sequential"])
     for words in (
-        "was begun with another recipe",
+        "was started with a different recipe",
         "--optim.lr was 0.01, now 0.5",
         "--seed was 1337, now 3",
         "--batch.order was shuffled, now sequential",
@@ -403,7 +403,9 @@ def test_going_on_with_other_data(
     other = data.with_name("other")
     write_shards(other, [700, 520], [201, 101], seed=5)
     arguments = [str(other) if a == str(data) else a for a in begin]
-    refuses(arguments, "was begun on other data", str(data), read_manifest(other).fingerprint[:12])
+    refuses(
+        arguments, "was started on different data", str(data), read_manifest(other).fingerprint[:12]
+    )
 
 
 def test_the_same_data_may_move(
@@ -420,7 +422,7 @@ def fork(begin: list[str], run: Path) -> list[Any]:
 
 def test_a_fork_of_another_model(begin: list[str], run: Path, refuses: Refuses) -> None:
     arguments = [*fork(begin, run), "--model.n-layer", 3, "--model.n-embd", 32]
-    refuses(arguments, "holds another model (n_layer is 2, not 3; n_embd is 16, not 32)")
+    refuses(arguments, "holds a different model (n_layer is 2, not 3; n_embd is 16, not 32)")
 
 
 def test_a_fork_with_another_tokenizer(
@@ -429,13 +431,13 @@ def test_a_fork_with_another_tokenizer(
     other = data.with_name("other")
     write_shards(other, [700], [201], tokenizer_sha256="0" * 64)
     arguments = [str(other) if a == str(data) else a for a in fork(begin, run)]
-    refuses(arguments, "was trained with the tokenizer bytes", "the data is made with bytes")
+    refuses(arguments, "was trained with the tokenizer bytes", "the data was prepared with bytes")
     write_shards(other, [700], [201], tokenizer="gpt2", vocab_size=50257)
-    refuses(arguments, "holds another model (vocab_size is 257, not 50257")
+    refuses(arguments, "holds a different model (vocab_size is 257, not 50257")
 
 
 def test_a_fork_of_what_is_no_run(begin: list[str], data: Path, refuses: Refuses) -> None:
-    refuses([*begin, "--fork", data], f"{data} is no run and no checkpoint")
+    refuses([*begin, "--fork", data], f"{data} is not a run or a checkpoint")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
@@ -446,9 +448,9 @@ def test_a_damaged_checkpoint_is_not_used(
     """The only one, so that the run cannot go on."""
     saved = run / "checkpoints" / "step-000004"
     spoil(saved / name)
-    refuses(begin, "no checkpoint in", str(saved), name, "restore one from a copy")
+    refuses(begin, "all checkpoints in", str(saved), name, "restore one from a copy")
     for command in ("sample", "eval"):
-        refuses([command, run], str(saved), name, "name another checkpoint")
+        refuses([command, run], str(saved), name, "another checkpoint")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
@@ -464,7 +466,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     outcome = rekindle(*begin, "--steps", 8)
     assert outcome.status == 0, outcome.err
     aside = saved.with_name("damaged-step-000008")
-    assert f"it is now {aside}" in outcome.out
+    assert f"moved to {aside}" in outcome.out
     assert str(saved / name) in outcome.out
     assert "resumes at step 4 of 8" in outcome.out
     assert aside.is_dir()
@@ -494,14 +496,14 @@ def test_eval_with_shards_of_another_tokenizer(
     other = data.with_name("other")
     write_shards(other, [700], [201], tokenizer="gpt2", tokenizer_sha256="1" * 64)
     arguments = ["eval", run, "--data", other, "--device", "cpu"]
-    refuses(arguments, f"{other} was prepared with the tokenizer gpt2", "knows bytes")
+    refuses(arguments, f"{other} was prepared with the tokenizer gpt2", "uses bytes")
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--data", "nowhere"], "there is no data folder nowhere"),
-        (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
+        (["--hellaswag", "nowhere.jsonl"], "HellaSwag file not found: nowhere.jsonl"),
         (["--tokens", -5], "--tokens"),
         (["--limit", 0, "--hellaswag", "nowhere.jsonl"], "--limit"),
         (["--device", "tpu"], "not 'tpu'"),
@@ -529,8 +531,10 @@ def test_samples_that_cannot_be_had(
 
 
 def test_sample_of_what_is_no_model(tmp_path: Path, refuses: Refuses) -> None:
-    refuses(["sample", tmp_path], "is no run and no checkpoint")
-    refuses(["sample", "gpt-2"], "gpt-2 is no folder and none of the models", "did you mean gpt2")
+    refuses(["sample", tmp_path], "is not a run or a checkpoint")
+    refuses(
+        ["sample", "gpt-2"], "gpt-2 is neither a folder nor one of the models", "did you mean gpt2"
+    )
 
 
 def test_sampling_is_not_compiled_where_it_cannot_be(
@@ -607,7 +611,7 @@ def test_control_c_before_the_first_step_ends_in_one_line(
     finally:
         signal.signal(signal.SIGINT, before)
     assert outcome.status == 130
-    assert outcome.err == "\nrekindle: stopped; the same command resumes from what was saved\n"
+    assert outcome.err == "\nrekindle: interrupted; run the same command again to continue\n"
 
 
 def test_the_whole_road(
@@ -635,4 +639,6 @@ def test_the_whole_road(
     assert "8 steps at" in outcome.out
     assert re.search(r"validation loss \d\.\d{3} → \d\.\d{3} nats per byte", outcome.out)
     assert f"rekindle sample {tmp_path / 'run'}" in outcome.out
+    assert str(tmp_path / "run" / "loss.png") in outcome.out
+    assert (tmp_path / "run" / "loss.png").is_file()
     assert (tmp_path / "run" / "checkpoints" / "step-000008").is_dir()

@@ -1,4 +1,4 @@
-"""The ladder: every rung computes the same training; what comes of it is table, JSON, picture."""
+"""The ladder: every rung trains to the same losses; results are a table, JSON and a picture."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import torch
 from rekindle import ladder, recipes
 from rekindle.errors import UserError
 from rekindle.ladder import CPU_RUNGS, GPU_RUNGS, Levers, Work
-from rekindle.ladder.measure import _answer, measure
+from rekindle.ladder.measure import _handle, measure
 from rekindle.recipes import Recipe
 
 
@@ -23,8 +23,8 @@ def work(monkeypatch: pytest.MonkeyPatch, tiny: Recipe, shard_set: Path) -> Work
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure in this process and without compiling: torch is imported already."""
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure in this process, where torch is already imported, and without compiling."""
     monkeypatch.setattr(ladder, "measure_in_fresh_process", measure)
     monkeypatch.setattr(ladder, "why_not_compile", lambda device: "not in this test")
 
@@ -34,7 +34,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"micro": 2}, 1e-5),
         ({"attention": "fused", "fused_adamw": True}, 1e-5),
-        ({"padded": True}, 2e-1),  # the rows that pad take part in the softmax: 127 of 384 here
+        ({"padded": True}, 2e-1),  # padding rows take part in the softmax: 127 of 384 here
         ({"separate_qkv": True, "recompute": True}, 1e-5),
         ({"precision": "autocast"}, 1e-2),
         ({"precision": "bf16"}, 1e-2),
@@ -53,37 +53,45 @@ def test_every_lever_gives_the_same_losses(
     assert naive["loss"] != naive["first_loss"]
 
 
-def test_what_is_measured(work: Work, one_thread: None) -> None:
+def test_measured_figures(work: Work, one_thread: None) -> None:
     found = measure(work, Levers(micro=4))
     assert found["tokens_per_s"] == pytest.approx(8 * 16 / found["ms_per_step"] * 1e3)
     assert found["ms_per_step_p10"] <= found["ms_per_step"] <= found["ms_per_step_p90"]
     assert 0.1 < found["peak_memory_gib"] < 64
-    assert found["utilisation"] is None  # nobody has published a CPU's peak
+    assert found["utilisation"] is None  # CPUs have no published peak
     assert found["attention_kernel"] is None
     assert found["levers"]["micro"] == 4
 
 
-def test_the_climb(
-    work: Work, here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+def test_climb_measures_every_rung(
+    work: Work,
+    in_this_process: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
 ) -> None:
     result = ladder.climb(Path(work.data), tmp_path, "cpu", "tiny", steps=2)
     names = [rung["rung"] for rung in result["rungs"]]
     assert names == [r.name for r in CPU_RUNGS if r.name != "compile"]
     assert json.loads((tmp_path / "ladder.json").read_text()) == result
     printed = capsys.readouterr().out
-    assert "compile              left out: not in this test" in printed
+    assert "compile              skipped: not in this test" in printed
     for rung in result["rungs"]:
         assert f"{rung['tokens_per_s']:,.0f}" in printed
         assert rung["why"] in printed
     levers = [rung["levers"] for rung in result["rungs"]]
     assert levers[0]["threads"] == 1
     assert levers[-1]["keep_memory"]
-    assert levers[-1]["fused_adamw"]  # what was pulled stays pulled
+    assert levers[-1]["fused_adamw"]  # earlier levers remain set
     assert not any(rung["compile"] for rung in levers)
 
 
-def test_the_command_draws_a_picture(
-    work: Work, here: None, tmp_path: Path, rekindle: Callable[..., Any], one_thread: None
+def test_command_draws_a_picture(
+    work: Work,
+    in_this_process: None,
+    tmp_path: Path,
+    rekindle: Callable[..., Any],
+    one_thread: None,
 ) -> None:
     out = tmp_path / "out"
     outcome = rekindle(
@@ -95,9 +103,7 @@ def test_the_command_draws_a_picture(
     assert (out / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_micro_batch_is_halved_until_it_fits(
-    work: Work, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_micro_batch_is_halved_until_it_fits(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(work: Work, levers: Levers) -> dict[str, Any]:
         return {"out_of_memory": True} if levers.micro > 4 else {"micro": levers.micro}
 
@@ -107,12 +113,12 @@ def test_the_micro_batch_is_halved_until_it_fits(
     monkeypatch.setattr(
         ladder, "measure_in_fresh_process", lambda work, levers: {"out_of_memory": True}
     )
-    with pytest.raises(UserError, match="not one row of tiny fits"):
+    with pytest.raises(UserError, match="not even one row of tiny fits"):
         ladder.measure_what_fits(work, Levers(micro=16))
 
 
-def test_a_process_of_its_own(shard_set: Path) -> None:
-    """The real thing once: what a rung prints is read back."""
+def test_measuring_in_a_fresh_process(shard_set: Path) -> None:
+    """Once for real: the output of the process is read back."""
     work = Work("demo", str(shard_set), "cpu", rows=2, steps=2, warmup=1)
     found = ladder.measure_in_fresh_process(work, Levers(threads=1, micro=2))
     assert found["tokens_per_s"] > 0
@@ -131,7 +137,7 @@ def test_the_lectures_rungs_come_first_and_levers_exist() -> None:
         assert levers.compile
 
 
-def test_what_goes_wrong_in_a_rung_is_one_line_and_kept_whole(
+def test_error_in_a_rung_is_one_line_and_its_stderr_is_kept(
     monkeypatch: pytest.MonkeyPatch, work: Work, tmp_path: Path
 ) -> None:
     broken = tmp_path / "python"
@@ -144,7 +150,7 @@ def test_what_goes_wrong_in_a_rung_is_one_line_and_kept_whole(
     assert caught.value.stderr == "first\nthe reason\n"
 
 
-def test_a_rung_that_fails_does_not_stop_the_others(
+def test_failed_rung_does_not_stop_the_others(
     work: Work,
     here: None,
     tmp_path: Path,
@@ -152,7 +158,7 @@ def test_a_rung_that_fails_does_not_stop_the_others(
     capsys: pytest.CaptureFixture[str],
     one_thread: None,
 ) -> None:
-    """The next ones build on what worked."""
+    """The next rungs build on those that worked."""
     measure = ladder.measure_in_fresh_process
 
     def fails(work: Work, levers: Levers) -> dict[str, Any]:
@@ -171,13 +177,13 @@ def test_a_rung_that_fails_does_not_stop_the_others(
     assert {rung["levers"]["micro"] for rung in result["rungs"]} == {8}
     fused, bf16 = result["failed"]
     assert fused == {"rung": "fused AdamW", "stderr": "a trace\nno fusion\n"}
-    assert (bf16["rung"], bf16["stderr"][:11]) == ("bf16", "not one row")
+    assert (bf16["rung"], bf16["stderr"][:16]) == ("bf16", "not even one row")
     assert json.loads((tmp_path / "ladder.json").read_text()) == result
     assert "fused AdamW          failed: no fusion" in capsys.readouterr().out
-    assert "said in ladder.json: fused AdamW, bf16" in ladder.summary(result, 1.0)
+    assert "errors in ladder.json): fused AdamW, bf16" in ladder.summary(result, 1.0)
 
 
-def test_if_every_rung_fails_it_is_said_where_to_look(
+def test_error_if_every_rung_fails_names_ladder_json(
     work: Work, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(work: Work, levers: Levers) -> dict[str, Any]:
@@ -189,10 +195,10 @@ def test_if_every_rung_fails_it_is_said_where_to_look(
     assert len(json.loads((tmp_path / "ladder.json").read_text())["failed"]) == 6
 
 
-def test_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
+def test_out_of_memory_is_reported_as_a_result(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
     def measure(work: Work, levers: Levers) -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("rekindle.ladder.measure.measure", measure)
-    question = {"work": dataclasses.asdict(work), "levers": dataclasses.asdict(Levers())}
-    assert _answer(json.dumps(question)) == {"out_of_memory": True}
+    request = {"work": dataclasses.asdict(work), "levers": dataclasses.asdict(Levers())}
+    assert _handle(json.dumps(request)) == {"out_of_memory": True}

@@ -1,7 +1,7 @@
-"""The ladder: the lecture's optimisations one after the other, then ours, on this machine.
+"""The ladder: measures the lecture's optimizations one after another, then ours, on this machine.
 
-Every rung trains the same model from the same weights on the same tokens, in a process of its own;
-only how the step is computed changes.
+Every rung trains the same model from the same weights on the same tokens in a fresh process; only
+how the step is computed changes.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ from rekindle.runtime.device import Device, cpu_model, get_device, why_not_compi
 class RungError(UserError):
     """A rung that could not be measured."""
 
-    def __init__(self, said: str, stderr: str = "") -> None:
-        super().__init__(said)
-        self.stderr = stderr or said  # all that its process said
+    def __init__(self, message: str, stderr: str = "") -> None:
+        super().__init__(message)
+        self.stderr = stderr or message  # the full stderr of its process
 
 
 def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) -> dict[str, Any]:
-    """Measure all rungs, telling of each, and write `out`/ladder.json; return what is in it.
+    """Measure all rungs, print each result, and write `out`/ladder.json; return its contents.
 
-    A rung that fails is left out, and the next ones build on what worked. Raises `UserError` if the
-    data cannot be used, or if no rung can be measured.
+    A rung that fails is left out, and the next rungs build on those that worked. Raises `UserError`
+    if the data cannot be used, or if every rung fails.
     """
     chosen = get_device(device)
     on_gpu = chosen.torch.type == "cuda"
@@ -49,11 +49,11 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out} cannot be made ({error.strerror}): give another --out") from None
+        raise UserError(f"cannot create {out} ({error.strerror}): choose another --out") from None
     print(
-        f"{model.name} on {chosen.name}: {steps} steps of {rows} × {model.batch.length} tokens a "
-        f"rung, each in a fresh process\n\n"
-        + _COLUMNS.format("rung", "ms/step", "tokens/s", "gain", "util", "memory", "loss")
+        f"{model.name} on {chosen.name}: {steps} steps of {rows} × {model.batch.length} tokens "
+        f"per rung, each rung in a fresh process\n\n"
+        + _COLUMNS.format("rung", "ms/step", "tokens/s", "gain", "MFU", "memory", "loss")
     )
     levers = Levers(micro=min(rows, Levers.micro))
     result = {
@@ -65,7 +65,7 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
     for rung in rungs:
         before, levers = levers, dataclasses.replace(levers, **rung.change)
         if levers.compile and (reason := why_not_compile(chosen.torch)):
-            print(f"{rung.name:<20} left out: {reason}")
+            print(f"{rung.name:<20} skipped: {reason}")
             levers = dataclasses.replace(levers, compile=False)
             continue
         try:
@@ -80,12 +80,12 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
         result |= {"rungs": measured, "failed": failed}
         storage.write_json(out / "ladder.json", result)
     if not measured:
-        raise UserError(f"no rung could be measured: {out / 'ladder.json'} has what each said")
+        raise UserError(f"no rung could be measured: see the errors in {out / 'ladder.json'}")
     return result
 
 
 def environment(device: Device) -> dict[str, Any]:
-    """What a figure depends on."""
+    """The hardware and versions that the measurements depend on."""
     import torch
 
     return {
@@ -98,21 +98,28 @@ def environment(device: Device) -> dict[str, Any]:
 
 
 def measure_what_fits(work: Work, levers: Levers) -> tuple[Levers, dict[str, Any]]:
-    """Halve the micro-batch until it fits into memory."""
+    """Measure with the micro-batch size halved until it fits into memory.
+
+    Returns the levers that were used and their figures. Raises `RungError` if one row is too large.
+    """
     while True:
         figures = measure_in_fresh_process(work, levers)
         if not figures.get("out_of_memory"):
             return levers, figures
         if levers.micro == 1:
-            raise RungError(f"not one row of {work.recipe} fits into memory: name a smaller recipe")
+            raise RungError(
+                f"not even one row of {work.recipe} fits into memory: choose a smaller recipe"
+            )
         levers = dataclasses.replace(levers, micro=levers.micro // 2)
 
 
 def measure_in_fresh_process(work: Work, levers: Levers) -> dict[str, Any]:
-    """`measure.measure` where nothing before it left a cache, a setting or memory in use. Raises
-    `RungError` with what the process said."""
-    question = json.dumps({"work": asdict(work), "levers": asdict(levers)})
-    command = [sys.executable, "-m", "rekindle.ladder.measure", question]
+    """Run `measure.measure` in a process without caches, settings or memory of earlier rungs.
+
+    Raises `RungError` with the process's stderr.
+    """
+    request = json.dumps({"work": asdict(work), "levers": asdict(levers)})
+    command = [sys.executable, "-m", "rekindle.ladder.measure", request]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         last = (process.stderr.strip() or "no message").split("\n")[-1]
@@ -136,11 +143,11 @@ def _line(rung: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any], seconds: float) -> str:
-    """What a person takes home."""
+    """The last line that is printed: the total speedup."""
     first, last = result["rungs"][0], result["rungs"][-1]
     failed = ", ".join(rung["rung"] for rung in result["failed"])
     return (
         f"\n{last['tokens_per_s'] / first['tokens_per_s']:.1f} times faster than `{first['rung']}`,"
         f" measured in {duration(seconds)}"
-        + (f"; failed, with what they said in ladder.json: {failed}" if failed else "")
+        + (f"; failed (see the errors in ladder.json): {failed}" if failed else "")
     )

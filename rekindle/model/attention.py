@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch, beside `F.scaled_dot_product_attention`.
+"""Attention in plain PyTorch, as an alternative to `F.scaled_dot_product_attention`.
 
 Shapes: B sequences, H heads of size D, T queries, S keys.
 """
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention written out: (B, H, T, D) queries, (B, H, S, D) keys and values → (B, H, T, D).
+    """Explicit attention: (B, H, T, D) queries, (B, H, S, D) keys and values → (B, H, T, D).
 
-    `mask` is True where a query may look at a key; with `causal`, at itself and what is before.
+    `mask` is True where a query may attend to a key. With `causal`, it may attend to itself and
+    earlier positions.
     """
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, S)
     if causal:
@@ -20,12 +21,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     return scores.softmax(-1) @ v
 
 
-def is_better_once(q: Tensor) -> bool:
-    """Whether `attend_once` beats the fused attention for these queries, (B, H, T, D).
+def prefer_attend_once(q: Tensor) -> bool:
+    """Whether `attend_once` is faster than fused attention for the queries `q`, (B, H, T, D).
 
-    For bf16 on a CPU: the fused kernel takes three times as long at batch 1, and six at 32. On a
-    GPU with a cache that grows: cuDNN makes a plan for each length, in about 30 ms. A compiled step
-    has one length.
+    With bf16 on a CPU, the fused kernel is three times slower at batch size 1 and six times slower
+    at 32. On a GPU, cuDNN builds a plan for every new length of the cache, about 30 ms each; a
+    compiled step always sees the same length.
     """
     if q.shape[2] > 1:
         return False
@@ -35,7 +36,7 @@ def is_better_once(q: Tensor) -> bool:
 
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query, the keys first: (B, H, 1, D) → (B, H, 1, D)."""
+    """Attention for a single query, computed as keys times query: (B, H, 1, D) → (B, H, 1, D)."""
     scores = (k @ q.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, H, S, 1)
     if mask is not None:
         scores = scores.masked_fill(~mask.transpose(-2, -1), -torch.inf)

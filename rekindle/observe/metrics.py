@@ -1,11 +1,13 @@
 """What a run measures: the progress line for people, records for the loggers."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from rekindle.errors import UserError
 from rekindle.observe.console import Console, duration
+from rekindle.observe.pace import Pace
 
 RECORD = {"kind": str, "step": int}  # what every line of the log has
 
@@ -41,12 +43,16 @@ class Metrics:
         tokens_per_step: int,
         flops_per_token: int,
         peak_flops: float | None,
+        log_every: int = 0,
+        if_slow: str = "",
     ) -> None:
-        """`loggers`: none on all ranks but the first."""
+        """`loggers`: none on all ranks but the first. `log_every`: steps between printed lines;
+        0: one now and then. `if_slow`: what to try when steps become much slower."""
         self._loggers = loggers
         self.console, self._steps = console, steps
         self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak_flops
-        self._recent: list[float] = []  # seconds of the last steps
+        self._log_every, self._if_slow = log_every, if_slow
+        self._pace = Pace()
         self._failed: set[int] = set()  # numbers of the loggers that failed last time
 
     def step(
@@ -70,33 +76,45 @@ class Metrics:
             lr=lr,
             grad_norm=grad_norm,
             skipped=bool(skip_reason),
+            tokens=(step + 1) * self._tokens,
             tokens_per_s=rate,
             mfu=mfu,
             data_wait_s=data_wait,
             seconds=seconds,
         )
-        self._recent = [*self._recent[-19:], seconds]
-        typical = sorted(self._recent)[len(self._recent) // 2]
-        left = duration(typical * (self._steps - step - 1))
-        parts = [
-            f"step {step:>5}/{self._steps}",
-            f"loss {loss:.4f}",
-            f"{left} left",
-            f"lr {lr:.2e}",
-            f"grad norm {grad_norm:.2f}",
-            f"{rate:,.0f} tok/s",
-            "" if mfu is None else f"mfu {mfu:.1%}",
-            f"data {data_wait * 1e3:.1f} ms",
-            f"SKIPPED: {skip_reason}" if skip_reason else "",
-        ]
-        self.console.progress(
-            " | ".join(filter(None, parts)),
+        self._pace.add(seconds)
+        left = self._pace.left(self._steps - step - 1)  # None, or 0 at the end: nothing to show
+        self._show(
+            step,
+            [  # what matters most comes first: a narrow terminal shows as many as fit
+                f"step {step:>5}/{self._steps}",
+                f"SKIPPED: {skip_reason}" if skip_reason else "",
+                f"loss {loss:.4f}",
+                f"{duration(left)} left" if left else "",
+                f"{rate:,.0f} tok/s",
+                "" if mfu is None else f"mfu {mfu:.1%}",
+                f"lr {lr:.2e}",
+                f"grad norm {grad_norm:.2f}",
+                f"data {data_wait * 1e3:.1f} ms",
+            ],
             important=step in (0, self._steps - 1) or bool(skip_reason),
         )
 
+    def _show(self, step: int, parts: list[str], *, important: bool) -> None:
+        """The line of a step, if it is due."""
+        if self._log_every:
+            important = important or step % self._log_every == 0
+            if not important and not self.console.live:
+                return
+        self.console.progress(*filter(None, parts), important=important)
+        if slowdown := self._pace.slowdown():
+            before, now = map(duration, slowdown)
+            self.console.print(f"note: a step now takes {now} instead of {before}{self._if_slow}")
+
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Log one object: `kind` is train, validation, samples, checkpoint, rollback or a task."""
-        record = {"kind": kind, "step": step, **{k: _finite(v) for k, v in values.items()}}
+        values = {k: _finite(v) for k, v in values.items()}
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         self._each(lambda logger: logger.write(dict(record)))
 
     def rewind(self, keep: Callable[[dict[str, Any]], bool]) -> None:

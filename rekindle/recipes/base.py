@@ -75,6 +75,7 @@ class Recipe:
     keep_checkpoints: int = flag(3, "newest checkpoints to keep; 0: all")
     keep_best: int = flag(1, "checkpoints of the lowest validation loss to keep as well")
     keep_every: int = flag(0, "keep the checkpoints at multiples of N steps as well; 0: none")
+    tokenizer: str = flag("gpt2", "tokenizer of text given with --text and the like", "NAME")
     prompt: str = flag("Hello, I'm a language model,", "what the samples begin with")  # [lecture]
     # A plain sentence or two, so that the curves show what is learned: words, names, agreement.
     passage: str = flag(
@@ -87,7 +88,7 @@ class Recipe:
 # May differ when a run is resumed: none of them changes a step already taken.
 FREE_ON_RESUME = (
     "about", "steps", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
-    "keep_best", "keep_every", "prompt", "passage",
+    "keep_best", "keep_every", "tokenizer", "prompt", "passage",
 )  # fmt: skip
 
 ORDERS = ("shuffled", "sequential", "lecture")
@@ -122,6 +123,12 @@ def override(value: Any, changes: dict[str, Any], prefix: str = "") -> Any:
             rf"\b({names})\b", lambda m: f"--{prefix}{m[0]}".replace("_", "-"), str(error)
         )
         raise UserError(message) from None
+
+
+def with_vocabulary(recipe: Recipe, vocab_size: int) -> Recipe:
+    """The recipe for data with this many token ids, its embedding padded for training."""
+    sizes = dataclasses.replace(recipe.model, vocab_size=vocab_size, padded_vocab_size=0)
+    return dataclasses.replace(recipe, model=sizes.for_training())
 
 
 def check(recipe: Recipe) -> None:

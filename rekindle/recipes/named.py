@@ -15,7 +15,7 @@ from rekindle.model.gpt2_config import SIZES, GPT2Config
 from rekindle.model.modern_config import ModernConfig
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.optim.muon_config import MuonConfig, warmup_steps
-from rekindle.recipes.base import Batch, Recipe, Schedule
+from rekindle.recipes.base import Batch, Recipe, Schedule, override
 
 
 def _fast(name: str, about: str, model: ModernConfig, steps: int, **numbers: Any) -> Recipe:
@@ -33,14 +33,36 @@ def _fast(name: str, about: str, model: ModernConfig, steps: int, **numbers: Any
     )
 
 
-def with_steps(recipe: Recipe, steps: int) -> Recipe:
-    """A recipe of another length, with the numbers that its rules give for that."""
-    recipe = dataclasses.replace(recipe, steps=steps)
+def by_rules(recipe: Recipe) -> Recipe:
+    """The recipe with the numbers that its rules give for its width and steps."""
     if not isinstance(recipe.optim, MuonConfig):
         return recipe
-    schedule = dataclasses.replace(recipe.schedule, warmup=warmup_steps(steps))
-    optim = MuonConfig.by_rule(recipe.model.n_embd, steps)
+    schedule = dataclasses.replace(recipe.schedule, warmup=warmup_steps(recipe.steps))
+    optim = MuonConfig.by_rule(recipe.model.n_embd, recipe.steps)
     return dataclasses.replace(recipe, schedule=schedule, optim=optim)
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """A recipe of another length, with the numbers that its rules give for that."""
+    return by_rules(dataclasses.replace(recipe, steps=steps))
+
+
+def customized(
+    recipe: Recipe, changes: dict[str, Any], steps_at_start: int | None = None
+) -> Recipe:
+    """The recipe with the numbers in `changes`, by dotted name.
+
+    Numbers that follow from the model's width and the steps by a rule are derived again, unless
+    `changes` has them. A run that has begun keeps those of its `steps_at_start`. Raises `UserError`
+    that names the flags.
+    """
+    ruled = ("optim.", "schedule.")
+    first = {name: value for name, value in changes.items() if not name.startswith(ruled)}
+    changed = override(recipe, first)
+    begun = dataclasses.replace(changed, steps=steps_at_start or changed.steps)
+    if begun.steps != recipe.steps or begun.model != recipe.model:
+        changed = dataclasses.replace(by_rules(begun), steps=changed.steps)
+    return override(changed, {k: v for k, v in changes.items() if k.startswith(ruled)})
 
 
 _LECTURE = Recipe(
@@ -108,6 +130,7 @@ RECIPES = {
             eval_every=100,
             eval_tokens=131_072,
             checkpoint_every=100,
+            tokenizer="bytes",
             prompt="The ",
         ),
         Recipe(
@@ -121,6 +144,7 @@ RECIPES = {
             eval_every=200,
             eval_tokens=131_072,
             checkpoint_every=200,
+            tokenizer="bytes",
             prompt="The ",
         ),
         Recipe(
@@ -134,6 +158,7 @@ RECIPES = {
             eval_every=200,
             eval_tokens=1_048_576,
             checkpoint_every=200,
+            tokenizer="bytes",
             prompt="The ",
         ),
     )
@@ -143,6 +168,7 @@ RECIPES = {
 def get_recipe(name: str) -> Recipe:
     """The recipe called `name`. Raises `UserError` with the nearest names."""
     if name not in RECIPES:
-        near = get_close_matches(name, RECIPES, n=3, cutoff=0.3) or list(RECIPES)
-        raise UserError(f"there is no recipe {name!r}: did you mean {' or '.join(near)}?")
+        near = get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+        advice = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(RECIPES)}"
+        raise UserError(f"there is no recipe {name!r}: {advice}")
     return RECIPES[name]

@@ -1,12 +1,12 @@
-"""A few numbers on their way from the device to the host."""
+"""Asynchronous copies of small tensors from the device to the host."""
 
 import torch
 from torch import Tensor
 
 
 class Readback:
-    """A copy of a small tensor, begun when this is made. Reading it waits for that copy alone, not
-    for what a GPU is given afterwards."""
+    """A copy of a small tensor to the host, started by the constructor. Reading it waits for that
+    copy only, not for work submitted to the GPU afterwards."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._copy, self._copied = tensor, None

@@ -1,5 +1,5 @@
-"""Compilation changes nothing but speed: losses, gradients, HellaSwag and samples are eager's, and
-evaluating in the midst of training compiles one graph once, then none."""
+"""Compilation only changes the speed: losses, gradients, HellaSwag and samples match eager, and
+evaluating during training compiles one graph once."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ CONFIG = GPT2Config(
 
 
 class Compiled(NamedTuple):
-    """A model, and what training calls in its place."""
+    """A model and its compiled forms."""
 
     model: GPT2
     forward: Forward
@@ -50,7 +50,7 @@ def make_model(config: GPT2Config = CONFIG) -> GPT2:
 
 
 def compiled(model: GPT2) -> Compiled:
-    """Compiled as training does it."""
+    """Compile a model as training does."""
     machine = dataclasses.replace(resolve(MachineOptions(device="cpu")), compile=True)
     forward = placement.compile_model(model, machine)
     assert forward is not model
@@ -72,7 +72,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def questions(count: int, longest: int) -> list[Item]:
-    """HellaSwag's, of all lengths up to `longest` tokens, with the ending."""
+    """HellaSwag items of all lengths up to `longest` tokens, including the ending."""
     random = np.random.default_rng(2)
 
     def text(length: int) -> str:
@@ -85,7 +85,7 @@ def questions(count: int, longest: int) -> list[Item]:
     return [tokenize(question, ByteTokenizer()) for question in asked]
 
 
-def test_losses_and_gradients_are_eagers(inductor: Compiled, batch: tuple[Tensor, Tensor]) -> None:
+def test_losses_and_gradients_match_eager(inductor: Compiled, batch: tuple[Tensor, Tensor]) -> None:
     gradients, losses = [], []
     for forward in (inductor.model, inductor.forward):
         inductor.model.zero_grad()
@@ -101,7 +101,7 @@ def test_losses_and_gradients_are_eagers(inductor: Compiled, batch: tuple[Tensor
         torch.testing.assert_close(gradients[1][name], eager, rtol=0, atol=1e-4 * scale, msg=name)
 
 
-def test_hellaswag_and_validation_are_eagers(inductor: Compiled) -> None:
+def test_hellaswag_and_validation_match_eager(inductor: Compiled) -> None:
     work = [(HellaSwag(), questions(3, CONFIG.block_size))]
     (asked,) = scoring.pack(work, CONFIG.block_size, CPU, compiled=True, tokens_per_batch=256)
     assert len({batch.idx.shape for batch in asked.batches}) == 2
@@ -121,16 +121,16 @@ def test_hellaswag_and_validation_are_eagers(inductor: Compiled) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_samples_are_those_of_a_model_that_was_never_compiled(
+def test_samples_match_a_model_that_was_never_compiled(
     inductor: Compiled, batch: tuple[Tensor, Tensor]
 ) -> None:
-    """Samples are taken from the eager model, whose lengths would each be a graph of its own."""
+    """Samples come from the eager model, because every length would need its own graph."""
     inductor.forward(*batch)
     never = generate(make_model(), [1, 2, 3], 20, num=2)
     assert torch.equal(generate(inductor.model, [1, 2, 3], 20, num=2), never)
 
 
-def test_names_stay_clean(inductor: Compiled) -> None:
+def test_compiling_does_not_change_parameter_names(inductor: Compiled) -> None:
     assert not [name for name in inductor.model.state_dict() if "_orig_mod" in name]
 
 
@@ -138,7 +138,7 @@ def test_evaluation_compiles_one_graph_once(
     monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, Tensor]
 ) -> None:
     """One graph for training and one for the validation loss. None for questions of all lengths up
-    to GPT-2's context, nor for samples."""
+    to GPT-2's context, and none for samples."""
     graphs: list[torch.fx.GraphModule] = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -153,7 +153,7 @@ def test_evaluation_compiles_one_graph_once(
     model, forward = compiled(make_model(wide))
     work = [(HellaSwag(), questions(40, 1024)), (HellaSwag(), questions(9, 500))]
     tasks = scoring.pack(work, 1024, CPU)
-    tokens = np.zeros(3 * ROWS * T + 9, np.uint16)  # batches that are full, and one that is not
+    tokens = np.zeros(3 * ROWS * T + 9, np.uint16)  # full batches, and one that is not full
 
     def one_round() -> int:
         _, loss = forward(*batch)

@@ -1,4 +1,4 @@
-"""Numbers that are read from a GPU while it works on."""
+"""Reading numbers from a GPU while it continues to work."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from rekindle.runtime.readback import Readback
 NUMBERS = [0.5, -1.0, float("inf")]
 
 
-def test_what_is_read_is_what_was_copied() -> None:
+def test_cpu_tensor_is_read_unchanged() -> None:
     assert Readback(torch.tensor(NUMBERS)).tolist() == NUMBERS
 
 
-def test_a_gpus_copy_is_waited_for_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_waits_for_the_copy_from_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
     class Event:
@@ -40,7 +40,7 @@ def test_a_gpus_copy_is_waited_for_when_it_is_read(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is needed")
-def test_what_the_gpu_does_afterwards_is_not_waited_for() -> None:
+def test_reading_does_not_wait_for_later_work() -> None:
     found = Readback(torch.tensor(NUMBERS, device="cuda"))
     torch.cuda._sleep(2**31)  # cycles: about a second
     end = torch.cuda.Event()

@@ -69,8 +69,8 @@ def _cross_entropy_kernel(
     if CAP > 0:
         at_target *= _bend(at_target, CAP)
 
-    # Each lane keeps its own maximum, and its sum of exp(logit - maximum); a lane is a thread, and
-    # threads wait for each other only once a row. Finite, because of lanes that see no column.
+    # Each lane (a thread) keeps its own maximum and its sum of exp(logit - maximum): threads wait
+    # for each other only once per row. The maximum starts finite, as a lane may have no column.
     block = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     highest = tl.full((LANES,), -3e38, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
@@ -108,8 +108,8 @@ def _row_losses(
     logits become their own gradient in a mean over `count` targets."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
-        # 32 warps a row, a lane for each thread: so few rows are under way at a time that L2 holds
-        # them until they are read again. A lane's part of a block is one load of 16 bytes.
+        # 32 warps per row, one thread per lane: few rows are in flight at a time, so L2 holds them
+        # until they are read again. Each lane's part of a block is one 16-byte load.
         _cross_entropy_kernel[(logits.shape[0],)](
             logits, logits.stride(0), targets.contiguous(), losses, count, logits.shape[1],
             IGNORED, write_grad, cap, LANES=1024, WIDTH=8, num_warps=32,
