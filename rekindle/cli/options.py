@@ -41,6 +41,7 @@ class Prepare:
         "documents: whole documents, validation chosen by a hash of each; lecture: as the "
         "lecture's script cuts them, in the source's order and through documents, the first shard "
         "for validation",
+        "NAME",
         choices=("documents", "lecture"),
     )
     val_tokens: int | None = flag(
