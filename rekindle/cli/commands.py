@@ -143,7 +143,7 @@ def evaluate(arguments: Namespace) -> None:
 
 def sample(arguments: Namespace) -> None:
     from rekindle.loading import load
-    from rekindle.runtime.compiling import with_repaired_cache
+    from rekindle.runtime.compiling import repair_cache
     from rekindle.runtime.device import get_device, why_not_compile
     from rekindle.sampling import check_numbers, check_prompt, cut_at_end, generate
 
@@ -158,11 +158,10 @@ def sample(arguments: Namespace) -> None:
     _note(loaded.note)
     loaded.model.cast(device.product_dtype, rows=o.num)
     prompt = loaded.tokenizer.encode(o.prompt)
+    repair_cache()
     start = prompt or [loaded.tokenizer.end_of_text]
     with device.autocast():
-        ids = with_repaired_cache(
-            lambda: generate(loaded.model, start, **numbers, compile=o.compile)
-        )
+        ids = generate(loaded.model, start, **numbers, compile=o.compile)
     end = loaded.tokenizer.end_of_text
     rows = [cut_at_end(row, end, start=len(start)) for row in ids.tolist()]
     texts = [loaded.tokenizer.decode([t for t in row if t != end]) for row in rows]

@@ -4,7 +4,6 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +21,6 @@ from rekindle.model.compute import Forward
 from rekindle.observe.console import Console
 from rekindle.observe.progress import Progress
 from rekindle.recipes import Recipe
-from rekindle.runtime.compiling import with_repaired_cache
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 from rekindle.runtime.sharding import is_sharded, unsharded_root
@@ -87,11 +85,11 @@ class Evaluator:
             if self.validation:
                 sizes = self.micro_batch, self.recipe.batch.length
                 ids = torch.zeros(sizes, dtype=torch.long, device=self.device.torch)
-                with_repaired_cache(lambda: self.forward(ids, ids))
+                self.forward(ids, ids)
             for batch in (batch for packed in self.tasks for batch in packed.batches):
                 if batch.idx.shape not in shapes:
                     shapes.add(batch.idx.shape)
-                    with_repaired_cache(partial(run_body, self.body, batch))
+                    run_body(self.body, batch)
         self.device.synchronize()
         return time.perf_counter() - began
 
