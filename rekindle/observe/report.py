@@ -20,7 +20,7 @@ def draw_loss(run: Path, picture: Path) -> Path:
     plt = _pyplot()
     _check_picture(picture)
     if not (run / "metrics.jsonl").is_file():
-        raise UserError(f"{run} has no metrics.jsonl: it is no run, or has not begun")
+        raise UserError(f"{run} has no metrics.jsonl: it is not a run, or has not started")
     records = storage.read_json_lines(run / "metrics.jsonl", RECORD)
     training = [r for r in records if r["kind"] == "train"]
     validation = [r for r in records if r["kind"] == "validation" and r.get("loss") is not None]
@@ -92,9 +92,7 @@ def _check_picture(picture: Path) -> None:
         raise UserError(f"{picture} is a folder: name a file in it, such as {picture / 'loss.png'}")
     if picture.suffix.lower() not in PICTURES:
         *kinds, last = PICTURES
-        raise UserError(
-            f"{picture} is no picture: let its name end in {', '.join(kinds)} or {last}"
-        )
+        raise UserError(f"cannot draw {picture}: its name must end in {', '.join(kinds)} or {last}")
 
 
 def _save(figure: Any, picture: Path) -> Path:
