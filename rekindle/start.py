@@ -60,7 +60,7 @@ class Parts:
 def train_run(
     recipe: Recipe, data: Path, out: Path, options: RunOptions, parts: Parts | None = None
 ) -> Run:
-    """Train `recipe` on the shards in `data` in the run folder `out`, resuming if a run exists there.
+    """Train `recipe` on the shards in `data`, in the run folder `out`; resume if it has a run.
 
     Raises `UserError` for a mistake of the user before anything is written, and `Stopped` after
     saving a checkpoint if a signal requested a stop.
@@ -226,7 +226,7 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
 
 
 def _warnings(run: Run, tokenizer: Tokenizer) -> list[str]:
-    """Likely mistakes in this command, one line each."""
+    """Likely mistakes in this command, a line each."""
     recipe, found = run.recipe, recipes.warnings(run.recipe)
     tokens, room = len(tokenizer.encode(recipe.prompt)), recipe.model.block_size
     if tokens >= room:

@@ -86,8 +86,8 @@ def train(arguments: Namespace) -> None:
 
 
 def _steps_at_start(out: Path) -> int | None:
-    """The number of steps that a run was started with, on which some hyperparameters depend; None
-    for a new run. Raises `UserError` if its run.json is damaged."""
+    """The steps that a run was started with, on which some of its numbers depend; None for a new
+    run. Raises `UserError` if its run.json is damaged."""
     if not (out / "run.json").is_file():
         return None
     return storage.read_json(out / "run.json", {"recipe": {"steps": int}})["recipe"]["steps"]

@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"{command} takes no argument {first!r}: quote text that contains spaces")
     flags = [f for f in subparsers[namespace.name]._option_string_actions if f.startswith("--")]
     hint = suggestion(first, flags) or f"see `rekindle {namespace.name} --help`"
-    raise UserError(f"{command} has no flag {first.partition('=')[0]}: {hint}")
+    raise UserError(f"{command} has no {first.partition('=')[0]}: {hint}")
 
 
 def make_parser(arguments: Sequence[str] = ()) -> tuple[Parser, dict[str, Parser]]:

@@ -20,7 +20,7 @@ class Pace:
             self._best = min(self._best or self._typical(), self._typical())
 
     def left(self, steps: int) -> float | None:
-        """Estimated seconds for `steps` more steps; None until the second step, since the first is not
+        """Estimated seconds for `steps` more steps. None until the second step: the first is not
         typical."""
         return self._typical() * steps if len(self._recent) > 1 else None
 

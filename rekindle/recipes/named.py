@@ -166,7 +166,7 @@ RECIPES = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe called `name`. Raises `UserError` with the closest names."""
+    """The recipe called `name`. Raises `UserError` with the nearest names."""
     if name not in RECIPES:
         near = get_close_matches(name, RECIPES, n=3, cutoff=0.3) or list(RECIPES)
         raise UserError(f"there is no recipe {name!r}: did you mean {' or '.join(near)}?")

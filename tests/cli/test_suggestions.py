@@ -15,9 +15,9 @@ TRAIN = ["train", "demo", "--data", "x", "--out", "y"]
     [
         (["trian"], "there is no command 'trian': did you mean train?"),
         (["generate"], "there is no command 'generate': use demo, prepare, train"),
-        ([*TRAIN, "--lr", "1"], "has no flag --lr: did you mean --optim.lr?"),
-        ([*TRAIN, "--lr=1"], "has no flag --lr: did you mean --optim.lr?"),
-        ([*TRAIN, "--n_layer", "1"], "has no flag --n_layer: did you mean --model.n-layer?"),
+        ([*TRAIN, "--lr", "1"], "has no --lr: did you mean --optim.lr?"),
+        ([*TRAIN, "--lr=1"], "has no --lr: did you mean --optim.lr?"),
+        ([*TRAIN, "--n_layer", "1"], "has no --n_layer: did you mean --model.n-layer?"),
         ([*TRAIN, "--batch-size", "4"], "--micro-batch sets the rows of one forward pass"),
         ([*TRAIN, "--seq_len", "4"], "did you mean --batch.length?"),
         ([*TRAIN, "--dtype", "bfloat16"], "did you mean --precision?"),
