@@ -67,7 +67,7 @@ def train(arguments: Namespace) -> None:
     recipe = recipes.customized(recipe, changes, _steps_at_start(o.out))
     recipes.check(recipe)
     for name, value in (("timeout", o.timeout), ("log-every", o.log_every)):
-        if not value >= 0:  # nor is nan
+        if not value >= 0:  # also rejects nan
             raise UserError(f"--{name} must be at least 0, but is {value}")
     machine = MachineOptions(**given(arguments, flags_of(MachineOptions())))
     data = _data_of(o, recipe, _sources(arguments))

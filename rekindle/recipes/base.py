@@ -81,8 +81,8 @@ class Recipe:
         10_485_760, "validation tokens per evaluation, the same every time"
     )  # [lecture]
     checkpoint_every: int = flag(250, "steps between checkpoints; 0: only at the end")
-    keep_checkpoints: int = flag(3, "newest checkpoints to keep; 0: all")
-    keep_best: int = flag(1, "checkpoints with the lowest validation loss to keep in addition")
+    keep_checkpoints: int = flag(3, "number of newest checkpoints to keep; 0: all")
+    keep_best: int = flag(1, "number of best checkpoints, by validation loss, to keep in addition")
     keep_every: int = flag(0, "also keep the checkpoints at multiples of N steps; 0: none")
     tokenizer: str = flag(
         "gpt2", "tokenizer for text given with --text, --jsonl or another source", "NAME"
@@ -150,7 +150,7 @@ def check(recipe: Recipe) -> None:
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, str):
             _check_text(flag, value)
-        if isinstance(value, int | float) and not value >= 0:  # nor is nan
+        if isinstance(value, int | float) and not value >= 0:  # also rejects nan
             raise UserError(f"{flag} must be at least 0, but is {value}")
         if value == math.inf:
             raise UserError(f"{flag} must be a finite number, but is {value}")
