@@ -35,7 +35,7 @@ def test_old_words_are_found(text: str) -> None:
         "if there\n    # is no checkpoint",
         "lines go on the screen",
         "not so many as before",
-        "the dot products of small integers, and products of sizes",
+        "the dot products are exact, as are products of sizes",
         'rung["utilisation"], renewed, retold, speakeasy',
     ],
 )
