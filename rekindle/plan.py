@@ -31,7 +31,7 @@ def _costs(run: Run, trainer: Trainer, manifest: Manifest) -> Iterator[tuple[str
             f"{p.accumulation} accumulation steps × {p.ranks} ranks"
         ),
     )
-    yield "arithmetic", _flops(trainer, left * batch.tokens)
+    yield "compute", _flops(trainer, left * batch.tokens)
     yield "memory", _memory(trainer)
     yield "validation", _validation(run, manifest)
     yield "checkpoints", _checkpoints(run, trainer)
