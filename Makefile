@@ -36,6 +36,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/pyright
 	.venv/bin/lint-imports
+	.venv/bin/python -m tests.words
 
 setup: .venv/ready
 

@@ -1,4 +1,4 @@
-"""Text, tokens, training, loss and samples in a few minutes, and what to do next."""
+"""The demo: tokenization, training, evaluation and samples in a few minutes."""
 
 import time
 from collections.abc import Callable
@@ -19,34 +19,34 @@ from rekindle.run import RunOptions
 from rekindle.start import train_run
 from rekindle.trainer import build
 
-TRAINING_SECONDS = 100.0  # with compiling, validation and samples about two minutes
+TRAINING_SECONDS = 100.0  # about two minutes with compilation, validation and samples
 TIMED_STEPS = 5
 FEWEST_STEPS = 40
-MOST_EPOCHS = 4  # more on the same text gains little (Muennighoff et al. 2023)
+MOST_EPOCHS = 4  # more epochs gain little (Muennighoff et al. 2023)
 
 
 def demo(data: Path, out: Path, device: str, steps: int | None) -> None:
-    """Prepare Python's own manual, train a small model on it, and show what it learned. `steps`:
-    None for as many as take about two minutes."""
+    """Prepare Python's documentation, train a small model on it, and print results and samples.
+    `steps`: None for as many as fit in about two minutes."""
     began = time.perf_counter()
     console = Console()
     options = RunOptions(machine=MachineOptions(device=device))
     name = "demo-fast" if resolve(options.machine).device == "cpu" else "demo-gpu"
     recipe = recipes.get_recipe(name)
-    console.print("1. Text → tokens: the manual and docstrings that every Python carries")
+    console.print("1. Text → tokens: the manual and docstrings that come with Python")
     source = from_arguments(embedded=True)
     prepare(source, data, tokenizer=recipe.tokenizer, val_tokens=recipe.eval_tokens)
     console.print(f"\n2. Tokens → a model: the recipe `{name}`, {recipe.about}")
-    begun = _steps_of(out)
+    steps_before = _steps_of(out)
     if steps is None:
-        steps = begun or _choose_steps(recipe, data, options, console)
-    recipe = recipes.customized(recipe, _numbers_for(steps), begun)
+        steps = steps_before or _choose_steps(recipe, data, options, console)
+    recipe = recipes.customized(recipe, _numbers_for(steps), steps_before)
     run = train_run(recipe, data, out, options)
     console.print(_summary(name, data, run.folder, time.perf_counter() - began))
 
 
 def _numbers_for(steps: int) -> dict[str, Any]:
-    """The recipe's numbers for a run of this length."""
+    """The recipe's settings that depend on the number of steps."""
     return {
         "steps": steps,
         "eval_every": max(1, steps // 3),
@@ -55,15 +55,15 @@ def _numbers_for(steps: int) -> dict[str, Any]:
 
 
 def _steps_of(out: Path) -> int | None:
-    """The steps that the run in `out` was started with; None if there is no run."""
+    """The number of steps that the run in `out` was started with; None if there is no run."""
     if not (out / "run.json").is_file():
         return None
     return storage.read_json(out / "run.json", {"recipe": {"steps": int}})["recipe"]["steps"]
 
 
 def _choose_steps(recipe: Recipe, data: Path, options: RunOptions, console: Console) -> int:
-    """As many steps as take TRAINING_SECONDS here: a trainer of its own, which is thrown away,
-    takes a few. At most MOST_EPOCHS of the data."""
+    """The number of steps that take TRAINING_SECONDS on this machine, but at most MOST_EPOCHS of
+    the data. A separate trainer is built to time a few steps."""
     manifest = shards.read_manifest(data)
     recipe = recipes.with_vocabulary(recipe, manifest.vocab_size)
     machine = resolve(options.machine, rows=recipe.batch.rows)
@@ -75,8 +75,8 @@ def _choose_steps(recipe: Recipe, data: Path, options: RunOptions, console: Cons
     enough = MOST_EPOCHS * manifest.tokens("train") // recipe.batch.tokens
     steps = max(FEWEST_STEPS, min(round(TRAINING_SECONDS / step), enough))
     console.print(
-        f"a step takes {duration(step)} here: {steps} steps are "
-        f"{duration(steps * step)} of training"
+        f"a step takes {duration(step)} on this machine: training for {steps} steps, about "
+        f"{duration(steps * step)}"
     )
     return steps
 
@@ -97,7 +97,7 @@ def _summary(recipe: str, data: Path, out: Path, seconds: float) -> str:
     rate = median(r["tokens_per_s"] for r in steps)
     quoted = "\n".join(f"     {text!r}" for text in samples)
     return f"""
-3. What happened, in {duration(seconds)}
+3. Results, after {duration(seconds)}
    {manifest.tokens("train"):,} tokens of text; {len(steps):,} steps at {rate:,.0f} tokens/s
    validation loss {first["loss"]:.3f} → {last["loss"]:.3f} nats per byte \
 ({first["bits_per_byte"]:.2f} → {last["bits_per_byte"]:.2f} bits)
@@ -106,20 +106,20 @@ def _summary(recipe: str, data: Path, out: Path, seconds: float) -> str:
 
    {f"{data}/":<28} the tokens: manifest.json and shards
    {f"{out}/checkpoints/":<28} the weights, as safetensors
-   {f"{out}/metrics.jsonl":<28} every step, for programs
+   {f"{out}/metrics.jsonl":<28} every step, as JSON lines
    {_picture(out)}
 
-4. What next (each command has --help)
+4. Next steps (each command has --help)
    more text:         rekindle sample {out} --prompt "The " --tokens 80
    your own text:     rekindle train {recipe} --text FILE --out runs/mine
-   the real thing:    rekindle prepare fineweb-edu-10bt --layout lecture --out data/fineweb-edu
+   GPT-2 124M:        rekindle prepare fineweb-edu-10bt --layout lecture --out data/fineweb-edu
                       rekindle train gpt2-124m --data data/fineweb-edu --out runs/gpt2
    The commands are in .venv/bin (or: source .venv/bin/activate)."""
 
 
 def _picture(out: Path) -> str:
-    """Draw the loss curve, and say where it is."""
+    """Draw the loss curve; return a line with its path, or why it was not drawn."""
     try:
-        return f"{draw_loss(out, out / 'loss.png')!s:<28} the loss curve, as a picture"
+        return f"{draw_loss(out, out / 'loss.png')!s:<28} the loss curve"
     except UserError as error:
-        return f"no picture of the loss curve: {error}"
+        return f"the loss curve was not drawn: {error}"

@@ -1,4 +1,4 @@
-"""Dataclass fields that are arguments of the command line: each carries its own help."""
+"""Dataclass fields as command-line arguments: each carries its own help."""
 
 import dataclasses
 import types
@@ -32,19 +32,19 @@ def flag(
     *,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A dataclass field that the command line offers as a flag. `default` MISSING: required."""
+    """A dataclass field that is a flag on the command line. `default` MISSING: required."""
     metadata = {"help": help, "metavar": metavar, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def argument(help: str, metavar: str, default: Any = MISSING) -> Any:
-    """A dataclass field that the command line takes by its position."""
+    """A dataclass field that is a positional argument on the command line."""
     metadata = {"help": help, "metavar": metavar, "positional": True}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def flags_of(value: Any, prefix: str = "") -> Iterator[Flag]:
-    """The flags of a dataclass and of those inside it, in the order of the fields. `value`: an
+    """The flags of a dataclass and its nested dataclasses, in the order of the fields. `value`: an
     instance, whose values are the defaults, or the class."""
     hints = typing.get_type_hints(value if isinstance(value, type) else type(value))
     for item in dataclasses.fields(value):

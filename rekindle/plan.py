@@ -1,4 +1,4 @@
-"""What a run would do, line by line, before it starts: `rekindle train --dry-run`."""
+"""A description of a run before it starts: `rekindle train --dry-run`."""
 
 from collections.abc import Iterator
 
@@ -12,10 +12,10 @@ from rekindle.trainer import Trainer
 
 
 def plan(run: Run, trainer: Trainer, manifest: Manifest) -> list[str]:
-    """A line for each thing that costs time, memory or disk, then every number of the recipe."""
+    """A line for each cost in time, memory and disk space, then every setting of the recipe."""
     lines = [f"{name:12} {text}" for name, text in _costs(run, trainer, manifest)]
     numbers = [f"  {flag.spelling} {flag.default}" for flag in flags_of(run.recipe)]
-    return ["", *lines, "", f"every number of {run.recipe.name}:", *numbers]
+    return ["", *lines, "", f"every setting of {run.recipe.name}:", *numbers]
 
 
 def _costs(run: Run, trainer: Trainer, manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -33,7 +33,7 @@ def _costs(run: Run, trainer: Trainer, manifest: Manifest) -> Iterator[tuple[str
             f"{counted(p.accumulation, 'accumulation step')} × {counted(p.ranks, 'rank')}"
         ),
     )
-    yield "arithmetic", _flops(trainer, left * batch.tokens)
+    yield "compute", _flops(trainer, left * batch.tokens)
     yield "memory", _memory(trainer)
     yield "validation", _validation(run, manifest)
     yield "checkpoints", _checkpoints(run, trainer)
@@ -58,12 +58,13 @@ def _state_bytes(trainer: Trainer) -> tuple[int, int]:
 def _memory(trainer: Trainer) -> str:
     weights, state = _state_bytes(trainer)
     text = (
-        f"{_gib(2 * weights + state)} for weights, gradients and optimizer state, "
-        "activations on top"
+        f"{_gib(2 * weights + state)} for weights, gradients and optimizer state, plus activations"
     )
     if trainer.device.torch.type != "cuda":
         return text
-    return f"{text}; {_gib(torch.cuda.max_memory_allocated(trainer.device.torch))} peak so far"
+    return (
+        f"{text}; {_gib(torch.cuda.max_memory_allocated(trainer.device.torch))} peak while building"
+    )
 
 
 def _validation(run: Run, manifest: Manifest) -> str:
@@ -79,7 +80,7 @@ def _checkpoints(run: Run, trainer: Trainer) -> str:
     every = recipe.checkpoint_every
     when = f"every {every:,} steps and at the end" if every else "at the end"
     if not recipe.keep_checkpoints:
-        return f"{when}, {_gib(size)} each, all of them kept"
+        return f"{when}, {_gib(size)} each, all are kept"
     kept = recipe.keep_checkpoints + recipe.keep_best
     return f"{when}, {_gib(size)} each, up to {kept} kept: {_gib(kept * size)}"
 

@@ -69,9 +69,9 @@ def open_run(
 
 
 def _is_vacant(out: Path, data: Path) -> bool:
-    """Whether a folder is empty but for the shards that were just prepared in it."""
+    """Whether a folder is empty, except for the shards that were just prepared in it."""
     own = data.name if data.parent == out else None
-    return out.is_dir() and storage.is_empty(out, but_for=own)
+    return out.is_dir() and storage.is_empty(out, ignoring=own)
 
 
 def _has_saved(log: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Starting a run: everything is checked, then built, and only then is the folder written to."""
+"""Starts a run: checks everything, builds it, and only then writes to the run folder."""
 
 import dataclasses
 import time
@@ -38,7 +38,7 @@ from rekindle.storage import Lock
 from rekindle.train import train
 from rekindle.trainer import Trainer, build, scheduled_rate
 
-# What to try when steps become much slower, by kind of device.
+# Advice for when steps become much slower, by kind of device.
 IF_SLOW = {
     "cpu": ": other work on this machine may be using its cores; if that lasts, stop with Ctrl-C "
     "and resume with fewer --threads",
@@ -48,7 +48,7 @@ IF_SLOW = {
 
 @dataclass(frozen=True)
 class Parts:
-    """What Python may add to a run beyond the tables that the command line knows."""
+    """Parts of a run that can only be given from Python, not by name on the command line."""
 
     model: type[LanguageModel] | None = None  # the class of the recipe's `model`
     optimizer: type[Optimizer] | None = None  # the class of the recipe's `optim`
@@ -60,10 +60,10 @@ class Parts:
 def train_run(
     recipe: Recipe, data: Path, out: Path, options: RunOptions, parts: Parts | None = None
 ) -> Run:
-    """Train `recipe` on the shards in `data` into the run folder `out`, from where it stopped.
+    """Train `recipe` on the shards in `data`, in the run folder `out`; resume if it has a run.
 
-    Raises `UserError` for what the user can fix, before anything is written, and `Stopped`, once a
-    checkpoint is saved, if a signal asked to stop.
+    Raises `UserError` for a mistake of the user before anything is written, and `Stopped` after
+    saving a checkpoint if a signal requested a stop.
     """
     began = time.perf_counter()
     with (
@@ -79,7 +79,7 @@ def train_run(
 
 @dataclass
 class Opened:
-    """A run that has been checked and built. Nothing has been written yet."""
+    """A run that has been checked and built, before anything is written."""
 
     run: Run
     trainer: Trainer
@@ -94,8 +94,8 @@ class Opened:
 def open_trainer(
     recipe: Recipe, data: Path, out: Path, options: RunOptions, lock: Lock | None, parts: Parts
 ) -> Opened:
-    """Check everything a user can get wrong, and build the trainer: fresh, or as the newest
-    checkpoint has it. `lock`: to be taken if the run exists."""
+    """Check everything a user can get wrong, and build the trainer, restored from the newest
+    checkpoint if there is one. `lock` is taken if the run exists."""
     world = distributed.get_world()
     console = Console(quiet=not world.is_main)
     manifest = shards.read_manifest(data)
@@ -126,7 +126,7 @@ def open_trainer(
     )
     if run.checkpoint:
         trainer.restore(run.checkpoint)
-        run.checkpoint.model.clear()  # or its file stays open, even once the checkpoint is removed
+        run.checkpoint.model.clear()  # closes the file, so that the checkpoint can be removed later
     _introduce(run, trainer, console)
     for line in _warnings(run, tokenizer, world.size):
         console.print(f"note: {line}")
@@ -136,7 +136,7 @@ def open_trainer(
 def start(
     recipe: Recipe, data: Path, out: Path, options: RunOptions, lock: Lock, parts: Parts
 ) -> Session:
-    """Open the run, and only then write to its folder."""
+    """Open the run, then write to its folder."""
     opened = open_trainer(recipe, data, out, options, lock, parts)
     run, trainer, console = opened.run, opened.trainer, opened.console
     recipe, world, model = run.recipe, trainer.world, trainer.model
@@ -188,7 +188,7 @@ def _make_evaluator(
 
 
 def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
-    """Print what is trained and on what."""
+    """Print the model and the device."""
     machine, device, p = trainer.machine, trainer.device, trainer.partition
     asked = run.options.machine
     if not machine.compile:
@@ -225,7 +225,9 @@ def _warnings(run: Run, tokenizer: Tokenizer, world_size: int) -> list[str]:
     recipe, found = run.recipe, recipes.warnings(run.recipe)
     tokens, room = len(tokenizer.encode(recipe.prompt)), recipe.model.block_size
     if tokens >= room:
-        found.append(f"--prompt has {tokens} tokens, and the context {room}: no samples are logged")
+        found.append(
+            f"--prompt has {tokens} tokens, but the context length is {room}: no samples are logged"
+        )
     if run.options.machine.shard and world_size == 1:
         found.append("--shard has no effect on a single rank")
     before = run.checkpoint.description.recipe.get("steps") if run.checkpoint else None
@@ -264,7 +266,7 @@ def _open_metrics(
 
 
 def _verify_data(data: Path, manifest: shards.Manifest, world: World, console: Console) -> None:
-    """Read every shard once before the first step, on one process of each machine."""
+    """Check the hash of every shard before the first step, in one process per machine."""
     began = time.perf_counter()
     if world.local_rank == 0:
         shards.verify(data, manifest)

@@ -22,7 +22,7 @@ from rekindle.optim import Optimizer
 from rekindle.optim.schedule import learning_rate
 from rekindle.recipes import Recipe
 from rekindle.runtime import distributed, replicas
-from rekindle.runtime.compiling import with_repaired_cache
+from rekindle.runtime.compiling import repair_cache
 from rekindle.runtime.device import Device, choose_compute
 from rekindle.runtime.distributed import World
 from rekindle.runtime.guard import Guard
@@ -117,9 +117,8 @@ class Trainer:
             torch.from_numpy(tokens[0].copy()).to(self.device.torch)
             for tokens in self._read_batch(self.batch)
         )
-        self.warmed_up = with_repaired_cache(
-            lambda: warm_up(self.forward, self.parameters, x, y, self.device, self.world)
-        )
+        repair_cache()
+        self.warmed_up = warm_up(self.forward, self.parameters, x, y, self.device, self.world)
         return self.warmed_up
 
     def at(self, location: str) -> None:

@@ -91,7 +91,7 @@ def test_every_number_has_a_flag() -> None:
         ),
         (
             {"batch.order": "sequential", "batch.lecture_micro_tokens": 32},
-            "--batch.lecture-micro-tokens 32 means nothing with --batch.order sequential",
+            "--batch.lecture-micro-tokens 32 has no effect with --batch.order sequential",
         ),
     ],
 )

@@ -1,6 +1,6 @@
 """The command line: one function for each subcommand, and the only place that prints an error.
 
-Nothing here imports torch before a command needs it, so that `--help` answers at once.
+Nothing here imports torch before a command needs it, so that `--help` is fast.
 """
 
 import io
@@ -28,7 +28,7 @@ _ADVICE = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 (a comparison failed), 2 (a user's mistake), or
     128 plus the number of the signal that stopped it."""
-    # A closed stream is None. Opened here, its file number cannot go to a file of ours.
+    # A closed stream is None. Opening it here keeps our files from getting its descriptor.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -44,11 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return namespace.command.run(namespace) or 0
     except UserError as error:
         return _fail(str(error))
-    except OSError as error:  # of a disk or a stream that nothing closer has explained
+    except OSError as error:  # of a disk or stream, not handled elsewhere
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}: fix that and run the same command again")
     except UnicodeError as error:
-        return _fail(f"a text or a file name is not UTF-8 ({error})")
+        return _fail(f"some text or a file name is not UTF-8 ({error})")
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"rekindle: {stopped}", file=sys.stderr, flush=True)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         size = re.search(r"tried to allocate [\d.]+ ?\w+", str(error), re.IGNORECASE)
-        advice = _ADVICE.get(arguments[0], "use a machine with more")
+        advice = _ADVICE.get(arguments[0], "use a machine with more memory")
         return _fail(f"out of memory{f' ({size[0]})' if size else ''}: {advice}")
     except KeyboardInterrupt:
         print("\nrekindle: interrupted; run the same command again to continue", file=sys.stderr)
@@ -68,7 +68,7 @@ def _fail(message: str) -> int:
     """Print the error, and return the exit status of a user's mistake."""
     ranks, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
     where = f" (rank {rank})" if ranks != "1" else ""
-    # In one write, or the lines of several ranks run together.
+    # One write, so that lines of several ranks do not mix.
     print(f"rekindle: error{where}: {message}\n", end="", file=sys.stderr, flush=True)
     return 2
 
@@ -78,12 +78,12 @@ def _keep_compiled() -> None:
     run before torch is imported."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(caches, "rekindle", "compiled")
-    if not _can_be_made(folder):  # such as for users without a home
+    if not _can_be_created(folder):  # such as for a user without a home folder
         folder = Path(tempfile.gettempdir(), f"rekindle-compiled-{getattr(os, 'getuid', str)()}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
-def _can_be_made(folder: Path) -> bool:
+def _can_be_created(folder: Path) -> bool:
     there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not (folder.is_absolute() and there.is_dir() and os.access(there, os.W_OK)):
         return False

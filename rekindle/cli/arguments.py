@@ -15,7 +15,7 @@ METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake as a `UserError`: one line, like every other mistake."""
+    """Raises `UserError` for a mistake, so that it is printed as one line like all others."""
 
     def __init__(self, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
@@ -47,8 +47,8 @@ _CONVERTERS = {int: _integer, float: _number}
 
 
 def add_flags(parser: Any, flags: Iterable[Flag]) -> None:
-    """Offer each flag with its help and its default. One that is not given leaves no value, so
-    that `given` can tell."""
+    """Add each flag with its help and default. A flag that is not given sets no attribute, so that
+    `given` can tell."""
     for flag in flags:
         about = (flag.help + _shown(flag.default)).replace("%", "%%")
         how: dict[str, Any] = {"help": about, "default": argparse.SUPPRESS}
@@ -70,7 +70,7 @@ def add_flags(parser: Any, flags: Iterable[Flag]) -> None:
 
 
 def _shown(default: Any) -> str:
-    """A default as the help shows it."""
+    """A default as shown in the help."""
     if default is None or default is False or default in (MISSING, ""):
         return ""
     text = f"{default:.6g}" if isinstance(default, float) else str(default)
@@ -84,5 +84,5 @@ def given(namespace: argparse.Namespace, flags: Iterable[Flag]) -> dict[str, Any
 
 
 def options_of(cls: type[T], namespace: argparse.Namespace) -> T:
-    """A command's options, from what was given and the defaults of its fields."""
+    """A command's options: the given values, and the defaults of the other fields."""
     return cls(**given(namespace, flags_of(cls)))

@@ -1,4 +1,4 @@
-"""What each subcommand does: a few lines that call the package."""
+"""One short function for each subcommand, which calls the package."""
 
 import json
 import os
@@ -21,12 +21,12 @@ def _print(text: str) -> None:
     """Print a result. A reader that closes the pipe early, as `head` does, is not an error."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # or the rest of the buffer fails once more at exit
+    except BrokenPipeError:  # else flushing the buffer at exit fails again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _note(text: str) -> None:
-    """Print a remark to stderr, since a program may read the result on stdout."""
+    """Print a note to stderr, since a program may read the result from stdout."""
     if text:
         print(f"rekindle: {text}", file=sys.stderr, flush=True)
 
@@ -37,7 +37,7 @@ def _sources(arguments: Namespace) -> dict[str, Any]:
 
 
 def _tasks(arguments: Namespace) -> dict[str, str]:
-    """The tasks that were given, and where their items are."""
+    """The tasks that were given, with the source of their items."""
     return {name: where for name in TASKS if (where := getattr(arguments, name))}
 
 
@@ -47,9 +47,9 @@ def prepare(arguments: Namespace) -> None:
 
     o, given_sources = options_of(options.Prepare, arguments), _sources(arguments)
     source = from_arguments(o.dataset, **given_sources)
-    out = o.out or given_sources.get("shards")  # shards may be checked where they are
+    out = o.out or given_sources.get("shards")  # existing shards are used in place
     if out is None:
-        raise UserError("--out DIR is missing: name a folder for the shards")
+        raise UserError("--out DIR is missing: choose a folder for the shards")
     prepare(
         source,
         out,
@@ -67,7 +67,7 @@ def train(arguments: Namespace) -> None:
     recipe = recipes.customized(recipe, changes, _steps_at_start(o.out))
     recipes.check(recipe)
     for name, value in (("timeout", o.timeout), ("log-every", o.log_every)):
-        if not value >= 0:  # nor is nan
+        if not value >= 0:  # also rejects nan
             raise UserError(f"--{name} must be at least 0, but is {value}")
     machine = MachineOptions(**given(arguments, flags_of(MachineOptions())))
     data = _data_of(o, recipe, _sources(arguments))
@@ -100,12 +100,12 @@ def _data_of(o: options.Train, recipe: recipes.Recipe, sources: dict[str, Any]) 
     """The folder of shards to train on, prepared first if a source of text was given."""
     if not sources:
         if o.data is None:
-            raise UserError("--data DIR is missing: name prepared shards, or --text FILE")
+            raise UserError("--data DIR is missing: give prepared shards, or text with --text FILE")
         return o.data
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("several ranks cannot prepare text: use `rekindle prepare` first")
+        raise UserError("several ranks cannot prepare text: run `rekindle prepare` first")
     if o.dry_run:
-        raise UserError("--dry-run writes nothing: use `rekindle prepare` first, then --data")
+        raise UserError("--dry-run writes nothing: run `rekindle prepare` first, then give --data")
 
     from rekindle.data.prepare import prepare
     from rekindle.data.sources import from_arguments
@@ -143,7 +143,7 @@ def evaluate(arguments: Namespace) -> None:
 
 def sample(arguments: Namespace) -> None:
     from rekindle.loading import load
-    from rekindle.runtime.compiling import with_repaired_cache
+    from rekindle.runtime.compiling import repair_cache
     from rekindle.runtime.device import get_device, why_not_compile
     from rekindle.sampling import check_numbers, check_prompt, cut_at_end, generate
 
@@ -158,11 +158,10 @@ def sample(arguments: Namespace) -> None:
     _note(loaded.note)
     loaded.model.cast(device.product_dtype, rows=o.num)
     prompt = loaded.tokenizer.encode(o.prompt)
+    repair_cache()
     start = prompt or [loaded.tokenizer.end_of_text]
     with device.autocast():
-        ids = with_repaired_cache(
-            lambda: generate(loaded.model, start, **numbers, compile=o.compile)
-        )
+        ids = generate(loaded.model, start, **numbers, compile=o.compile)
     end = loaded.tokenizer.end_of_text
     rows = [cut_at_end(row, end, start=len(start)) for row in ids.tolist()]
     texts = [loaded.tokenizer.decode([t for t in row if t != end]) for row in rows]
@@ -201,7 +200,7 @@ def ladder(arguments: Namespace) -> None:
     if o.steps < 2:
         raise UserError(f"--steps must be at least 2, but is {o.steps}")
     if o.recipe is not None:
-        recipes.get_recipe(o.recipe)  # before the data is prepared
+        recipes.get_recipe(o.recipe)  # fail before preparing the data
     began = time.perf_counter()
     data = o.data or o.out / "data"
     if o.data is None:
@@ -211,8 +210,8 @@ def ladder(arguments: Namespace) -> None:
     print(f"wrote {o.out / 'ladder.json'}")
     try:
         print(f"wrote {draw_ladder(result, o.out / 'ladder.png')}")
-    except UserError as error:  # the figures are there
-        print(f"no picture: {error}")
+    except UserError as error:  # the measurements are complete
+        print(f"ladder.png was not drawn: {error}")
 
 
 def report(arguments: Namespace) -> None:

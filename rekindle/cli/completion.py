@@ -21,7 +21,7 @@ class PrintCompletion(argparse.Action):
 
 
 def _describe(parser: argparse.ArgumentParser, kinds: dict[Any, Any]) -> None:
-    """Tell shtab what the values are: files, or the names of recipes."""
+    """Let shtab complete file names and recipe names."""
     for action in parser._actions:
         if isinstance(action.choices, dict):  # the subcommands
             for inner in action.choices.values():

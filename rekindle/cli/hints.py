@@ -25,16 +25,16 @@ OTHER_NAMES = {
     "--steps": ("max-iters", "max-steps", "num-iterations", "num-steps", "epochs"),
     "--tokens": ("max-new-tokens", "max-length"),
 }
-# What is done in another way here.
+# Flags that have no counterpart here.
 EXPLAINED = {
     ("batch-size",): "--micro-batch sets the rows of one forward pass, --batch.tokens the tokens "
     "of one optimizer step",
     ("grad-accum", "grad-accum-steps", "gradient-accumulation-steps", "accumulation-steps"): (
         "gradient accumulation follows from --batch.tokens, --micro-batch and the number of ranks"
     ),
-    ("dropout", "attention-dropout"): "there is no dropout",
-    ("init-from",): "--fork RUN starts from a run's weights, optimizer state and step",
-    ("resume", "resume-from"): "to resume a run, give the command that started it again",
+    ("dropout", "attention-dropout"): "these models have no dropout",
+    ("init-from",): "--fork RUN starts from another run's weights, optimizer state and step",
+    ("resume", "resume-from"): "to resume a run, run the same command again",
 }
 
 
@@ -42,7 +42,7 @@ def suggestion(given: str, flags: Iterable[str]) -> str:
     """What to use instead of the flag `given`, in one clause; empty if nothing is close."""
     flags, name = list(flags), given.lstrip("-").partition("=")[0].lower().replace("_", "-")
     for names, text in EXPLAINED.items():
-        if name in names and "--steps" in flags:  # of training
+        if name in names and "--steps" in flags:  # the command is `train`
             return text
     found = [flag for flag in flags if flag.rpartition(".")[2].lstrip("-") == name]
     found = found or [f for f, others in OTHER_NAMES.items() if name in others and f in flags]

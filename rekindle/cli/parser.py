@@ -1,4 +1,4 @@
-"""The subcommands and their arguments. Imports no torch, so that `--help` answers at once."""
+"""The subcommands and their arguments. Imports no torch, so that `--help` is fast."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -20,66 +20,66 @@ from rekindle.machine import MachineOptions
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what it does, its options, and what its help says."""
+    """A subcommand: its function, its options and its help."""
 
     run: Callable[[argparse.Namespace], int | None]
     options: type
     about: str
-    notes: str = ""  # below the arguments: examples
-    usage: str = ""  # what must be given, for commands with many flags
+    notes: str = ""  # printed below the arguments
+    usage: str = ""  # the required arguments, for commands with many flags
 
 
 COMMANDS = {
     "demo": Command(
         do.demo,
         options.Demo,
-        "text, tokens, training, loss and samples in a few minutes, without a network",
+        "prepare text, train a small model and sample from it: a few minutes, no network needed",
     ),
     "prepare": Command(
         do.prepare,
         options.Prepare,
-        "turn text into shards of tokens",
+        "tokenize text into shards",
         "examples:\n"
         "  rekindle prepare fineweb-edu-10bt --layout lecture --out data/fineweb-edu\n"
         "  rekindle prepare fineweb-10bt-tokenized --out data/fineweb\n"
         "  rekindle prepare --parquet DIR --out data/mine\n\n"
         "Files or folders named train are for training; val, valid, validation or dev for\n"
         "validation; test or eval are left out. A folder stands for all matching files below it.\n"
-        "The same command resumes after a stop, and does nothing once all is done.",
+        "If interrupted, run the same command again to resume.",
     ),
     "train": Command(
         do.train,
         options.Train,
-        "train a recipe; the same command again resumes",
+        "train a recipe; run the same command again to resume",
         "recipes:\n"
         + "".join(f"  {r.name:16} {r.about}\n" for r in recipes.RECIPES.values())
         + "\nexamples:\n"
         "  rekindle train demo --text my.txt --out runs/mine\n"
         "  rekindle train gpt2-124m --data data/fineweb-edu --out runs/gpt2\n"
         "  torchrun --nproc-per-node 8 -m rekindle train gpt2-124m --data ... --out ...\n\n"
-        "Gradient accumulation is chosen for you: a step takes --batch.tokens tokens, in\n"
-        "micro-batches of --micro-batch rows on each rank.\n"
-        'A recipe file is TOML: base = "gpt2-124m", then any of these numbers.',
+        "A step processes --batch.tokens tokens, in micro-batches of --micro-batch rows on each\n"
+        "rank; the number of accumulation steps follows from these.\n"
+        'A recipe file is TOML: base = "gpt2-124m", then any settings of the recipe.',
         "RECIPE --data DIR --out DIR",
     ),
     "eval": Command(
         do.evaluate,
         options.Eval,
-        "validation loss and HellaSwag of a run or model",
+        "compute the validation loss and HellaSwag score of a run or model",
         "examples:\n"
         "  rekindle eval runs/gpt2 --hellaswag\n"
         "  rekindle eval gpt2 --data data/fineweb-edu --json",
     ),
-    "sample": Command(do.sample, options.Sample, "continue a text with a run or model"),
+    "sample": Command(do.sample, options.Sample, "generate text with a run or model"),
     "verify": Command(
         do.verify, options.Verify, "compare logits, loss, text and gradients with transformers"
     ),
     "ladder": Command(
         do.ladder,
         options.Ladder,
-        "time the lecture's optimizations on this machine, from the naive step to the fastest",
+        "measure the lecture's optimizations one after another on this machine",
     ),
-    "report": Command(do.report, options.Report, "draw the loss curve of a run"),
+    "report": Command(do.report, options.Report, "plot the loss curve of a run"),
 }
 
 
@@ -95,19 +95,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     command = f"`rekindle {namespace.name}`"
     first = next((a for a in unknown if a.startswith("--")), unknown[0])
     if not first.startswith("-"):
-        raise UserError(f"{command} takes no further argument {first!r}: quote text with spaces")
+        raise UserError(f"{command} takes no argument {first!r}: quote text that contains spaces")
     flags = [f for f in subparsers[namespace.name]._option_string_actions if f.startswith("--")]
     hint = suggestion(first, flags) or f"see `rekindle {namespace.name} --help`"
     raise UserError(f"{command} has no {first.partition('=')[0]}: {hint}")
 
 
 def make_parser(arguments: Sequence[str] = ()) -> tuple[Parser, dict[str, Parser]]:
-    """The parser, and those of the subcommands by name; `train` offers the flags of the recipe that
-    `arguments` name. Raises `UserError` if they name a recipe file that cannot be read."""
+    """The parser, and the parsers of the subcommands by name. `train` has the flags of the recipe
+    named in `arguments`. Raises `UserError` if that is a recipe file that cannot be read."""
     parser = Parser(
         prog="rekindle",
-        description="GPT-2 reproduced from scratch: from text to tokens, training, evaluation and "
-        "samples.",
+        description="GPT-2 from scratch: tokenization, training, evaluation and sampling.",
         epilog="Start with `rekindle demo`. Each command has its own --help.",
     )
     parser.add_argument("--version", action="version", version=f"rekindle {__version__}")
@@ -115,7 +114,7 @@ def make_parser(arguments: Sequence[str] = ()) -> tuple[Parser, dict[str, Parser
         "--completion",
         choices=SHELLS,
         action=PrintCompletion,
-        help="print completions, for `source <(rekindle --completion bash)` in ~/.bashrc",
+        help="print a completion script, for `source <(rekindle --completion bash)` in ~/.bashrc",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     found = {}
@@ -130,7 +129,7 @@ def make_parser(arguments: Sequence[str] = ()) -> tuple[Parser, dict[str, Parser
     _add_sources(found["prepare"].add_argument_group("sources of text (give exactly one)"))
     _extend_train(found["train"], recipes.named_in(arguments))
     for task in TASKS:
-        about = f"score {task}, from a file or else from the hub"
+        about = f"score {task} from this file, or from the Hugging Face Hub if no file is given"
         found["eval"].add_argument(f"--{task}", nargs="?", const="hub", metavar="FILE", help=about)
     return parser, found
 
@@ -141,11 +140,13 @@ def _add_sources(group: Any) -> None:
 
 
 def _extend_train(parser: Any, recipe: recipes.Recipe) -> None:
-    """Everything `train` takes from elsewhere."""
+    """Add the flags of `train` that are defined elsewhere."""
     for task in TASKS:
-        about = f"score {task} from this file, `hub`, or `none` (default: from the hub on a GPU)"
+        about = (
+            f"score {task} from this file, or `hub`, or `none` (default: hub on a GPU, else none)"
+        )
         parser.add_argument(f"--{task}", metavar="FILE", help=about)
-    _add_sources(parser.add_argument_group("text to prepare first, instead of --data"))
+    _add_sources(parser.add_argument_group("text to prepare before training, instead of --data"))
     add_flags(parser.add_argument_group("the machine"), flags_of(MachineOptions()))
-    numbers = f"the numbers of the recipe (defaults are those of {recipe.name})"
-    add_flags(parser.add_argument_group(numbers), flags_of(recipe))
+    title = f"the recipe (defaults are those of {recipe.name})"
+    add_flags(parser.add_argument_group(title), flags_of(recipe))

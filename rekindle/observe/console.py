@@ -1,4 +1,4 @@
-"""What a person reads while a command runs: lines that stay, and one that shows progress."""
+"""The output of a running command: permanent lines, and a progress line."""
 
 import os
 import shutil
@@ -38,12 +38,12 @@ class Console:
         self._stream = stream or sys.stdout
         self._quiet = quiet
         self.live = self._stream.isatty()
-        self._pending = ""  # ends the progress line that is on the screen, if one is
+        self._pending = ""  # what ends the progress line on the screen, if there is one
         self._next = 0.0  # when the next progress line is due
         self._lock = threading.Lock()
 
     def print(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         if self._quiet:
             return
         with self._lock:
@@ -51,9 +51,9 @@ class Console:
             self._write(text + "\n")
 
     def progress(self, *parts: str, important: bool = False, passing: bool = False) -> None:
-        """Show where things stand, with " | " between the parts. `important` lines are always
-        shown, and stay. On a terminal the line has as many parts as fit its width, and the next
-        line that is printed overwrites a `passing` one."""
+        """Show a progress line, with its parts joined by " | ". An `important` line is always shown
+        and is permanent. On a terminal, parts that do not fit the width are dropped, and a
+        `passing` line is overwritten by the next printed line."""
         if self._quiet or (time.monotonic() < self._next and not important):
             return
         self.postpone()
@@ -67,7 +67,7 @@ class Console:
                 self._end_line()
 
     def postpone(self) -> None:
-        """Show the next progress line only when the usual time has passed."""
+        """Show the next progress line only after the usual interval."""
         self._next = time.monotonic() + (0.2 if self.live else 10.0)
 
     def _end_line(self) -> None:
@@ -81,12 +81,12 @@ class Console:
             print(text, end="", file=self._stream, flush=True)
         except OSError:
             self._quiet = True
-            # Or the rest of the buffer fails once more at exit.
+            # Else flushing the buffer at exit fails again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def fitting(parts: Sequence[str], width: int) -> str:
-    """As many of the first parts as fit, since a wrapped line cannot be overwritten."""
+    """The first parts that fit into `width`, since a wrapped line cannot be overwritten."""
     text = parts[0]
     for part in parts[1:]:
         if len(text) + 3 + len(part) > width:

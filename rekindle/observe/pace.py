@@ -1,4 +1,4 @@
-"""How long the steps of a run take: what is typical, and whether they have become much slower."""
+"""The duration of a run's steps: the typical one, and whether steps have become much slower."""
 
 from statistics import median
 
@@ -20,11 +20,13 @@ class Pace:
             self._best = min(self._best or self._typical(), self._typical())
 
     def left(self, steps: int) -> float | None:
-        """Seconds that `steps` more will take; None after the first step, which is not typical."""
+        """Estimated seconds for `steps` more steps. None until the second step: the first is not
+        typical."""
         return self._typical() * steps if len(self._recent) > 1 else None
 
     def slowdown(self) -> tuple[float, float] | None:
-        """The best and the present seconds of a step, once, when the present is SLOW times that."""
+        """The best and the current seconds per step, once the current is more than SLOW times the
+        best; returned only once."""
         if self._warned or not self._best or not self._typical() > SLOW * self._best:
             return None
         self._warned = True

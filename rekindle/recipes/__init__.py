@@ -1,4 +1,4 @@
-"""Every number of every training run."""
+"""Recipes: all hyperparameters of a training run."""
 
 from rekindle.recipes.base import (
     FREE_ON_RESUME,

@@ -1,4 +1,4 @@
-"""Recipes in TOML files: a named recipe to begin with, and the numbers that differ.
+"""Recipes in TOML files: a named recipe as the base, and the numbers that differ.
 
 base = "gpt2-124m"
 steps = 5000
@@ -22,13 +22,13 @@ SUFFIX = ".toml"
 
 
 def find_recipe(name: str) -> tuple[Recipe, dict[str, Any]]:
-    """A named recipe and what to change in it: nothing, or what a file says if `name` ends in
-    .toml. Raises `UserError`."""
+    """A recipe and the changes to it: a named recipe without changes, or the contents of a file if
+    `name` ends in .toml. Raises `UserError`."""
     return read_recipe(Path(name)) if name.endswith(SUFFIX) else (get_recipe(name), {})
 
 
 def named_in(arguments: Sequence[str]) -> Recipe:
-    """The recipe that a command line names; gpt2-124m if it names none. Raises `UserError`."""
+    """The recipe named in a command line, or gpt2-124m if there is none. Raises `UserError`."""
     names = [a for a in arguments[1:] if a in RECIPES or a.endswith(SUFFIX)]
     if not names or arguments[0] != "train":
         return RECIPES["gpt2-124m"]
@@ -36,8 +36,8 @@ def named_in(arguments: Sequence[str]) -> Recipe:
 
 
 def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Read a recipe file: the recipe it is based on, and what it changes, by dotted name. Raises
-    `UserError` that names the file and the key."""
+    """Read a recipe file; return the recipe it is based on, and its changes by dotted name. Raises
+    `UserError`, which names the file and the key."""
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -46,7 +46,7 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
         raise UserError(f"{path} cannot be read as TOML: {error}") from None
     base = found.pop("base", None)
     if not isinstance(base, str):
-        raise UserError(f'{path} does not say what it is based on: add base = "gpt2-124m"')
+        raise UserError(f'{path} does not name a base recipe: add base = "gpt2-124m"')
     recipe = get_recipe(base)
     flags = {flag.name: flag for flag in flags_of(recipe)}
     changes = {key: _value(path, key, value, flags) for key, value in _flat(found).items()}
@@ -64,7 +64,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _value(path: Path, key: str, value: Any, flags: dict[str, Flag]) -> Any:
-    """The value of a key, of the type of its field."""
+    """The value of a key, converted to the type of its field."""
     if key not in flags:
         near = get_close_matches(key, flags, n=2) or ["a flag of `rekindle train --help`"]
         raise UserError(f"{path}: a recipe has no {key}: did you mean {' or '.join(near)}?")
@@ -72,6 +72,6 @@ def _value(path: Path, key: str, value: Any, flags: dict[str, Flag]) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise UserError(f"{path}: {key} is {value!r}, but must be {names[kind]}")
     return value

@@ -175,10 +175,10 @@ def printable(path: Path | str) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def is_empty(folder: Path, but_for: str | None = None) -> bool:
+def is_empty(folder: Path, ignoring: str | None = None) -> bool:
     """Whether a folder contains nothing but a lock, unfinished files of a killed process, and
-    what is named `but_for`."""
-    own = (LOCK, but_for)
+    the entry named `ignoring`."""
+    own = (LOCK, ignoring)
     return all(p.name in own or p.name.startswith(TEMPORARY) for p in folder.iterdir())
 
 

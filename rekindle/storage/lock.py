@@ -46,7 +46,7 @@ class Lock:
             raise UserError(
                 f"{self._path.parent} is not writable ({error.strerror}): choose another --out"
             ) from None
-        locked = _lock_file(descriptor)
+        locked = lock_file(descriptor)
         if locked and os.fstat(descriptor).st_nlink == 0:  # another process removed it just now
             os.close(descriptor)
             return self._open()
@@ -76,7 +76,7 @@ class Lock:
             self._descriptor = None
 
 
-def _lock_file(descriptor: int) -> bool:
+def lock_file(descriptor: int) -> bool:
     """Lock an open file; False if another process holds the lock. On file systems without locks,
     as on some clusters, this always succeeds."""
     try:

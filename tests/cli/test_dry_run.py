@@ -17,7 +17,7 @@ def test_a_dry_run_prints_what_a_run_would_do(
     assert "1,536: 1.26 epochs of 1,220 training tokens" in lines["tokens"]
     assert "8 rows of 16 tokens = 2 rows per pass × 4 accumulation steps × 1 rank" in lines["batch"]
     assert "every 4 steps and at the end, on 302 of 302 tokens" in lines["validation"]
-    assert "all of them kept" in lines["checkpoints"]
+    assert "all are kept" in lines["checkpoints"]
     assert "  --optim.lr 0.01" in outcome.out.splitlines()
     assert list(tmp_path.iterdir()) == []
 

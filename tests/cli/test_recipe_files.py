@@ -55,7 +55,7 @@ def test_rules_follow_the_steps_of_a_file_unless_it_gives_their_numbers(tmp_path
         ('base = "demo"\n[optim]\nmomentum = 0.9', "has no optim.momentum"),
         ('base = "demo"\nsteps = 1.5', "steps is 1.5, but must be a whole number"),
         ('base = "demo"\nsteps = true', "steps is True, but must be a whole number"),
-        ('base = "demo"\nprompt = 1', "prompt is 1, but must be a text"),
+        ('base = "demo"\nprompt = 1', "prompt is 1, but must be a string"),
         ('base = "demo"\nmodel = 1', "has no model"),
         ('base = "demo"\nsteps =', "cannot be read as TOML"),
         ('base = "demo"\nsteps = -1', "--steps must be at least 0"),

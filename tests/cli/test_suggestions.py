@@ -21,11 +21,11 @@ TRAIN = ["train", "demo", "--data", "x", "--out", "y"]
         ([*TRAIN, "--batch-size", "4"], "--micro-batch sets the rows of one forward pass"),
         ([*TRAIN, "--seq_len", "4"], "did you mean --batch.length?"),
         ([*TRAIN, "--dtype", "bfloat16"], "did you mean --precision?"),
-        ([*TRAIN, "--resume"], "to resume a run, give the command that started it again"),
+        ([*TRAIN, "--resume"], "to resume a run, run the same command again"),
         ([*TRAIN, "--step", "4"], "did you mean --steps"),  # no silent abbreviation
         (["sample", "x", "--max-new-tokens", "4"], "did you mean --tokens?"),
         (["sample", "x", "--wandb", "1"], "see `rekindle sample --help`"),
-        (["sample", "x", "some", "text"], "takes no further argument 'some'"),
+        (["sample", "x", "some", "text"], "takes no argument 'some'"),
         (["train", "demp", "--data", "x", "--out", "y"], "no recipe 'demp': did you mean demo"),
         (["train", "demo", "--data", "x"], "`rekindle train` needs --out"),
         ([*TRAIN, "--steps", "ten"], "--steps: 'ten' is not a whole number"),

@@ -37,7 +37,7 @@ def test_training_on_a_text_file(
     assert "resumes at step 4 of 6" in again.out
 
 
-def test_a_text_that_changed_is_not_trained_on_in_silence(
+def test_text_that_changed_since_the_start_is_an_error(
     tmp_path: Path, arguments: list[str], rekindle: Callable, one_thread: None
 ) -> None:
     assert rekindle(*arguments).status == 0

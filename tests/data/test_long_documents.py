@@ -238,7 +238,7 @@ for name in sys.argv[2:]:
 
 def test_memory_does_not_grow_with_a_document(tmp_path: Path) -> None:
     """60 MB need no more memory than 10 MB, apart from memory that allocators keep."""
-    line = b"What a long tale this is, with a good many words, told slowly by the fire.\n"
+    line = b"What a long tale this is, with a good many words, read slowly by the fire.\n"
     (tmp_path / "a.txt").write_bytes(line * (10_000_000 // len(line)))
     (tmp_path / "b.txt").write_bytes(line * (60_000_000 // len(line)))
     done = subprocess.run(

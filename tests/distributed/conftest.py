@@ -117,8 +117,8 @@ def read_notes(out: Path) -> Notes:
 
 
 def global_batches(notes: Notes) -> dict[int, str]:
-    """A hash of the rows of each step, in the order of the global batch: the rows of micro-step m
-    of rank r start at (m·ranks + r)·micro."""
+    """A hash of the rows of each step, in the order of the global batch: the rows of micro-batch
+    m of rank r start at (m·ranks + r)·micro."""
     hashes = {}
     for step, by_rank in notes.items():
         rows = np.array([by_rank[r]["rows"] for r in sorted(by_rank)])

@@ -15,7 +15,7 @@ def test_token_order_is_the_same_for_any_number_of_ranks(
     records: Callable[..., list[dict[str, Any]]],
 ) -> None:  # fmt: skip
     """One rank, then two, four and one, each time stopped by SIGTERM to torchrun; with 8, 4 and 2
-    micro-steps, whereas the reference process has one."""
+    micro-batches per step, whereas the reference process has one."""
     out = tmp_path / "run"
     for count, stop in ((1, 1), (2, 4), (4, 7)):
         fault = {"step": stop, "do": "send_signal", "number": signal.SIGTERM, "target": "torchrun"}

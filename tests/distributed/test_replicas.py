@@ -105,7 +105,7 @@ def test_any_flipped_bit_is_detected(trained: tuple[GPT2, AdamW], what: str) -> 
     ("size", "bits", "named"),
     [
         (3, {0: 1}, "on rank 0 differs"),
-        (4, {0: 1, 3: 2}, "differs between ranks 0, 1, 2, 3 "),  # two of four are no majority
+        (4, {0: 1, 3: 2}, "differs between ranks 0, 1, 2, 3 "),  # two of four: not a majority
         (5, {0: 1, 3: 2}, "differs between ranks 0, 3 "),
         (5, {0: 1, 1: 1, 2: 2}, "differs between ranks 0, 1, 2, 3, 4 "),  # nor two of five
         (3, {1: 1, 2: 2}, "differs between ranks 0, 1, 2 "),

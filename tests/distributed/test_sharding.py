@@ -19,7 +19,7 @@ from rekindle import storage
 Train = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
 
-# Two micro-steps on each of two ranks; gradients that are clipped at every step; an odd width; one
+# Two micro-batches on each of two ranks; gradients clipped at every step; an odd width; one
 # rank has more validation rows. For eps see conftest.py.
 FLAGS = (
     "--micro-batch", 2, "--grad-clip", 0.05, "--optim.eps", 1e-4, "--model.n-embd", 17,

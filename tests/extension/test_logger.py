@@ -75,10 +75,10 @@ def test_failing_logger_does_not_stop_the_run(error: Exception) -> None:
     metrics.record("samples", 1)
     metrics.record("samples", 2)
     name = type(error).__name__
-    assert printed.getvalue() == f"BrokenLogger failed and misses records ({name}: no route)\n"
+    assert printed.getvalue() == f"BrokenLogger failed, so records are missing ({name}: no route)\n"
     broken.error = None
     metrics.record("samples", 3)
-    assert printed.getvalue().endswith("\nBrokenLogger works again; what it missed is lost\n")
+    assert printed.getvalue().endswith("\nBrokenLogger works again; the missing records are lost\n")
     broken.error = error
     metrics.close()
     assert printed.getvalue().count("BrokenLogger failed") == 2

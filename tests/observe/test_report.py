@@ -52,7 +52,7 @@ def test_nothing_to_draw(refuses: Callable, run: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     refuses(["report", tmp_path / "nowhere"], "has no metrics.jsonl")
     (run / "metrics.jsonl").write_text("")
-    refuses(["report", run], "has taken no step yet")
+    refuses(["report", run], "has not completed a step yet")
 
 
 def test_without_matplotlib_the_error_says_how_to_install_it(

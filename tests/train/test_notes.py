@@ -24,7 +24,10 @@ def notes(outcome: Any) -> list[str]:
         (["--steps", 3], "--schedule.warmup 3 is not shorter than --steps 3"),
         (["--steps", 4, "--schedule.warmup", 400], "--schedule.warmup 400 is not shorter"),
         (["--steps", 4, "--prompt", ""], "--prompt is empty: no samples"),
-        (["--steps", 4, "--prompt", "x" * 32], "--prompt has 32 tokens, and the context 32"),
+        (
+            ["--steps", 4, "--prompt", "x" * 32],
+            "--prompt has 32 tokens, but the context length is 32",
+        ),
         (["--steps", 4, "--prompt", "é" * 40], "--prompt has 80 tokens"),
     ],
 )
