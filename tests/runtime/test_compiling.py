@@ -48,7 +48,7 @@ def test_libraries_cut_short_are_compiled_again(
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.1, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("busy", [False, True])
-def test_only_partial_libraries_that_nobody_writes_are_removed(
+def test_only_partial_libraries_that_no_process_writes_are_removed(
     cache: Path, part: float, busy: bool
 ) -> None:
     """A process that compiles holds the lock of the library."""
