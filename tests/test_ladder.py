@@ -152,7 +152,7 @@ def test_error_in_a_rung_is_one_line_and_its_stderr_is_kept(
 
 def test_failed_rung_does_not_stop_the_others(
     work: Work,
-    here: None,
+    in_this_process: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -184,7 +184,7 @@ def test_failed_rung_does_not_stop_the_others(
 
 
 def test_error_if_every_rung_fails_names_ladder_json(
-    work: Work, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: Work, in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(work: Work, levers: Levers) -> dict[str, Any]:
         raise ladder.RungError("broken")

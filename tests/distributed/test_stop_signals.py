@@ -34,6 +34,19 @@ def test_several_ranks_stop_only_once_all_know_of_the_signal() -> None:
     assert Session.stop_requested(session, step) == signal.SIGINT  # type: ignore[arg-type]
 
 
+def test_between_validation_batches_ranks_exchange_their_signals() -> None:
+    """There is no training step that could carry them."""
+    asked: list[int] = []
+    world = SimpleNamespace(size=2, max=lambda number, _: asked.append(number) or signal.SIGTERM)
+    session = SimpleNamespace(
+        signals=SimpleNamespace(signal=0),
+        world=world,
+        trainer=SimpleNamespace(device=SimpleNamespace(torch=torch.device("cpu"))),
+    )
+    assert Session.stop_requested(session) == signal.SIGTERM  # type: ignore[arg-type]
+    assert asked == [0]
+
+
 def test_stop_signal_to_one_rank_or_all_ranks(
     tmp_path: Path, ranks: Ranks, uninterrupted: Callable[..., Path], records: Records
 ) -> None:

@@ -225,7 +225,7 @@ def test_run_started_without_compilation_resumes_without(
     arguments = [a for a in command(tmp_path / "run") if a != "--no-compile"]
     outcome = rekindle(*arguments)
     assert outcome.status == 0
-    assert "running without torch.compile: as the run was started" in outcome.out
+    assert "not compiled: as when the run was started" in outcome.out
 
 
 def test_checkpoint_description(uninterrupted: Path, shard_set: Path) -> None:
