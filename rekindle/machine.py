@@ -34,6 +34,7 @@ class MachineOptions:
         None,
         "use Triton kernels for head and loss (loss), or for the MLP too (all); needs bf16 on a "
         "GPU (default: none)",
+        "NAME",
         choices=KERNELS,
     )
     recompute: bool | None = flag(
