@@ -13,7 +13,7 @@ OTHER_NAMES = {
     "--eval-tokens": ("eval-iters", "val-max-steps"),
     "--grad-clip": ("max-grad-norm", "grad-norm-clip"),
     "--log-every": ("log-interval", "print-every"),
-    "--micro-batch": ("micro-batch-size", "device-batch-size"),
+    "--micro-batch": ("micro-batch-size", "device-batch-size", "batch.micro"),
     "--num": ("num-samples", "n-samples", "num-return-sequences"),
     "--optim.lr": ("learning-rate", "max-lr"),
     "--out": ("out-dir", "output", "output-dir", "checkpoint-dir"),
