@@ -13,6 +13,9 @@ from typing import Any
 
 from rekindle.runtime.device import cpu_model
 
+# In a folder that `benchmarks.pack` has made: what is in it.
+PACKED = Path(__file__).parents[1] / "packed.json"
+
 
 def command() -> str:
     """The command line that runs now, without where its result goes and without folders."""

@@ -1,0 +1,198 @@
+"""What several GPUs gain: a step of the recipe's batch on 1, 2, 4 and 8 ranks of one launch.
+
+    torchrun --nproc-per-node 8 -m benchmarks.gpu scaling
+
+Three ways to average the gradients: `none` (each rank keeps its own: the arithmetic alone), `ddp`
+(PyTorch's, as `rekindle train` uses it), and `flat` (one all-reduce of one buffer after the
+backward pass). What `ddp` and `flat` take longer than `none` is the part of their communication
+that does not overlap with arithmetic.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rekindle import recipes
+from rekindle.model.gpt2 import GPT2
+from rekindle.optim.adamw import AdamW
+from rekindle.optim.gradients import clip_gradients, grad_norm
+from rekindle.recipes import Recipe
+from rekindle.runtime import distributed
+from rekindle.runtime.device import Device, choose_compute, get_device
+
+RANKS = (1, 2, 4, 8)
+MICRO = 64  # rows at most of a forward pass
+WARM_UP = 3  # steps that are not timed, compilation among them
+PREDICTIONS = Path(__file__).parent / "results" / "scaling.json"
+
+
+@dataclass
+class Group:
+    """The first `size` ranks of a launch, and what they compute on."""
+
+    size: int
+    handle: Any  # of torch.distributed; None where there is one rank
+    device: Device
+    model: GPT2
+    forward: nn.Module  # compiled, or the model itself
+    initial: dict[str, Tensor]  # weights that every way begins with
+    recipe: Recipe
+    batch: Tensor  # (accumulation, micro-batch, T + 1) token ids of this rank
+
+    def all_reduce(self, tensor: Tensor, *operation: Any) -> None:
+        if self.size > 1:
+            dist.all_reduce(tensor, *operation, group=self.handle)
+
+    def meet(self) -> None:
+        if self.size > 1:
+            self.all_reduce(torch.zeros(1, device=self.device.torch))
+        self.device.synchronize()
+
+
+def scaling(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
+    """Measure every number of ranks in turn; the ranks beyond wait. `save` is rank 0's."""
+    world = distributed.get_world()
+    device = get_device(o.device, local_rank=world.local_rank)
+    distributed.connect(world, device.torch)
+    recipe = recipes.get_recipe(o.recipe)
+    torch.manual_seed(recipe.seed)
+    model = GPT2(recipe.model.for_training()).to(device.torch)
+    model.use(choose_compute(device, recipe.batch.length))
+    forward: Any = model if o.no_compile else torch.compile(model, fullgraph=True, dynamic=False)
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found: dict[str, Any] = {"recipe": o.recipe, "ranks": {}}
+    for size in (n for n in RANKS if n <= world.size):
+        handle = dist.new_group(list(range(size))) if world.size > 1 else None
+        if world.rank < size:
+            batch = _batch(recipe, size, world.rank).to(device.torch)
+            group = Group(size, handle, device, model, forward, initial, recipe, batch)
+            found["ranks"][str(size)] = measured = measure(group, o.steps)
+            if world.is_main:
+                print(size, measured, flush=True)
+                save(found)
+        world.barrier()
+    world.close()
+
+
+def _batch(recipe: Recipe, size: int, rank: int) -> Tensor:
+    """Random tokens: this rank's part of a step."""
+    rows = recipe.batch.rows // size
+    micro = min(MICRO, rows)
+    generator = torch.Generator().manual_seed(rank)
+    shape = rows // micro, micro, recipe.batch.length + 1
+    return torch.randint(recipe.model.vocab_size, shape, generator=generator)
+
+
+def measure(group: Group, steps: int) -> dict[str, Any]:
+    """Seconds and tokens/s of each way, the all-reduce alone, and how much of it overlaps."""
+    ways = ("none", "ddp", "flat") if group.size > 1 else ("none",)
+    tokens = group.size * group.batch[..., 1:].numel()
+    seconds, weights = {}, {}
+    for way in ways:
+        seconds[way] = _slowest(group, _train(group, way, WARM_UP + steps)[WARM_UP:])
+        weights[way] = torch.cat([p.detach().flatten() for p in group.model.parameters()])
+    found: dict[str, Any] = {
+        "step_s": {way: round(s, 6) for way, s in seconds.items()},
+        "tokens_per_s": {way: round(tokens / s) for way, s in seconds.items()},
+        "predicted": _prediction(group.recipe, group.size),
+    }
+    if group.size > 1:
+        alone = _slowest(group, _all_reduces(group, steps))
+        exposed = {way: seconds[way] - seconds["none"] for way in ("ddp", "flat")}
+        norm = weights["flat"].norm()
+        found |= {
+            "all_reduce_s": round(alone, 6),
+            "bytes": 4 * weights["flat"].numel(),
+            "exposed_s": {way: round(s, 6) for way, s in exposed.items()},
+            "overlap": {way: round(1 - s / alone, 3) for way, s in exposed.items()},
+            # Both averaged the same gradients if this is rounding, and `none` did not.
+            "apart_from_flat": {
+                way: float((weights[way] - weights["flat"]).norm() / norm)
+                for way in ("ddp", "none")
+            },
+        }
+    return found
+
+
+def _train(group: Group, way: str, steps: int) -> list[float]:
+    """Train from the same weights; the seconds of each step."""
+    model, device, batch = group.model, group.device, group.batch
+    model.load_state_dict(group.initial)
+    parameters = list(model.parameters())
+    sizes = [p.numel() for p in parameters]
+    flat = torch.zeros(sum(sizes), device=device.torch)
+    for p, view in zip(parameters, flat.split(sizes), strict=True):
+        p.grad = None if way == "ddp" else view.view_as(p)  # DDP has its own buffers
+    forward: Any = group.forward
+    if way == "ddp":
+        forward = DistributedDataParallel(
+            forward, [device.torch] if device.torch.type == "cuda" else None,
+            process_group=group.handle, gradient_as_bucket_view=True,
+        )  # fmt: skip
+    optimizer = AdamW(model, group.recipe.optim)
+    optimizer.set_lr(group.recipe.optim.lr)
+    never = torch.zeros((), dtype=torch.bool, device=device.torch)
+    seconds = []
+    for _ in range(steps):
+        group.meet()
+        began = time.perf_counter()
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.zero_()
+        for i, rows in enumerate(batch):
+            last = i == len(batch) - 1
+            with forward.no_sync() if way == "ddp" and not last else nullcontext():
+                with device.autocast():
+                    loss = forward(rows[:, :-1], rows[:, 1:])[1]
+                (loss / len(batch)).backward()
+        if way == "flat":
+            group.all_reduce(flat)
+            flat /= group.size
+        clip_gradients(parameters, group.recipe.grad_clip, grad_norm(parameters))
+        optimizer.step(never)
+        device.synchronize()
+        seconds.append(time.perf_counter() - began)
+    for p in parameters:
+        p.grad = None
+    return seconds
+
+
+def _all_reduces(group: Group, times: int) -> list[float]:
+    """Seconds of one all-reduce of all gradients, with nothing beside it."""
+    flat = torch.zeros(sum(p.numel() for p in group.model.parameters()), device=group.device.torch)
+    seconds = []
+    for _ in range(1 + times):  # the first opens connections
+        group.meet()
+        began = time.perf_counter()
+        group.all_reduce(flat)
+        group.device.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:]
+
+
+def _slowest(group: Group, seconds: list[float]) -> float:
+    """The median of the rank where it is largest."""
+    found = torch.tensor(median(seconds), dtype=torch.float64, device=group.device.torch)
+    group.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
+
+
+def _prediction(recipe: Recipe, size: int) -> dict[str, Any] | None:
+    """What `benchmarks.scaling` predicts for so many H100s."""
+    if not PREDICTIONS.exists():
+        return None
+    model = json.loads(PREDICTIONS.read_text())["models"].get(recipe.name)
+    row = model["ranks"].get(str(size)) if model else None
+    keys = ("tokens_per_s", "all_reduce_ms", "efficiency")
+    return {key: row[key] for key in keys} if row else None
