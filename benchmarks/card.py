@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import environment
-from benchmarks.ways import ARMS, prediction
+from benchmarks.predicted import prediction
+from benchmarks.ways import ARMS
 from rekindle.runtime.device import Device, get_device
 
 FIELDS = ("driver_version", "clocks.max.sm", "clocks.sm", "power.limit", "temperature.gpu")

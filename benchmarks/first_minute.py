@@ -5,6 +5,7 @@ The CPU's losses are computed where there is time for it, by `benchmarks.pack`.
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import shutil
@@ -12,6 +13,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.common import PACKED, quantiles
 from benchmarks.running import Running, train_command
@@ -50,6 +53,9 @@ def train(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None
     found = {"against_cpu": _against_cpu(o)}
     print(found, flush=True)
     save(found)
+    gc.collect()  # the next process measures how much memory there is
+    if o.device == "cuda":
+        torch.cuda.empty_cache()
     save({**found, "minute": _minute(o)})
 
 

@@ -31,8 +31,9 @@ from benchmarks import card, cool_down, definitions, first_minute, gate, plan, r
 from benchmarks import generate as generation
 from benchmarks.common import PACKED, quantiles, write_result
 from benchmarks.measured import measure_what_fits
+from benchmarks.predicted import prediction
 from benchmarks.record import Record
-from benchmarks.ways import ARMS, BF16, BF16_WAYS, EXACT_WAYS, prediction
+from benchmarks.ways import ARMS, BF16, BF16_WAYS, EXACT_WAYS
 from rekindle import recipes
 from rekindle.data import shards, sources
 from rekindle.data.prepare import prepare
@@ -260,7 +261,8 @@ def _saver(o: argparse.Namespace) -> Save:
                 record.table(o.record[1], table)
         else:
             write_result(out, {**machine, **result})
-            print(table, flush=True)
+            if table:
+                print(table, flush=True)
 
     return save
 

