@@ -212,6 +212,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recompute", action=argparse.BooleanOptionalAction, help="of sizes (default: both)"
     )
+    parser.add_argument("--micro-batch", type=int, default=64, help="of scaling: rows at most")
     parser.add_argument("--cool-down-steps", type=int, default=100, help="of gate; 0: none")
     parser.add_argument("--cool-down-tokens", type=int, default=262_144, help="of gate: a step's")
     parser.add_argument("--documents", type=int, default=2000, help="of gate: to score")

@@ -92,10 +92,14 @@ def hellaswag(r: dict[str, Any]) -> list[list[str]]:
 
 
 def rehearsal(r: dict[str, Any]) -> list[list[str]]:
-    f = r["forecast"]["hours"]
-    return [
+    rows = [
         [f"{r['recipe']}, {r['wall_s']:.0f} s, killed after {r['killed_after_s']:.0f} s", ""],
         ["goodput, tokens/s", f"{r['goodput_tokens_per_s']:,}"],
-        ["forecast of the whole run, hours", f"{f['median']} (p10 {f['p10']}, p90 {f['p90']})"],
-        ["its cost, dollars", str(r["forecast"]["dollars"] or "give --dollars-per-hour")],
     ]
+    if forecast := r.get("forecast"):  # at least two steps were taken
+        f = forecast["hours"]
+        rows += [
+            ["forecast of the whole run, hours", f"{f['median']} (p10 {f['p10']}, p90 {f['p90']})"],
+            ["its cost, dollars", str(forecast["dollars"] or "give --dollars-per-hour")],
+        ]
+    return rows

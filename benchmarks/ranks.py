@@ -34,7 +34,6 @@ from rekindle.runtime import distributed
 from rekindle.runtime.device import Device, choose_compute, get_device
 
 RANKS = (1, 2, 4, 8)
-MICRO = 64  # rows at most of a forward pass
 PREDICTIONS = Path(__file__).parent / "results" / "scaling.json"
 
 
@@ -80,7 +79,7 @@ def scaling(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> No
     for size in (n for n in RANKS if n <= world.size):
         handle = dist.new_group(list(range(size))) if world.size > 1 else None
         if world.rank < size:
-            batch = _batch(recipe, size, world.rank).to(device.torch)
+            batch = _batch(recipe, size, world.rank, o.micro_batch).to(device.torch)
             group = Group(size, handle, device, model, not o.no_compile, initial, recipe, batch)
             found["ranks"][str(size)] = measured = measure(group, o.steps, warm_up)
             if world.is_main:
@@ -90,10 +89,10 @@ def scaling(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> No
     world.close()
 
 
-def _batch(recipe: Recipe, size: int, rank: int) -> Tensor:
-    """Random tokens: this rank's part of a step."""
+def _batch(recipe: Recipe, size: int, rank: int, most: int) -> Tensor:
+    """Random tokens: this rank's part of a step, at `most` so many rows at once."""
     rows = recipe.batch.rows // size
-    micro = min(MICRO, rows)
+    micro = min(most, rows)
     generator = torch.Generator().manual_seed(rank)
     shape = rows // micro, micro, recipe.batch.length + 1
     return torch.randint(recipe.model.vocab_size, shape, generator=generator)

@@ -121,7 +121,7 @@ def _generate(r: dict[str, Any]) -> list[list[str]]:
             rate = arm["tokens_per_s"]["median"]
             gain = f"{times:.2f} ×" if times else ""
             rows.append([name, str(batch["batch"]), f"{rate:,.1f}", gain])
-    for name, x in r["by_length"].items():
+    for name, x in r.get("by_length", {}).items():  # a visit may have ended before
         text = f"{name}: a token's cost at length 1,000 against that at 64"
         rows.append([text, "1", "", f"{x['ratio']:.2f} ×"])
     return rows

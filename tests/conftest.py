@@ -37,6 +37,7 @@ CLOCKS = {"seconds", "tokens_per_s", "mfu", "data_wait_s", "stall_s"}
 # The files that take longest, the longest first: what is left for the end is short, and both
 # processes finish at about the same time.
 LONGEST = (
+    "test_gpu_all.py",
     "distributed/test_lost.py",
     "distributed/test_sharding.py",
     "faults/test_bad_numbers.py",

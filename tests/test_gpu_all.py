@@ -62,6 +62,13 @@ def python(name: str, code: str, least: float = 0, most: float = 60) -> Arm:
     return Arm(name, (sys.executable, "-c", code), least, most)
 
 
+def is_running(process: int) -> bool:
+    """Whether it is there, and more than a zombie that nobody has waited for."""
+    command = ["ps", "-o", "stat=", "-p", str(process)]
+    state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
 def test_what_fails_comes_last_and_what_is_done_not_at_all() -> None:
     arms = [python(name, "") for name in "abcde"]
     left = in_order(arms, {"a": FAILED, "b": DONE, "d": STOPPED})
@@ -76,15 +83,14 @@ def test_a_visit_and_the_next_one(tmp_path: Path) -> None:
         f"Record(Path({str(out)!r})).result('works', {{'result': 5}})\n"
         "print('words', file=sys.stderr)"
     )
-    sleeps = f"{sys.executable} -c 'import time; time.sleep(60)'"
     hangs = (
-        f"import subprocess; print('at work', flush=True); subprocess.run({sleeps!r}, shell=True)"
+        "import subprocess; p = subprocess.Popen(['sleep', '60']); print('child', p.pid); p.wait()"
     )
     fails = f"import os; 1 / os.path.exists({str(flag)!r})"
     arms = [
         python("fails", fails),
         python("works", works),
-        python("hangs", hangs, most=0.4),
+        python("hangs", hangs, most=2),
         python("too long", "", least=1000),
         python("last", "print('the last one')"),
     ]
@@ -96,9 +102,11 @@ def test_a_visit_and_the_next_one(tmp_path: Path) -> None:
         "fails": FAILED, "works": DONE, "hangs": FAILED, "last": DONE
     }  # fmt: skip
     printed = (out / "stderr.txt").read_text()
-    for words in ("ZeroDivisionError", "words", "at work", "the last one"):
+    for words in ("ZeroDivisionError", "words", "child", "the last one"):
         assert words in printed
     assert record.results(out)["works"]["result"] == 5
+    (child,) = re.findall(r"child (\d+)", printed)
+    assert not is_running(int(child))
 
     flag.touch()
     again = in_order(arms, record.statuses(out))
@@ -134,8 +142,7 @@ def test_a_visit_that_is_ended_ends_its_arm(tmp_path: Path) -> None:
         assert process.wait(20) == 128 + signal.SIGTERM
     finally:
         process.kill()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(printed.read_text().split()[-1]), 0)
+    assert not is_running(int(printed.read_text().split()[-1]))
     assert record.statuses(tmp_path) == {}
 
 
@@ -204,6 +211,34 @@ def test_a_card_is_described_by_its_busy_moments() -> None:
         "clocks.sm": 1850, "power.draw": 695.5, "temperature.gpu": 70.5, "utilization.gpu": 99.5
     }  # fmt: skip
     assert card.medians([]) == {}
+
+
+def test_the_page_is_made_of_what_the_arms_left(tmp_path: Path) -> None:
+    kept = Record(tmp_path)
+
+    def save(arm: str, result: dict[str, Any]) -> None:
+        kept.result(arm, {"device": "NVIDIA H200", "date": "2026-01-01", "result": result})
+
+    for arm, rate in (("lecture", 100), ("bf16", 120), ("lecture, again", 102)):
+        runs = [{"arm": arm.partition(",")[0], "tokens_per_s": rate}]
+        save(arm, {"recipe": "r", "rows": 8, "runs": runs})
+    save("sizes: a", {"runs": [{"recipe": "a"}]})
+    save("sizes: b, recomputing", {"runs": [{"recipe": "b"}]})
+    save("cool-down: bf16", {"steps": 2, "tokens_per_step": 4, "losses": [2.001, 3.001]})
+    assert set(collect.collect(tmp_path)) == {"step", "sizes"}
+    save("gate", {"updates": {"passed": True}})
+    assert "cool_down" not in collect.collect(tmp_path)["gate"]
+    save("cool-down: autocast", {"steps": 2, "tokens_per_step": 4, "losses": [2.0, 3.0]})
+
+    found = collect.collect(tmp_path)
+    assert (found["step"]["device"], found["step"]["date"]) == ("NVIDIA H200", "2026-01-01")
+    assert found["step"]["arms"]["lecture"] == {
+        "tokens_per_s": 101, "spread": 0.0198, "times_lecture": 1.0
+    }  # fmt: skip
+    assert found["step"]["arms"]["bf16"]["times_lecture"] == 1.188
+    assert [run["recipe"] for run in found["sizes"]["runs"]] == ["a", "b"]
+    (gap,) = found["gate"]["cool_down"]["against_autocast"].values()
+    assert gap == {"difference_nats": 0.001, "standard_error": 0.0, "equivalent": True}
 
 
 # ---- From a packed folder ------------------------------------------------------------------------
@@ -326,7 +361,7 @@ def test_scaling(packed: Path, tmp_path: Path, python: Callable[..., Any]) -> No
     ended = python(
         "-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "benchmarks.gpu", "scaling",
         "--device", "cpu", "--recipe", "demo", "--data", packed / "data", "--no-compile",
-        "--steps", 1, "--out", out,
+        "--steps", 1, "--micro-batch", 8, "--out", out,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     ranks = json.loads(out.read_text())["ranks"]
