@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.cuda import nccl
 from torch.nn import functional as F
 
 from benchmarks.common import environment
@@ -106,7 +107,7 @@ def versions(o: argparse.Namespace, save: Callable[..., None]) -> None:
         properties = torch.cuda.get_device_properties(device.torch)
         found["memory_gib"] = round(properties.total_memory / 2**30, 1)
         found["sms"] = properties.multi_processor_count
-        found["nccl"] = torch.cuda.nccl.version()  # type: ignore[attr-defined]
+        found["nccl"] = nccl.version()
     save(found, table)
 
 

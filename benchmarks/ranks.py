@@ -5,7 +5,8 @@
 Three ways to average the gradients: `none` (each rank keeps its own: the arithmetic alone), `ddp`
 (PyTorch's, as `rekindle train` uses it), and `flat` (one all-reduce of one buffer after the
 backward pass). What `ddp` and `flat` take longer than `none` is the part of their communication
-that does not overlap with arithmetic.
+that does not overlap with arithmetic; of `ddp`, also what it costs that a model compiled within it
+is split along its buckets.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def measure(group: Group, steps: int, warm_up: int) -> dict[str, Any]:
             "bytes": 4 * weights["flat"].numel(),
             "exposed_s": {way: round(s, 6) for way, s in exposed.items()},
             "overlap": {way: round(min(1.0, 1 - s / alone), 3) for way, s in exposed.items()},
-            # Both averaged the same gradients if this is rounding, and `none` did not.
+            # Within rounding `ddp` averages the same gradients; `none` averages nothing.
             "apart_from_flat": {
                 way: float((weights[way] - weights["flat"]).norm() / norm)
                 for way in ("ddp", "none")
