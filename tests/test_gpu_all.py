@@ -313,11 +313,15 @@ def on_a_bare_machine(packed: Path, *words: object) -> subprocess.CompletedProce
 
 
 def test_a_bare_machine_imports_the_packed_source_and_nothing_else(packed: Path) -> None:
-    said = on_a_bare_machine(
-        packed, "-c", "import rekindle, sys; print(rekindle.__file__); import pyarrow"
+    code = (
+        "import benchmarks.gpu, benchmarks.measured, rekindle\n"
+        "from rekindle.data.tokenizer import get_tokenizer\n"
+        "print(rekindle.__file__, get_tokenizer('gpt2').encode('a b'))\n"
+        "import pyarrow"
     )
-    assert Path(said.stdout.strip()) == packed / "rekindle" / "__init__.py"
-    assert "No module named 'pyarrow'" in said.stderr
+    said = on_a_bare_machine(packed, "-c", code)
+    assert said.stdout.strip() == f"{packed / 'rekindle' / '__init__.py'} [64, 275]"
+    assert said.stderr.strip().endswith("No module named 'pyarrow'")
 
 
 @pytest.mark.slow  # some thirty processes that import torch
