@@ -1,8 +1,8 @@
-"""The gate's second half: what a fast arithmetic costs in loss, after a whole schedule.
+"""The second half of the gate: how lower precision changes the loss after a full schedule.
 
-Each arm trains the same recipe on the same tokens from warm-up to the end of the cosine, by the
-command line a user gives. Their losses are then paired, document by document, on held-out text; a
-repeat of the reference shows the noise.
+Each arm trains the same recipe on the same tokens through the full schedule, from warm-up to the
+end of the cosine, with the command line that a user would run. The losses of two arms are then
+compared document by document on held-out text. A repeat of the reference arm shows the noise.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from rekindle.loading import load
 from rekindle.model.gpt2 import GPT2
 from rekindle.runtime.device import Device, get_device
 
-EQUIVALENT = 0.004  # nats: below what another seed changes
-SHORTEST, ROWS = 32, 16  # tokens of a document; documents at once
+EQUIVALENT = 0.004  # nats: less than the difference between seeds
+SHORTEST, ROWS = 32, 16  # tokens per document; documents per batch
 
 
 def cool_down(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """Train and score every arm. `save` gets the losses so far, and the differences."""
+    """Train and score every arm. `save` is called with the losses and differences so far."""
     found: dict[str, np.ndarray] = {}
     for name in FLAGS:
         if name not in NEED_A_GPU or o.device != "cpu":
@@ -40,7 +40,7 @@ def cool_down(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> 
 
 
 def one(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """Train and score the arm `o.arms`. `save` gets the loss of each document."""
+    """Train and score the arm `o.arms`. `save` is called with the loss of each document."""
     losses = train_and_score(o, o.arms)
     save(
         {
@@ -81,7 +81,8 @@ def summary(steps: int, tokens_per_step: int, found: dict[str, np.ndarray]) -> d
 
 
 def paired(losses: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """Mean difference per document, its standard error, and whether it is small for certain."""
+    """Mean difference per document, its standard error, and whether the arms are equivalent: the
+    mean plus two standard errors stays within `EQUIVALENT`."""
     gaps = losses - reference
     mean, error = float(gaps.mean()), statistics.stdev(gaps.tolist()) / len(gaps) ** 0.5
     return {
@@ -93,7 +94,7 @@ def paired(losses: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
 
 @torch.no_grad()
 def document_losses(run: Path, data: Path, device: Device, most: int) -> np.ndarray:
-    """Mean loss in nats per token of each of the first held-out documents, (documents,)."""
+    """Mean loss in nats per token of each of the first `most` held-out documents: (documents,)."""
     loaded = load(str(run), device)
     manifest = shards.read_manifest(data)
     end = get_tokenizer(manifest.tokenizer).end_of_text

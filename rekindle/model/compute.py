@@ -1,4 +1,4 @@
-"""How a model computes, whichever model it is."""
+"""How a model computes, independent of its architecture."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ Forward = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model computes, never what: all of these give the same result within rounding."""
+    """How a model computes. All settings give the same result up to rounding."""
 
-    dtype: torch.dtype = torch.float32  # of the residual stream; weights are cast where they act
-    attention: str = "fused"  # or "plain": the scores written out, as the lecture begins
-    separate_qkv: bool = False  # three products, whose gradients need no copy into one
-    loss_kernel: bool = False  # head and loss as one operator, whose gradient replaces the logits
-    mlp_kernel: bool = False  # GELU inside the products around it
-    recompute: bool = False  # keep only the blocks' inputs for backward: a third slower
+    dtype: torch.dtype = torch.float32  # of the residual stream; weights are cast when used
+    attention: str = "fused"  # or "plain": explicit scores, as in the first part of the lecture
+    separate_qkv: bool = False  # three matmuls, whose gradients need not be copied into one
+    loss_kernel: bool = False  # head and loss as one operator; the gradient overwrites the logits
+    mlp_kernel: bool = False  # GELU fused into the matmuls around it
+    recompute: bool = False  # activation checkpointing: a third slower, needs less memory

@@ -1,4 +1,4 @@
-"""Who may look at whom, where windows and documents hide tokens."""
+"""Attention masks for sliding windows and documents."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from rekindle.model.modern_config import ModernConfig
 def visible_tokens(
     config: ModernConfig, idx: Tensor, cache: KVCache | None, positions: Tensor, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Who may look at whom, for layers without and with a window: broadcast to (B, 1, T, S), or
-    None where each token looks at all before it."""
+    """Attention masks for layers without and with a window, each broadcastable to (B, 1, T, S), or
+    None where each token attends to itself and all earlier ones."""
     c, T = config, idx.shape[1]
     S = (0 if cache is None else cache.length) + T if mask is None else mask.shape[-1]
     if c.document_token < 0 and not 0 < c.window < S:
@@ -23,7 +23,7 @@ def visible_tokens(
         visible = visible & (queries.unsqueeze(2) == keys.unsqueeze(1)).unsqueeze(1)
     if not c.window:
         return visible, visible
-    keys = positions if cache is None else slots  # what a cache holds stands in order
+    keys = positions if cache is None else slots  # the slots of a cache are in text order
     near = positions.unsqueeze(-1) - keys.unsqueeze(-2) < c.window  # (T, S) or (B, T, S)
     return visible, visible & near.unsqueeze(-3)
 
@@ -31,8 +31,8 @@ def visible_tokens(
 def _documents(
     config: ModernConfig, idx: Tensor, cache: KVCache | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The number of the document that each token stands in, (B, T), and each one looked at,
-    (B, S): how many documents begin among what it sees."""
+    """The document number of each query, (B, T), and of each key, (B, S): how many documents begin
+    among the tokens that it sees."""
     begins = idx == config.document_token
     if cache is None:
         count = begins.cumsum(1) if mask is None else (mask[:, 0] & begins[:, None]).sum(-1)

@@ -1,8 +1,8 @@
-"""Muon: momentum that is made orthogonal before it becomes an update of a matrix (Jordan et al.
-2024, https://kellerjordan.github.io/posts/muon/). AdamW trains whatever is no hidden matrix.
-With AdamW for the matrices too, a loss is 0.20 nats a byte higher (benchmarks/LOG.md).
+"""Muon: updates matrices by their orthogonalized momentum (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon/). AdamW trains all other parameters. With AdamW for the
+matrices too, the loss was 0.20 nats per byte higher (benchmarks/LOG.md).
 
-Shapes in comments: K matrices of one shape, R rows and C columns, are one stack.
+Shapes in comments: a stack holds K matrices of one shape, with R rows and C columns.
 """
 
 from typing import Any, ClassVar
@@ -17,10 +17,11 @@ STATES = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def orthogonalize(stack: Tensor) -> Tensor:
-    """Bring the singular values of each matrix in (K, R, C) near 1: to 0.7-1.2, unless they are
-    tiny. Five Newton-Schulz steps with Jordan's coefficients, which lift small values fastest."""
+    """Bring the singular values of each matrix in (K, R, C) close to 1 (0.7 to 1.2, unless they are
+    tiny) by five Newton-Schulz steps with Jordan's coefficients, which raise small values fastest.
+    """
     tall = stack.shape[1] > stack.shape[2]
-    x = stack.mT if tall else stack  # its Gram matrix is the smaller one
+    x = stack.mT if tall else stack  # has the smaller Gram matrix
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -30,10 +31,11 @@ def orthogonalize(stack: Tensor) -> Tensor:
 
 
 class Muon:
-    """Muon for those parameters of a `LanguageModel` whose role is "matrix", AdamW for the others.
+    """Muon for the parameters of a `LanguageModel` with the role "matrix", AdamW for the others.
 
-    Matrices of one shape are one stack: a step is a few batched matmuls, where `torch.optim.Muon`
-    loops over the tensors. The state is allocated here. Raises `UserError` if the model is sharded.
+    Matrices of the same shape are stacked, so a step is a few batched matmuls, while
+    `torch.optim.Muon` loops over the tensors. The state is allocated on construction. Raises
+    `UserError` if the model is sharded.
     """
 
     Config: ClassVar = MuonConfig
@@ -66,7 +68,9 @@ class Muon:
             weight_decay=0.0,
             fused=True,
         )
-        updates = torch.zeros(1 + len(others), device=device)  # Muon's, and one for each of AdamW's
+        updates = torch.zeros(
+            1 + len(others), device=device
+        )  # Muon's count, then one per AdamW parameter
         self._updates = updates[0]
         for name, count in zip(others, updates[1:], strict=True):
             state = {key: torch.zeros_like(named[name]) for key in STATES}
@@ -75,13 +79,13 @@ class Muon:
         self._state["updates"] = updates
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of matrices in the next step; the others keep their ratios to it."""
+        """Set the matrices' learning rate for the next step; the others keep their ratios to it."""
         self._lr = lr
 
     @torch.no_grad()
     def step(self, skip: Tensor) -> None:
-        """Update the weights from their gradients; where `skip` (a scalar on the device) is true,
-        nothing changes, and the host does not wait to know."""
+        """Update the weights from their gradients. If `skip` (a scalar on the device) is true,
+        nothing changes. The host does not wait for it."""
         momentum = self._momentum()
         for matrices, buffer in self._stacks:
             self._step_stack(matrices, buffer, momentum, skip)
@@ -92,7 +96,7 @@ class Muon:
         self._adamw.step()
 
     def _momentum(self) -> Tensor:
-        """Momentum rises in a straight line to its final value [modded-nanogpt]."""
+        """The momentum, which rises linearly to its final value [modded-nanogpt]."""
         c = self._config
         done = ((self._updates + 1) / max(1, c.momentum_warmup)).clamp(max=1)  # 0 ... 1
         return c.momentum_start + (c.momentum - c.momentum_start) * done
@@ -106,8 +110,8 @@ class Muon:
         update = gradient.lerp(averaged, momentum) if self._config.nesterov else averaged
         # bf16 is enough [Jordan] and fast on a GPU.
         update = orthogonalize(update.bfloat16() if update.is_cuda else update).float()
-        # A matrix of more rows than columns may change its output by as much as its input's size
-        # differs: what makes one rate fit all widths [Bernstein, "Deriving Muon"].
+        # Scale the updates of matrices with more rows than columns, so that one learning rate suits
+        # all widths [Bernstein, "Deriving Muon"].
         update *= max(1, update.shape[1] / update.shape[2]) ** 0.5
         if self._config.weight_decay:
             decay = self._config.weight_decay * torch.stack(matrices)
@@ -118,7 +122,7 @@ class Muon:
         torch._foreach_sub_(matrices, list(change))  # pyright: ignore[reportPrivateImportUsage]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`momentum.NAME` of matrices; `exp_avg.NAME` and `exp_avg_sq.NAME` of the others, all of
-        each parameter's shape; and `updates`, the number of steps that were not skipped, once for
-        Muon and once for each parameter of AdamW's."""
+        """`momentum.NAME` of matrices; `exp_avg.NAME` and `exp_avg_sq.NAME` of the others, shaped
+        like their parameters; and `updates`, the number of steps that were not skipped, once for
+        Muon and once per AdamW parameter."""
         return dict(self._state)

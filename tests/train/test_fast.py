@@ -1,5 +1,4 @@
-"""The modern model and Muon through the public commands: trained, killed, resumed, evaluated,
-sampled."""
+"""The modern model with Muon, through the command line: train, kill, resume, evaluate, sample."""
 
 import json
 from collections.abc import Callable
@@ -57,60 +56,62 @@ def fast(rekindle: Callable[..., Any], shard_set: Path) -> Callable[..., Any]:
     )
 
 
-def test_killed_and_resumed_it_has_the_same_bits(
+def test_killed_and_resumed_run_has_the_same_bits(
     fast: Callable, rekindle: Callable, records: Callable, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    assert fast(tmp_path / "straight").status == 0
+    assert fast(tmp_path / "uninterrupted").status == 0
     original = trainer.learning_rate
 
-    def killed(step: int, **options: Any) -> float:
+    def kill(step: int, **options: Any) -> float:
         if step == 6:
             raise KilledError
         return original(step, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "learning_rate", killed)
+        patch.setattr(trainer, "learning_rate", kill)
         with pytest.raises(KilledError):
             fast(tmp_path / "killed")
     assert "resumes at step 4" in fast(tmp_path / "killed").out
     for name in checkpoint.FILES:
         files = [
-            tmp_path / run / "checkpoints/step-000012" / name for run in ("straight", "killed")
+            tmp_path / run / "checkpoints/step-000012" / name for run in ("uninterrupted", "killed")
         ]
         assert files[0].read_bytes() == files[1].read_bytes()
     kinds = ("train", "validation", "samples")
-    assert records(tmp_path / "straight", *kinds) == records(tmp_path / "killed", *kinds)
-    saved = checkpoint.load(tmp_path / "straight" / "checkpoints" / "step-000012")
+    assert records(tmp_path / "uninterrupted", *kinds) == records(tmp_path / "killed", *kinds)
+    saved = checkpoint.load(tmp_path / "uninterrupted" / "checkpoints" / "step-000012")
     assert (saved.description.model_class, saved.description.optimizer_class) == ("modern", "muon")
     assert saved.model_class is Modern
-    losses = [r["loss"] for r in records(tmp_path / "straight", "validation")]
+    losses = [r["loss"] for r in records(tmp_path / "uninterrupted", "validation")]
     assert losses[-1] < losses[0] - 0.5
 
-    evaluated = rekindle("eval", tmp_path / "straight", "--device", "cpu", "--precision", "fp32",
-                         "--json")  # fmt: skip
+    flags = ["--device", "cpu", "--precision", "fp32", "--json"]
+    evaluated = rekindle("eval", tmp_path / "uninterrupted", *flags)
     validation = json.loads(evaluated.out)["validation"]["loss"]
     assert validation == pytest.approx(losses[-1], rel=1e-5)
     flags = ["--device", "cpu", "--tokens", 8, "--num", 2, "--json"]
-    sampled = rekindle("sample", tmp_path / "straight", *flags, "--prompt", "ab")
+    sampled = rekindle("sample", tmp_path / "uninterrupted", *flags, "--prompt", "ab")
     assert len(json.loads(sampled.out)["samples"]) == 2, sampled.err
 
 
-def test_another_model_cannot_resume_it(fast: Callable, rekindle: Callable, tmp_path: Path,
+def test_other_model_cannot_resume_the_run(fast: Callable, rekindle: Callable, tmp_path: Path,
                                         shard_set: Path) -> None:  # fmt: skip
     assert fast(tmp_path / "run", "--steps", 4).status == 0
     where = ["--data", shard_set, "--out", tmp_path / "run", "--device", "cpu"]
-    refused = rekindle("train", "demo", *where)
-    assert refused.status == 2
-    assert "was begun with another recipe" in refused.err
+    outcome = rekindle("train", "demo", *where)
+    assert outcome.status == 2
+    assert "was started with a different recipe" in outcome.err
 
 
-def test_its_flags_are_its_own(rekindle: Callable, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):  # GPT-2 has no such number
-        rekindle("train", "demo", "--data", tmp_path, "--out", tmp_path, "--model.head-size", 8)
+def test_gpt2_rejects_flags_of_the_modern_model(rekindle: Callable, tmp_path: Path) -> None:
+    arguments = ["train", "demo", "--data", tmp_path, "--out", tmp_path, "--model.head-size", 8]
+    outcome = rekindle(*arguments)  # GPT-2 has no head size of its own
+    assert outcome.status == 2
+    assert "has no --model.head-size" in outcome.err
 
 
-def test_another_length_has_the_numbers_of_its_rules() -> None:
+def test_with_steps_recomputes_hyperparameters() -> None:
     recipe = recipes.with_steps(get_recipe("demo-fast"), 150)
     assert recipe.optim == MuonConfig.by_rule(128, 150)
     assert recipe.schedule.warmup == warmup_steps(150) == 2
@@ -118,7 +119,7 @@ def test_another_length_has_the_numbers_of_its_rules() -> None:
 
 
 @pytest.mark.slow  # 278M parameters
-def test_the_full_size_takes_a_few_steps(
+def test_full_size_model_trains(
     rekindle: Callable, records: Callable, write_shards: Callable, tmp_path: Path
 ) -> None:
     write_shards(tmp_path / "data", [5000], [300])
