@@ -1,4 +1,4 @@
-"""What is known of the machine with the card: versions, which kernels it chooses, what it does."""
+"""Describes the GPU machine: versions, attention kernels, and the load of the GPU."""
 
 import argparse
 import os
@@ -21,11 +21,11 @@ from rekindle.runtime.device import Device, get_device
 
 FIELDS = ("driver_version", "clocks.max.sm", "clocks.sm", "power.limit", "temperature.gpu")
 UNDER_LOAD = ("clocks.sm", "power.draw", "temperature.gpu", "utilization.gpu")
-BUSY = 50.0  # percent of the time; below it the card compiles or waits
+BUSY = 50.0  # percent utilization; below that, the GPU waits or a model is being compiled
 
 
 def describe(device: Device) -> dict[str, Any]:
-    """What every figure depends on: the card, the machine, versions."""
+    """What every figure depends on: the GPU, the machine, and versions."""
     on_gpu = device.torch.type == "cuda"
     found = {
         "device": device.name,
@@ -37,7 +37,7 @@ def describe(device: Device) -> dict[str, Any]:
 
 
 def _query() -> dict[str, str]:
-    """What the driver says of the card."""
+    """The driver's description of the GPU; empty without nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader"]
     try:
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -47,7 +47,7 @@ def _query() -> dict[str, str]:
 
 
 class Load:
-    """Clocks, power and temperature of the card while it works. A CPU has none."""
+    """A context that samples clocks, power and temperature of a GPU. On a CPU it does nothing."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -63,7 +63,7 @@ class Load:
             try:
                 self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             except OSError as error:
-                print(f"without nvidia-smi no clocks: {error}", flush=True)
+                print(f"clocks are not recorded, nvidia-smi does not start: {error}", flush=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,16 +72,17 @@ class Load:
             self._lines = self._process.communicate()[0].splitlines()
 
     def medians(self) -> dict[str, float]:
-        """Of the samples in which the card was busy; empty if there are none."""
+        """The medians of the samples in which the GPU was busy; empty if there are none."""
         return medians(self._lines)
 
 
 def medians(lines: list[str]) -> dict[str, float]:
+    """The medians of nvidia-smi's lines, each with the values of `UNDER_LOAD`, for a busy GPU."""
     samples = []
     for line in lines:
         try:
             samples.append([float(value) for value in line.split(", ")])
-        except ValueError:  # a card that does not say, or a line cut short
+        except ValueError:  # "[N/A]", or an incomplete last line
             continue
     busy = [s for s in samples if len(s) == len(UNDER_LOAD) and s[-1] >= BUSY]
     columns = zip(*busy, strict=True) if busy else ()
@@ -91,8 +92,8 @@ def medians(lines: list[str]) -> dict[str, float]:
 
 
 def versions(o: argparse.Namespace, save: Callable[..., None]) -> None:
-    """The first arm: everything installed, the libraries really loaded, the kernels that attention
-    gets, and what is predicted for this card."""
+    """The first arm: installed packages, loaded libraries, attention kernels, and the predictions
+    for this GPU."""
     device = get_device(o.device)
     kernels, table = attention_kernels(device)
     found: dict[str, Any] = {
@@ -112,8 +113,8 @@ def versions(o: argparse.Namespace, save: Callable[..., None]) -> None:
 
 
 def attention_kernels(device: Device) -> tuple[list[str], str]:
-    """The kernels of a layer's causal attention, forward and backward, in training's shape; and
-    their table. On Hopper they should be cuDNN's."""
+    """The names of the kernels of causal attention in one layer, forward and backward pass, at the
+    shape of training, and the profiler's table. On Hopper cuDNN's kernels are expected."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.torch.type == "cuda"
@@ -127,7 +128,7 @@ def attention_kernels(device: Device) -> tuple[list[str], str]:
         F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
         device.synchronize()
 
-    once()  # makes plans
+    once()  # builds the execution plans
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
         once()
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
@@ -138,8 +139,8 @@ def attention_kernels(device: Device) -> tuple[list[str], str]:
 
 
 def loaded(*libraries: str) -> list[str]:
-    """The files of these libraries that this process has loaded: a system's cuDNN may shadow the
-    one that torch brings (Linux)."""
+    """The files of these libraries that this process has loaded (Linux only): the system's cuDNN
+    may shadow the one that is installed with torch."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     files = {line.split()[-1] for line in lines if "/" in line}

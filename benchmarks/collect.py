@@ -1,7 +1,7 @@
-"""The page's results, made from what `python -m benchmarks.gpu all` has left:
+"""Turn the output of `python -m benchmarks.gpu all` into result files for the benchmark page:
 
 python -m benchmarks.collect DIR   # writes results/gpu-*.json
-python -m benchmarks.tables        # then makes the page
+python -m benchmarks.tables        # generates the page from them
 """
 
 import argparse
@@ -20,8 +20,7 @@ Entries = dict[str, dict[str, Any]]  # an arm's last line of results
 
 
 def collect(folder: Path) -> dict[str, dict[str, Any]]:
-    """The content of gpu-NAME.json for each NAME that has a result; what an arm has not measured is
-    missing."""
+    """The content of gpu-NAME.json for each NAME that has a result."""
     entries = record.results(folder)
     found = {}
     for name, (begins, merge) in MERGED.items():
@@ -63,7 +62,7 @@ def _only(results: Entries) -> dict[str, Any]:
     return result
 
 
-# By the beginnings of the arms' names.
+# For each NAME: prefixes of the arms' names, and the function that merges their results.
 MERGED: dict[str, tuple[tuple[str, ...], Callable[[Entries], dict[str, Any]]]] = {
     "versions": (("versions",), _only),
     "kernels": (("kernels",), _only),
@@ -78,8 +77,10 @@ MERGED: dict[str, tuple[tuple[str, ...], Callable[[Entries], dict[str, Any]]]] =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="make the page's results of a visit's")
-    parser.add_argument("folder", type=Path, help="--out of benchmarks.gpu all")
+    parser = argparse.ArgumentParser(
+        description="write benchmarks/results/gpu-*.json from the output of all"
+    )
+    parser.add_argument("folder", type=Path, help="the --out folder of benchmarks.gpu all")
     o = parser.parse_args()
     for name, result in collect(o.folder).items():
         write_result(RESULTS / f"gpu-{name}.json", result)

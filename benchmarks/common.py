@@ -13,7 +13,7 @@ from typing import Any
 
 from rekindle.runtime.device import cpu_model
 
-# In a folder that `benchmarks.pack` has made: what is in it.
+# The description of the folder, if `benchmarks.pack` wrote it.
 PACKED = Path(__file__).parents[1] / "packed.json"
 
 

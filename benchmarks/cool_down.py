@@ -53,7 +53,8 @@ def one(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
 
 
 def train_and_score(o: argparse.Namespace, name: str) -> np.ndarray:
-    """The whole schedule of an arm, by the command line. Its losses by document, (documents,)."""
+    """Train an arm through the full schedule with the command line. Returns the mean loss of each
+    document, (documents,)."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         command = train_command(
@@ -67,7 +68,7 @@ def train_and_score(o: argparse.Namespace, name: str) -> np.ndarray:
 
 
 def summary(steps: int, tokens_per_step: int, found: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The mean loss of each arm, and how the others stand to autocast, the first."""
+    """The mean loss of each arm, and its difference from `autocast`."""
     reference = found["autocast"]
     return {
         "steps": steps,

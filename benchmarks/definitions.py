@@ -1,8 +1,8 @@
-"""The Triton kernels against the plain PyTorch that defines them, and what each takes.
+"""Compares the Triton kernels with the plain PyTorch code that defines them, and times both.
 
-The package's own tests need pytest and take minutes on a card; these few shapes are training's and
-two that divide by nothing. Both are compared with float64. Without a GPU, Triton's interpreter runs
-the kernels on shapes of no interest.
+The package's own tests need pytest and take minutes on a GPU. These few shapes are those of
+training, and two that are not multiples of any block size. Kernels and plain code are both compared
+with float64. Without a GPU, Triton's interpreter runs the kernels on small shapes.
 """
 
 import argparse
@@ -20,20 +20,21 @@ from rekindle.model import kernels
 from rekindle.model.kernels import common, mlp
 from rekindle.runtime.device import Device, get_device
 
-# Times the error of plain PyTorch in the same dtype: gradients are summed in another order.
+# A kernel's error may be this many times the error of plain PyTorch in the same dtype, because it
+# sums gradients in another order.
 ALLOWED = 1.5
-ROUNDING = {torch.bfloat16: 2**-9, torch.float32: 2**-21}  # of a result, which no one avoids
+ROUNDING = {torch.bfloat16: 2**-9, torch.float32: 2**-21}  # relative rounding error of a result
 REPEATS = 10
 
 Function = Callable[..., Tensor]
 
 
 def check(o: argparse.Namespace, save: Callable[..., None]) -> None:
-    """Compare every shape; `save` gets errors and, on a GPU, milliseconds."""
+    """Compare every shape. `save` is called with errors and, on a GPU, milliseconds."""
     device = get_device(o.device)
     on_gpu = device.torch.type == "cuda"
     if not on_gpu and common.triton and not common.INTERPRETED:
-        # Triton reads this when it is imported, so it takes another process.
+        # Triton reads this variable when it is imported, so another process is needed.
         command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]]
         subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
         return
@@ -55,7 +56,7 @@ def check(o: argparse.Namespace, save: Callable[..., None]) -> None:
 
 
 def _cases(on_gpu: bool) -> dict[str, tuple[Function, Function, Function, list[Tensor]]]:
-    """Each: the kernels, the plain form, the same for float64, and random inputs."""
+    """For each case: the kernels, the plain code, the same for float64, and random inputs."""
     torch.manual_seed(0)
     heads = [(8192, 768, 50_304), (1157, 75, 50_257)] if on_gpu else [(6, 24, 8192 + 77)]
     mlps = [(65_536, 768, 3072), (1157, 75, 201)] if on_gpu else [(130, 72, 200)]
@@ -75,7 +76,7 @@ def _cases(on_gpu: bool) -> dict[str, tuple[Function, Function, Function, list[T
 
 
 def _exact_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(hidden @ weight.T, targets)  # the plain form computes in float32
+    return F.cross_entropy(hidden @ weight.T, targets)  # the plain code computes in float32
 
 
 def _errors(ours: Function, plain: Function, exact: Function, inputs: list[Tensor]) -> Any:
@@ -89,12 +90,13 @@ def _errors(ours: Function, plain: Function, exact: Function, inputs: list[Tenso
         error, plain_error = ((t.double() - right).norm().item() for t in (mine, theirs))
         floor = ROUNDING[inputs[0].dtype] * size
         ratio = error / max(plain_error, floor)
-        if not ratio <= worst["ratio"]:  # nan is worse than anything
+        if not ratio <= worst["ratio"]:  # NaN is worse than any number
             worst = {"kernel": error / size, "plain": plain_error / size, "ratio": ratio}
     return {**worst, "passed": worst["ratio"] <= ALLOWED}
 
 
 def _values_and_gradients(f: Function, inputs: list[Tensor]) -> list[Tensor]:
+    """The value of `f` and its gradients, for a fixed random upstream gradient."""
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     y = f(*leaves)
     generator = torch.Generator("cpu").manual_seed(1)
@@ -104,7 +106,7 @@ def _values_and_gradients(f: Function, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def _milliseconds(f: Function, inputs: list[Tensor], device: Device) -> float:
-    """Of a forward and backward pass, eager; the median of some."""
+    """The median time of an eager forward and backward pass."""
     times = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -117,6 +119,6 @@ def _milliseconds(f: Function, inputs: list[Tensor], device: Device) -> float:
 
 
 def _chosen() -> list[str]:
-    """What autotuning chose for each shape of the MLP's matmuls."""
+    """The configuration that autotuning chose for each shape of the MLP's matmuls."""
     cache = getattr(mlp._matmul_gelu_kernel, "cache", {}) if common.triton else {}
     return [f"{key}: {configuration}" for key, configuration in cache.items()]

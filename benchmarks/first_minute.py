@@ -1,6 +1,6 @@
-"""A minute of real training, and the first steps' losses beside those of a CPU in float32.
+"""Trains for a minute, and compares the losses of the first steps with those of a CPU in float32.
 
-The CPU's losses are computed where there is time for it, by `benchmarks.pack`.
+`benchmarks.pack` computes the CPU's losses, so that a rented machine does not spend time on them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from rekindle.data import shards
 from rekindle.ladder import Levers, Work
 from rekindle.ladder.measure import make_trainer
 
-# Nats by which a loss in bf16 may differ from float32's after a few steps.
+# Largest difference in nats between a loss in bf16 and in float32 after a few steps.
 ALLOWED = 0.02
 EVAL_TOKENS = 524_288
 
@@ -37,7 +37,7 @@ def trajectory(recipe: str, data: Path, device: str, rows: int, steps: int, leve
 
 
 def reference(recipe: str, data: Path, rows: int, steps: int) -> dict[str, Any]:
-    """What a CPU computes in float32, and of which data."""
+    """The losses of a CPU in float32, and the fingerprint of the data."""
     fp32 = dataclasses.replace(LECTURE, precision="fp32")
     return {
         "recipe": recipe,
@@ -49,23 +49,23 @@ def reference(recipe: str, data: Path, rows: int, steps: int) -> dict[str, Any]:
 
 
 def train(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """First the comparison, which takes seconds, then the minute."""
+    """First compare losses, which takes seconds; then train for a minute."""
     found = {"against_cpu": _against_cpu(o)}
     print(found, flush=True)
     save(found)
-    gc.collect()  # the next process measures how much memory there is
+    gc.collect()  # the next process measures how much memory is free
     if o.device == "cuda":
         torch.cuda.empty_cache()
     save({**found, "minute": _minute(o)})
 
 
 def _against_cpu(o: argparse.Namespace) -> dict[str, Any]:
-    """The largest difference of any step's loss, for each way to compute."""
+    """The largest difference between the losses of a step, for each way to compute."""
     if not PACKED.exists():
-        return {"why_not": "no losses of a CPU: benchmarks.pack makes them"}
+        return {"why_not": "no losses of a CPU: only a folder from benchmarks.pack has them"}
     cpu = json.loads(PACKED.read_text())["reference"]
     if cpu["fingerprint"] != shards.read_manifest(o.data).fingerprint:
-        return {"why_not": "the losses of the CPU are those of other data"}
+        return {"why_not": "the losses of the CPU were computed from other data"}
     ways = {"autocast": LECTURE} | ({"bf16 + kernels": KERNELS} if o.device == "cuda" else {})
     found: dict[str, Any] = {"cpu": [round(loss, 5) for loss in cpu["losses"]]}
     for name, levers in ways.items():
@@ -81,7 +81,7 @@ def _against_cpu(o: argparse.Namespace) -> dict[str, Any]:
 
 
 def _minute(o: argparse.Namespace) -> dict[str, Any]:
-    """Train by the command line for `o.seconds` after the first step; then ask it to stop."""
+    """Train with the command line for `o.seconds` after the first step; then stop the run."""
     folder = Path(tempfile.mkdtemp())
     run = folder / "run"
     flags = ["--no-compile"] if o.no_compile else []

@@ -172,7 +172,8 @@ def measure(
     device: torch.device, rounds: int, tokens: int, config: GPT2Config,
     save: Callable[[dict[str, Any]], None],
 ) -> None:  # fmt: skip
-    """Time every arm at both batch sizes, and a token by its length; `save` gets all so far."""
+    """Time every arm at both batch sizes, and the cost of a token by length. `save` is called with
+    the results so far."""
     model = make_model(config).to(device)
     prompt = torch.randint(config.vocab_size, (PROMPT,)).tolist()
     result: dict[str, Any] = {"batches": []}

@@ -1,19 +1,19 @@
-"""The GPU's table, a command a row, and all of them in one command:
+"""The GPU benchmarks, one command each, and a command that runs all of them:
 
-    python -m benchmarks.gpu all --minutes 9.5 --out DIR   # again with --done DIR: what is left
+    python -m benchmarks.gpu all --minutes 9.5 --out DIR   # --done DIR runs the remaining arms
     torchrun --nproc-per-node 8 -m benchmarks.gpu scaling  # 1, 2, 4 and 8 ranks
 
-    python -m benchmarks.gpu step       --data DIR   # tokens/s beside the lecture's configuration
-    python -m benchmarks.gpu gate       --data DIR   # is the fast arithmetic right?
+    python -m benchmarks.gpu step       --data DIR   # tokens/s, compared with the lecture
+    python -m benchmarks.gpu gate       --data DIR   # correctness of the fast step
     python -m benchmarks.gpu sizes      --data DIR   # medium, large, XL
     python -m benchmarks.gpu hellaswag  --file FILE
     python -m benchmarks.gpu generate
     python -m benchmarks.gpu rehearsal  --data DIR   # the 10-billion-token command, killed once
 
-`all` is described in `benchmarks.plan`. The others write benchmarks/results/gpu-NAME.json after
-every arm. Each needs this repository and a folder of shards (or none: then what `benchmarks.pack`
-has put beside it, or else Python's manual, as GPT-2's tokens). `--device cpu --recipe gpt2-10m`
-tries a command where there is no GPU; what it then measures says nothing.
+`benchmarks.plan` describes `all`. The others write benchmarks/results/gpu-NAME.json after every
+arm. They need this repository and a folder of shards. Without --data they use the data in a folder
+from `benchmarks.pack`, or else Python's manual in GPT-2's tokens. `--device cpu --recipe gpt2-10m`
+is a trial of a command without a GPU; its figures are meaningless.
 """
 
 import argparse
@@ -44,25 +44,26 @@ from rekindle.runtime.device import Device, get_device
 from rekindle.runtime.distributed import get_world
 
 RESULTS = Path(__file__).parent / "results"
-# The repeats show the noise: a gap below twice theirs is none.
+# The repeats show the noise. A difference below twice the noise is not significant.
 ORDER = "lecture;bf16;bf16 + kernels;lecture;bf16;bf16 + kernels;lecture, eager"
 SIZES = "gpt2-124m;gpt2-medium;gpt2-large;gpt2-xl"
-Save = Callable[..., None]  # a result, and perhaps a table of the profiler
+Save = Callable[..., None]  # takes a result, and optionally a table of the profiler
 
 
 def step(o: argparse.Namespace, save: Save) -> None:
-    """Tokens per second of each arm: fresh processes, the same tokens, medians of the steps."""
+    """Tokens/s of each arm, from the median step. All arms read the same data."""
     rows = _rows(o)
     work = Work(o.recipe, str(o.data), o.device, rows, steps=o.steps, warmup=max(1, o.steps // 3))
     runs: list[dict[str, Any]] = []
-    for name in (o.arms or ORDER).split(";"):
+    names = (o.arms or ORDER).split(";")
+    for name in names:
         levers = ARMS[name]
         compiled = levers.compile and not o.no_compile
         levers = dataclasses.replace(levers, micro=min(levers.micro, rows), compile=compiled)
-        figures = measure_what_fits(work, levers)
+        figures = measure_what_fits(work, levers, here=len(names) == 1)
         table = figures.pop("kernel_table", "")
         if figures.get("out_of_memory"):
-            raise UserError(f"not one row of {o.recipe} fits into memory: name a smaller recipe")
+            raise UserError(f"one row of {o.recipe} does not fit in memory: use a smaller recipe")
         expected = prediction(name, get_device(o.device).name)
         runs.append({"arm": name, **figures, "predicted": expected})
         print(f"{name:24} {runs[-1]['tokens_per_s']:>10,.0f} tokens/s, predicted {expected}")
@@ -70,7 +71,7 @@ def step(o: argparse.Namespace, save: Save) -> None:
 
 
 def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """For each arm its rate, its repeats' spread, and how it stands to the lecture's."""
+    """The mean rate of each arm, the spread of its repeats, and its rate relative to `lecture`."""
     rates: dict[str, list[float]] = {}
     for run in runs:
         rates.setdefault(run["arm"], []).append(run["tokens_per_s"])
@@ -88,7 +89,7 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _rows(o: argparse.Namespace) -> int:
-    """Rows of the recipe's step, or of as much as there is data for."""
+    """Rows of the recipe's batch, halved until the data has enough of them."""
     recipe = recipes.get_recipe(o.recipe)
     windows = shards.read_manifest(o.data).tokens("train") // recipe.batch.length
     rows = recipe.batch.rows
@@ -98,7 +99,7 @@ def _rows(o: argparse.Namespace) -> int:
 
 
 def run_gate(o: argparse.Namespace, save: Save) -> None:
-    """Ten steps against float64, with planted bugs; then the loss after whole cool-downs."""
+    """Compare ten steps with float64, and plant bugs; then compare losses after full schedules."""
     device = get_device(o.device, "fp32")
     recipe, manifest = recipes.get_recipe(o.recipe), shards.read_manifest(o.data)
     T = min(256, recipe.batch.length)
@@ -122,8 +123,8 @@ def run_gate(o: argparse.Namespace, save: Save) -> None:
 
 
 def _bf16_errors(trial: gate.Trial, device: Device, compiled: Any) -> dict[str, float]:
-    """How far bf16 moves the weights from float64's way: by PyTorch, and by the kernels, which
-    must not be worse."""
+    """The error of the weight updates in bf16, relative to float64, with PyTorch and with the
+    kernels, which must not be worse."""
     half = dataclasses.replace(device, precision="bf16")
     reference = gate.plain_updates(trial)
     return {
@@ -134,23 +135,22 @@ def _bf16_errors(trial: gate.Trial, device: Device, compiled: Any) -> dict[str, 
 
 
 def sizes(o: argparse.Namespace, save: Save) -> None:
-    """Tokens per second and memory of the four sizes, and what recomputing activations gives."""
+    """Tokens/s and memory of the four sizes, with and without recomputing activations."""
     found: list[dict[str, Any]] = []
-    for name in o.sizes.split(";"):
-        for recompute in (False, True) if o.recompute is None else (o.recompute,):
-            levers = dataclasses.replace(
-                BF16, micro=32, compile=not o.no_compile, recompute=recompute
-            )
-            work = Work(name, str(o.data), o.device, 32, steps=6, warmup=2)
-            figures = measure_what_fits(work, levers)
-            table = figures.pop("kernel_table", "")
-            found.append({"recipe": name, "recompute": recompute, **figures})
-            print(name, recompute, figures.get("tokens_per_s"), flush=True)
-            save({"runs": found}, table)
+    choices = (False, True) if o.recompute is None else (o.recompute,)
+    arms = [(name, recompute) for name in o.sizes.split(";") for recompute in choices]
+    for name, recompute in arms:
+        levers = dataclasses.replace(BF16, micro=32, compile=not o.no_compile, recompute=recompute)
+        work = Work(name, str(o.data), o.device, 32, steps=6, warmup=2)
+        figures = measure_what_fits(work, levers, here=len(arms) == 1)
+        table = figures.pop("kernel_table", "")
+        found.append({"recipe": name, "recompute": recompute, **figures})
+        print(name, recompute, figures.get("tokens_per_s"), flush=True)
+        save({"runs": found}, table)
 
 
 def hellaswag(o: argparse.Namespace, save: Save) -> None:
-    """Seconds for all questions, after one pass that compiles and warms up."""
+    """Seconds for all questions, after a first pass that compiles the model."""
     from rekindle.data.tokenizer import get_tokenizer
     from rekindle.evaluate.scoring import evaluate, pack
     from rekindle.evaluate.tasks.hellaswag import HellaSwag
@@ -180,7 +180,7 @@ def hellaswag(o: argparse.Namespace, save: Save) -> None:
 
 
 def generate(o: argparse.Namespace, save: Save) -> None:
-    """`benchmarks.generate` on this device, with a model of the recipe's size."""
+    """Run `benchmarks.generate` on this device with a model of the recipe's size."""
     model = recipes.get_recipe(o.recipe).model
     config = dataclasses.replace(model, padded_vocab_size=model.vocab_size)
     generation.measure(torch.device(o.device), o.rounds, o.new_tokens, config, save)
@@ -197,36 +197,42 @@ WITHOUT_DATA = ("scaling", "hellaswag", "generate", "versions", "kernels")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="the GPU's table, a command a row")
+    parser = argparse.ArgumentParser(description="the GPU benchmarks")
     parser.add_argument("name", choices=("all", *COMMANDS))
     parser.add_argument("--data", type=Path, help="folder of shards (default: Python's manual)")
     parser.add_argument("--file", type=Path, help="HellaSwag, JSON lines or Parquet")
     parser.add_argument(
-        "--out", type=Path, help="where the figures go (JSON); of all: a folder for its three files"
+        "--out", type=Path, help="JSON file to write; all: folder for its three files"
     )
-    parser.add_argument("--done", type=Path, help="of all: --out of the call before")
-    parser.add_argument("--minutes", type=float, default=7.5, help="of all, and of rehearsal")
-    parser.add_argument("--arms", help=f"of step: {'; '.join(ARMS)} (default: {ORDER})")
-    parser.add_argument("--steps", type=int, default=30, help="of step: timed steps an arm")
-    parser.add_argument("--sizes", default=SIZES, help="of sizes: recipes")
+    parser.add_argument("--done", type=Path, help="all: --out of an earlier call")
+    parser.add_argument("--minutes", type=float, default=7.5, help="all, rehearsal: time limit")
+    parser.add_argument("--arms", help=f"step: {'; '.join(ARMS)} (default: {ORDER})")
+    parser.add_argument("--steps", type=int, default=30, help="step: timed steps per arm")
+    parser.add_argument("--sizes", default=SIZES, help="sizes: recipes, separated by semicolons")
     parser.add_argument(
-        "--recompute", action=argparse.BooleanOptionalAction, help="of sizes (default: both)"
+        "--recompute", action=argparse.BooleanOptionalAction, help="sizes (default: both)"
     )
-    parser.add_argument("--micro-batch", type=int, default=64, help="of scaling: rows at most")
-    parser.add_argument("--cool-down-steps", type=int, default=100, help="of gate; 0: none")
-    parser.add_argument("--cool-down-tokens", type=int, default=262_144, help="of gate: a step's")
-    parser.add_argument("--documents", type=int, default=2000, help="of gate: to score")
-    parser.add_argument("--seconds", type=float, default=60, help="of train: after its first step")
-    parser.add_argument("--rehearsal-minutes", type=float, default=4, help="of all")
-    parser.add_argument("--kill-seed", type=int, default=0, help="of rehearsal: decides the second")
-    parser.add_argument("--checkpoint-every", type=int, default=50, help="of rehearsal: steps")
-    parser.add_argument("--dollars-per-hour", type=float, help="of rehearsal: what the card costs")
-    parser.add_argument("--rounds", type=int, default=5, help="of generate")
-    parser.add_argument("--new-tokens", type=int, default=32, help="of generate: at batch 1")
-    parser.add_argument("--limit", type=int, help="of hellaswag: only the first questions")
+    parser.add_argument("--micro-batch", type=int, default=64, help="scaling: largest micro-batch")
+    parser.add_argument(
+        "--cool-down-steps", type=int, default=100, help="gate, cool-down: 0 disables it"
+    )
+    parser.add_argument(
+        "--cool-down-tokens", type=int, default=262_144, help="gate, cool-down: tokens per step"
+    )
+    parser.add_argument(
+        "--documents", type=int, default=2000, help="gate, cool-down: documents to score"
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="train: after the first step")
+    parser.add_argument("--rehearsal-minutes", type=float, default=4, help="all")
+    parser.add_argument("--kill-seed", type=int, default=0, help="rehearsal: seed of the kill time")
+    parser.add_argument("--checkpoint-every", type=int, default=50, help="rehearsal: steps")
+    parser.add_argument("--dollars-per-hour", type=float, help="rehearsal: price of the GPU")
+    parser.add_argument("--rounds", type=int, default=5, help="generate")
+    parser.add_argument("--new-tokens", type=int, default=32, help="generate: at batch 1")
+    parser.add_argument("--limit", type=int, help="hellaswag: number of questions")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--recipe", default="gpt2-124m")
-    parser.add_argument("--no-compile", action="store_true", help="only to try a command")
+    parser.add_argument("--no-compile", action="store_true", help="for a quick trial")
     parser.add_argument("--record", nargs=2, metavar=("DIR", "ARM"), help=argparse.SUPPRESS)
     return parser
 
@@ -250,7 +256,8 @@ def main() -> None:
 
 
 def _saver(o: argparse.Namespace) -> Save:
-    """Where results go, with what they depend on: a JSON file, or the files of `all`."""
+    """A function that saves results with the machine's description, to a JSON file or to the files
+    of `all`."""
     machine = card.describe(get_device(o.device, local_rank=get_world().local_rank))
     out = o.out or RESULTS / f"gpu-{o.name}.json"
 

@@ -1,10 +1,17 @@
-"""How `benchmarks.tables` shows what was measured on GPUs."""
+"""The tables of `benchmarks.tables` for measurements on GPUs."""
 
 from typing import Any
 
 
 def kernels(r: dict[str, Any]) -> list[list[str]]:
-    header = [f"the kernels: {r['kernels']}", "error", "of plain PyTorch", "ms", "plain", "passed"]
+    header = [
+        f"kernels: {r['kernels']}",
+        "error",
+        "error of PyTorch",
+        "ms",
+        "ms of PyTorch",
+        "passed",
+    ]
     rows = [header]
     for name, x in r["cases"].items():
         ms = [f"{x['ms'][way]:.3f}" if "ms" in x else "" for way in ("kernel", "plain")]
@@ -18,12 +25,12 @@ def train(r: dict[str, Any]) -> list[list[str]]:
     for way, x in r["against_cpu"].items():
         if isinstance(x, dict):
             steps, apart = len(x["losses"]), x["largest_difference_nats"]
-            text = f"{way}: largest difference of the first {steps} losses from the CPU's"
+            text = f"{way}: largest difference from the CPU in the first {steps} losses"
             rows.append([text, f"{apart} nats, {'passed' if x['passed'] else '**not passed**'}"])
     if minute := r.get("minute"):
         losses = minute["losses"]
         rows += [
-            ["first step done, compiled, after", f"{minute['first_step_s']} s"],
+            ["first step done, with compilation, after", f"{minute['first_step_s']} s"],
             [f"loss after {len(losses)} steps", f"{losses[-1]:.4f} (first: {losses[0]:.4f})"],
         ]
     return rows
@@ -40,7 +47,7 @@ def scaling(r: dict[str, Any]) -> list[list[str]]:
     ]
     rows = [header]
     for ranks, x in r["ranks"].items():
-        expected = f"{x['predicted']['tokens_per_s']:,.0f}" if x["predicted"] else ""
+        expected = _prediction(x["predicted"])
         for way, rate in x["tokens_per_s"].items():
             name = {"none": "not averaged", "ddp": "DDP", "flat": "one flat all-reduce"}[way]
             reduced = "overlap" in x and way in x["overlap"]
@@ -51,8 +58,16 @@ def scaling(r: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _prediction(predicted: dict[str, Any] | None) -> str:
+    """The predicted tokens/s, as a range if the all-reduce can overlap; empty without one."""
+    if not predicted:
+        return ""
+    ends = [f"{predicted[k]:,.0f}" for k in ("tokens_per_s", "tokens_per_s_overlapped")]
+    return " to ".join(dict.fromkeys(ends))
+
+
 def step(r: dict[str, Any]) -> list[list[str]]:
-    header = ["arm", "tokens/s", "spread of repeats", "against `lecture`"]
+    header = ["arm", "tokens/s", "spread of repeats", "relative to `lecture`"]
     rows = [
         [name, f"{x['tokens_per_s']:,}", f"{x['spread']:.1%}", f"{x['times_lecture'] or 0:.3f} ×"]
         for name, x in r["arms"].items()
@@ -79,15 +94,15 @@ def sizes(r: dict[str, Any]) -> list[list[str]]:
         for x in r["runs"]
         if not x.get("out_of_memory")
     ]  # fmt: skip
-    return [["recipe", "recomputing", "rows at once", "tokens/s", "memory"], *rows]
+    return [["recipe", "recompute", "micro-batch", "tokens/s", "memory"], *rows]
 
 
 def hellaswag(r: dict[str, Any]) -> list[list[str]]:
     return [
         [f"{r['questions']:,} questions", "seconds"],
         ["after warm-up (target: 2)", f"{r['seconds']['median']:.2f}"],
-        ["the first pass, compiling", f"{r['first_pass_s']:.1f}"],
-        ["tokenizing and packing, once a run", f"{r['packing_s']:.1f}"],
+        ["first pass, with compilation", f"{r['first_pass_s']:.1f}"],
+        ["tokenizing and packing, once per run", f"{r['packing_s']:.1f}"],
     ]
 
 
@@ -96,10 +111,10 @@ def rehearsal(r: dict[str, Any]) -> list[list[str]]:
         [f"{r['recipe']}, {r['wall_s']:.0f} s, killed after {r['killed_after_s']:.0f} s", ""],
         ["goodput, tokens/s", f"{r['goodput_tokens_per_s']:,}"],
     ]
-    if forecast := r.get("forecast"):  # at least two steps were taken
+    if forecast := r.get("forecast"):  # missing after fewer than two steps
         f = forecast["hours"]
         rows += [
-            ["forecast of the whole run, hours", f"{f['median']} (p10 {f['p10']}, p90 {f['p90']})"],
-            ["its cost, dollars", str(forecast["dollars"] or "give --dollars-per-hour")],
+            ["forecast of the full run, hours", f"{f['median']} (p10 {f['p10']}, p90 {f['p90']})"],
+            ["cost of the full run, dollars", str(forecast["dollars"] or "set --dollars-per-hour")],
         ]
     return rows

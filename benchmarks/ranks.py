@@ -1,12 +1,12 @@
-"""What several GPUs gain: a step of the recipe's batch on 1, 2, 4 and 8 ranks of one launch.
+"""Measures scaling: a step of the recipe's batch on 1, 2, 4 and 8 ranks of one launch.
 
     torchrun --nproc-per-node 8 -m benchmarks.gpu scaling
 
-Three ways to average the gradients: `none` (each rank keeps its own: the arithmetic alone), `ddp`
-(PyTorch's, as `rekindle train` uses it), and `flat` (one all-reduce of one buffer after the
-backward pass). What `ddp` and `flat` take longer than `none` is the part of their communication
-that does not overlap with arithmetic; of `ddp`, also what it costs that a model compiled within it
-is split along its buckets.
+Gradients are averaged in three ways: `none` (not at all, which shows the computation alone), `ddp`
+(PyTorch's DDP, as in `rekindle train`), and `flat` (one all-reduce of one buffer after the backward
+pass). The additional time of `ddp` and `flat` over `none` is the communication that does not
+overlap with computation. For `ddp` it includes the cost of splitting the compiled model at DDP's
+buckets.
 """
 
 import argparse
@@ -40,14 +40,14 @@ PREDICTIONS = Path(__file__).parent / "results" / "scaling.json"
 
 @dataclass
 class Group:
-    """The first `size` ranks of a launch, and what they compute on."""
+    """The first `size` ranks of a launch, and their model and data."""
 
     size: int
-    handle: Any  # of torch.distributed; None where there is one rank
+    handle: Any  # process group; None if there is one rank
     device: Device
     model: GPT2
     compile: bool
-    initial: dict[str, Tensor]  # weights that every way begins with
+    initial: dict[str, Tensor]  # weights at the start of every measurement
     recipe: Recipe
     batch: Tensor  # (accumulation, micro-batch, T + 1) token ids of this rank
 
@@ -55,14 +55,14 @@ class Group:
         if self.size > 1:
             dist.all_reduce(tensor, *operation, group=self.handle)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         if self.size > 1:
             self.all_reduce(torch.zeros(1, device=self.device.torch))
         self.device.synchronize()
 
 
 def scaling(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """Measure every number of ranks in turn; the ranks beyond wait. `save` is rank 0's."""
+    """Measure each number of ranks while the other ranks wait. Only rank 0 calls `save`."""
     world = distributed.get_world()
     device = get_device(o.device, local_rank=world.local_rank)
     distributed.connect(world, device.torch)
@@ -75,7 +75,7 @@ def scaling(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> No
     model = GPT2(recipe.model.for_training()).to(device.torch)
     model.use(choose_compute(device, recipe.batch.length))
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    warm_up = 1 if o.no_compile else 3  # steps that are not timed
+    warm_up = 1 if o.no_compile else 3  # untimed steps
     found: dict[str, Any] = {"recipe": o.recipe, "ranks": {}}
     for size in (n for n in RANKS if n <= world.size):
         handle = dist.new_group(list(range(size))) if world.size > 1 else None
@@ -91,7 +91,7 @@ def scaling(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> No
 
 
 def _batch(recipe: Recipe, size: int, rank: int, most: int) -> Tensor:
-    """Random tokens: this rank's part of a step, at `most` so many rows at once."""
+    """Random tokens for this rank's part of a step, in micro-batches of at most `most` rows."""
     rows = recipe.batch.rows // size
     micro = min(most, rows)
     generator = torch.Generator().manual_seed(rank)
@@ -100,7 +100,7 @@ def _batch(recipe: Recipe, size: int, rank: int, most: int) -> Tensor:
 
 
 def measure(group: Group, steps: int, warm_up: int) -> dict[str, Any]:
-    """Seconds and tokens/s of each way, the all-reduce alone, and how much of it overlaps."""
+    """Seconds and tokens/s of each way, seconds of the all-reduce alone, and its overlap."""
     ways = ("none", "ddp", "flat") if group.size > 1 else ("none",)
     tokens = group.size * group.batch[..., 1:].numel()
     seconds, weights = {}, {}
@@ -121,7 +121,7 @@ def measure(group: Group, steps: int, warm_up: int) -> dict[str, Any]:
             "bytes": 4 * weights["flat"].numel(),
             "exposed_s": {way: round(s, 6) for way, s in exposed.items()},
             "overlap": {way: round(min(1.0, 1 - s / alone), 3) for way, s in exposed.items()},
-            # Within rounding `ddp` averages the same gradients; `none` averages nothing.
+            # `ddp` averages the same gradients as `flat`, within rounding; `none` does not.
             "apart_from_flat": {
                 way: float((weights[way] - weights["flat"]).norm() / norm)
                 for way in ("ddp", "none")
@@ -131,17 +131,17 @@ def measure(group: Group, steps: int, warm_up: int) -> dict[str, Any]:
 
 
 def _train(group: Group, way: str, steps: int) -> list[float]:
-    """Train from the same weights; the seconds of each step."""
+    """Train from the initial weights. Returns the seconds of each step."""
     model, device, batch = group.model, group.device, group.batch
     model.load_state_dict(group.initial)
     parameters = list(model.parameters())
     sizes = [p.numel() for p in parameters]
     flat = torch.zeros(sum(sizes), device=device.torch)
     for p, view in zip(parameters, flat.split(sizes), strict=True):
-        p.grad = None if way == "ddp" else view.view_as(p)  # DDP has its own buffers
+        p.grad = None if way == "ddp" else view.view_as(p)  # DDP allocates its own buffers
     forward: Any = model
     if group.compile:
-        torch._dynamo.reset()  # what is compiled within DDP is split along its buckets
+        torch._dynamo.reset()  # a model compiled within DDP is split at its buckets
         forward = torch.compile(model, fullgraph=True, dynamic=False)
     if way == "ddp":
         forward = DistributedDataParallel(
@@ -150,10 +150,10 @@ def _train(group: Group, way: str, steps: int) -> list[float]:
         )  # fmt: skip
     optimizer = AdamW(model, group.recipe.optim)
     optimizer.set_lr(group.recipe.optim.lr)
-    never = torch.zeros((), dtype=torch.bool, device=device.torch)
+    no_skip = torch.zeros((), dtype=torch.bool, device=device.torch)
     seconds = []
     for _ in range(steps):
-        group.meet()
+        group.barrier()
         began = time.perf_counter()
         for p in parameters:
             if p.grad is not None:
@@ -168,7 +168,7 @@ def _train(group: Group, way: str, steps: int) -> list[float]:
             group.all_reduce(flat)
             flat /= group.size
         clip_gradients(parameters, group.recipe.grad_clip, grad_norm(parameters))
-        optimizer.step(never)
+        optimizer.step(no_skip)
         device.synchronize()
         seconds.append(time.perf_counter() - began)
     for p in parameters:
@@ -177,11 +177,11 @@ def _train(group: Group, way: str, steps: int) -> list[float]:
 
 
 def _all_reduces(group: Group, times: int) -> list[float]:
-    """Seconds of one all-reduce of all gradients, with nothing beside it."""
+    """Seconds of an all-reduce of all gradients, without computation at the same time."""
     flat = torch.zeros(sum(p.numel() for p in group.model.parameters()), device=group.device.torch)
     seconds = []
-    for _ in range(1 + times):  # the first opens connections
-        group.meet()
+    for _ in range(1 + times):  # the first one opens the connections
+        group.barrier()
         began = time.perf_counter()
         group.all_reduce(flat)
         group.device.synchronize()
@@ -190,17 +190,17 @@ def _all_reduces(group: Group, times: int) -> list[float]:
 
 
 def _slowest(group: Group, seconds: list[float]) -> float:
-    """The median of the rank where it is largest."""
+    """The largest median of any rank."""
     found = torch.tensor(median(seconds), dtype=torch.float64, device=group.device.torch)
     group.all_reduce(found, dist.ReduceOp.MAX)
     return float(found)
 
 
 def _prediction(recipe: Recipe, size: int) -> dict[str, Any] | None:
-    """What `benchmarks.scaling` predicts for so many H100s."""
+    """The prediction of `benchmarks.scaling` for `size` H100s, or None."""
     if not PREDICTIONS.exists():
         return None
     model = json.loads(PREDICTIONS.read_text())["models"].get(recipe.name)
     row = model["ranks"].get(str(size)) if model else None
-    keys = ("tokens_per_s", "all_reduce_ms", "efficiency")
+    keys = ("tokens_per_s", "tokens_per_s_overlapped", "all_reduce_ms", "overlap_ms")
     return {key: row[key] for key in keys} if row else None

@@ -1,8 +1,8 @@
-"""What a visit to a rented card leaves: three files that only grow, each below 16 MiB.
+"""The output of `benchmarks.gpu all`: three append-only files, each smaller than 16 MiB.
 
-`results.jsonl` holds a JSON object a line: an arm's results so far, or how the arm ended.
-`stderr.txt` holds all that the arms print. `kernels.txt` holds tables of the profiler. A line is
-written at once and is never changed, so that a machine may be lost at any moment.
+`results.jsonl` has one JSON object per line: an arm's results so far, or how the arm ended.
+`stderr.txt` has everything that the arms print, `kernels.txt` the tables of the profiler. Lines are
+written immediately and never changed, so that losing the machine loses at most the last line.
 """
 
 import json
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 16 * 2**20 - 1
-CUT = b"\n[cut: this file has its full size]\n"
-DONE, FAILED, STOPPED = "done", "failed", "stopped"  # how an arm ended; stopped: time was up
+CUT = b"\n[cut: the file has reached its size limit]\n"
+DONE, FAILED, STOPPED = "done", "failed", "stopped"  # how an arm ended; stopped: no time left
 
 
 class Record:
-    """The three files in `folder`, which is made if it is missing."""
+    """The three files in `folder`, which is created if it is missing."""
 
     def __init__(self, folder: Path, limit: int = LIMIT) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -26,24 +26,24 @@ class Record:
         self._limit = limit
 
     def result(self, arm: str, found: dict[str, Any]) -> None:
-        """Add an arm's results so far; a later line replaces an earlier one."""
+        """Append an arm's results so far. They replace earlier results of this arm."""
         self._line({"arm": arm, "event": "result", **found})
 
     def end(self, arm: str, status: str, seconds: float, why: str = "") -> None:
-        """Add how an arm ended: `DONE`, `FAILED` or `STOPPED`."""
+        """Append how an arm ended: `DONE`, `FAILED` or `STOPPED`."""
         ended = {"arm": arm, "event": "end", "status": status, "seconds": round(seconds, 1)}
         self._line({**ended, "why": why} if why else ended)
 
     def table(self, arm: str, text: str) -> None:
-        """Add a table of the profiler."""
+        """Append a table of the profiler."""
         self._append(self.kernels, f"==== {arm}\n{text}\n".encode())
 
     def printed(self, text: bytes) -> None:
-        """Add what an arm has printed."""
+        """Append output of an arm."""
         self._append(self.output, text)
 
     def copy_results(self, earlier: Path) -> None:
-        """Begin with the results of an earlier visit, unless they are here already."""
+        """Copy the results in the folder `earlier`, unless there are results already."""
         source = earlier / self.results.name
         if source.exists() and not self.results.exists():
             self._append(self.results, source.read_bytes())
@@ -51,7 +51,7 @@ class Record:
     def _line(self, entry: dict[str, Any]) -> None:
         stamped = {**entry, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         before = self.results.read_bytes()[-1:] if self.results.exists() else b""
-        torn = b"" if before in (b"", b"\n") else b"\n"  # a machine was lost within a line
+        torn = b"" if before in (b"", b"\n") else b"\n"  # the last line is incomplete
         self._append(self.results, torn + json.dumps(stamped).encode() + b"\n")
 
     def _append(self, path: Path, data: bytes) -> None:
@@ -63,7 +63,7 @@ class Record:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The lines of results in `folder`; a last line cut short by a lost machine is left out."""
+    """The entries of results.jsonl in `folder`, without incomplete lines."""
     path = folder / "results.jsonl"
     entries: list[dict[str, Any]] = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -75,10 +75,10 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Each arm's last results."""
+    """The last results of each arm."""
     return {e["arm"]: e for e in read(folder) if e["event"] == "result"}
 
 
 def statuses(folder: Path) -> dict[str, str]:
-    """How each arm ended the last time it ran."""
+    """How the last run of each arm ended."""
     return {e["arm"]: e["status"] for e in read(folder) if e["event"] == "end"}

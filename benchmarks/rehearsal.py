@@ -1,8 +1,8 @@
-"""The dress rehearsal: the README's command for the 10-billion-token run, for some minutes, with
-evaluation and checkpoints on and one SIGKILL at a random second.
+"""The dress rehearsal: the README's command for the 10-billion-token run, for a few minutes, with
+evaluation, checkpoints, and one SIGKILL at a random second.
 
-What it banks of the time is the goodput; from it and from the parts (steps, evaluations, starts)
-follows the forecast of the whole run, to be committed before anyone pays for one.
+It measures goodput (tokens of completed steps per second of the entire time), and forecasts the
+duration of the full run from the times of steps, evaluations and starts.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from benchmarks.common import quantiles
 from benchmarks.running import Running, train_command
 from rekindle import checkpoint, recipes, storage
 
-SETTLED = 5  # steps after a start that may still compile or warm up
-LATEST = 0.8  # of the time: then the run is killed, even if it has no checkpoint yet
+SETTLED = 5  # first steps, which may include compilation or warm-up
+LATEST = 0.8  # fraction of the time after which the run is killed even without a checkpoint
 
 
 def rehearse(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """Run, kill, run on until the time is up; `save` gets goodput and forecast."""
+    """Run, kill and resume until the time is up. `save` is called with goodput and forecast."""
     recipe = recipes.get_recipe(o.recipe)
     seconds = 60 * o.minutes
     kill_at = random.Random(o.kill_seed).uniform(0.25, 0.6) * seconds
@@ -38,7 +38,7 @@ def rehearse(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> N
         with Running(command) as first:
             first.let_run(kill_at)
             while not _saved(run) and time.monotonic() - began < LATEST * seconds:
-                first.let_run(0.5)  # or nothing would be there to resume from
+                first.let_run(0.5)  # without a checkpoint there is nothing to resume
             kill_at = time.monotonic() - began
         before = _steps(run)
         with Running(command) as second:
@@ -55,7 +55,7 @@ def _saved(run: Path) -> list[Path]:
 
 
 def _steps(run: Path) -> int:
-    """Steps logged so far; those after the newest checkpoint are lost in a kill."""
+    """Steps logged so far. A kill loses those after the newest checkpoint."""
     log = run / "metrics.jsonl"
     records = storage.read_json_lines(log) if log.exists() else []
     return sum(r["kind"] == "train" for r in records)
@@ -80,7 +80,7 @@ def _figures(
         "wall_s": round(wall, 1),
         "killed_after_s": round(kill_at, 1),
         "steps_before_the_kill": before,
-        "steps": len(steps),  # each counted once; those of the killed process that were lost, not
+        "steps": len(steps),  # without the lost steps of the killed process
         "banked_steps": banked,
         "goodput_tokens_per_s": round(len(steps) * recipe.batch.tokens / wall),
         "step_seconds": quantiles(settled) if len(settled) > 1 else None,
@@ -97,8 +97,8 @@ def _figures(
 def forecast(
     recipe: recipes.Recipe, seen: dict[str, Any], dollars_per_hour: float | None
 ) -> dict[str, Any]:
-    """Hours (and cost) of the whole run: all steps at the median, fast and slow decile, and the
-    evaluations, checkpoints and one start as they were seen."""
+    """Hours and cost of the full run: all steps at the median, p10 and p90, plus evaluations,
+    checkpoints and one start with their measured times."""
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values) if values else 0.0

@@ -1,4 +1,4 @@
-"""A `rekindle train` in a process of its own, watched until its first step and beyond."""
+"""Runs `rekindle train` in its own process and detects its first step."""
 
 import os
 import signal
@@ -11,32 +11,34 @@ from pathlib import Path
 
 from rekindle.evaluate.tasks import TASKS
 
-WAIT = 120.0  # seconds that a signalled run may take to save and end
+WAIT = 120.0  # seconds that a run may take to save and exit after a stop signal
 
 
 def train_command(recipe: str, data: Path, run: Path, device: str, *flags: object) -> list[str]:
-    """The README's command. Without a network no evaluation beyond the validation loss, unless the
-    flags name its file."""
+    """The README's command. Tasks that the flags give no file for are disabled, since they would
+    need a network."""
     without = [word for name in TASKS if f"--{name}" not in flags for word in (f"--{name}", "none")]
     command = [sys.executable, "-m", "rekindle", "train", recipe, "--data", data, "--out", run]
-    if device != "cuda":  # which is found by itself
+    if device != "cuda":  # a GPU is detected automatically
         command += ["--device", device]
     return [str(word) for word in [*command, *without, *flags]]
 
 
 class Running:
-    """The process. Use it as a context: it is killed at the end, if it still runs."""
+    """A context for a process, which is killed on exit if it is still running."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._began = time.monotonic()
         self._stepped = threading.Event()
-        self.first_step_s: float | None = None  # seconds until the first step was done
+        self.first_step_s: float | None = (
+            None  # seconds from the start to the end of the first step
+        )
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, bufsize=1,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
-        self._listener = threading.Thread(target=self._listen)
-        self._listener.start()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
 
     def __enter__(self) -> "Running":
         return self
@@ -44,32 +46,32 @@ class Running:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        self._listener.join()
+        self._reader.join()
 
-    def _listen(self) -> None:
+    def _read(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
             print(line, end="", flush=True)
             if "first step done" in line and self.first_step_s is None:
                 self.first_step_s = time.monotonic() - self._began
                 self._stepped.set()
-        self._stepped.set()  # it has ended
+        self._stepped.set()  # the process has ended
 
     def wait_for_first_step(self) -> None:
-        """Raises `SystemExit` if the run ends before."""
+        """Raises `SystemExit` if the run ends before its first step."""
         self._stepped.wait()
         if self.first_step_s is None:
             raise SystemExit(f"the run ended before its first step, status {self.process.wait()}")
 
     def let_run(self, seconds: float) -> None:
-        """Raises `SystemExit` if the run ends by itself within so many seconds."""
+        """Wait for `seconds`. Raises `SystemExit` if the run ends earlier."""
         try:
             status = self.process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
             return
-        raise SystemExit(f"the run ended by itself, with status {status}")
+        raise SystemExit(f"the run ended early, with status {status}")
 
     def stop(self) -> None:
-        """Ask the run to save and end, and wait until it has."""
+        """Send SIGTERM, and wait until the run has saved and exited."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(WAIT)

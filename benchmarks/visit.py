@@ -1,4 +1,4 @@
-"""Arms in the order of their worth, each in a fresh process, until the time is up."""
+"""Runs arms one after another, each in its own process, until the time is up."""
 
 import contextlib
 import os
@@ -15,16 +15,16 @@ from benchmarks.record import DONE, FAILED, STOPPED, Record
 
 @dataclass(frozen=True)
 class Arm:
-    """A command whose results are worth having by themselves."""
+    """A command whose results are useful on their own."""
 
     name: str
     command: tuple[str, ...]
-    least: float  # seconds that it needs; with fewer left it is not started
-    most: float  # seconds after which it is taken to hang
+    least: float  # seconds; with less time left, the arm is not started
+    most: float  # seconds after which the arm counts as hung
 
 
 def in_order(arms: Sequence[Arm], statuses: Mapping[str, str]) -> list[Arm]:
-    """What is left to do: not what is done; what failed comes last, since it may fail again."""
+    """The arms that are not done. Failed arms come last, because they may fail again."""
     left = [arm for arm in arms if statuses.get(arm.name) != DONE]
     return sorted(left, key=lambda arm: statuses.get(arm.name) == FAILED)
 
@@ -34,14 +34,14 @@ def visit(
     record: Record,
     seconds: float,
     env: Mapping[str, str] | None = None,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> None:
-    """Run the arms one after the other for at most so many seconds in all. What fails, hangs or
-    does not fit into the time left does not keep the next from running. SIGTERM ends the arm, too.
+    """Run the arms one after another, for at most `seconds` in total. An arm that fails, hangs or
+    needs more time than is left does not prevent the next one. SIGTERM also ends the running arm.
     """
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        _visit(arms, record, time.monotonic() + seconds, env, say)
+        _visit(arms, record, time.monotonic() + seconds, env, report)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -51,23 +51,23 @@ def _visit(
     record: Record,
     deadline: float,
     env: Mapping[str, str] | None,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
     for arm in arms:
         left = deadline - time.monotonic()
         if left < arm.least:
-            say(f"{arm.name}: left out, it needs {arm.least:.0f} s of {max(0, left):.0f} s left")
+            report(f"{arm.name}: not started, needs {arm.least:.0f} s of {max(0, left):.0f} s left")
             continue
         began = time.monotonic()
         status, why = _run(arm, record, min(left, arm.most), left < arm.most, env)
         record.end(arm.name, status, time.monotonic() - began, why)
-        say(f"{arm.name}: {status} in {time.monotonic() - began:.0f} s{why and f', {why}'}")
+        report(f"{arm.name}: {status} in {time.monotonic() - began:.0f} s{why and f', {why}'}")
 
 
 def _run(
     arm: Arm, record: Record, limit: float, is_last: bool, env: Mapping[str, str] | None
 ) -> tuple[str, str]:
-    """Run an arm in a process group of its own; return how it ended, and why."""
+    """Run an arm in its own process group. Returns how it ended, and why."""
     record.printed(f"\n==== {arm.name}\n".encode())
     process = subprocess.Popen(
         arm.command,
@@ -83,10 +83,10 @@ def _run(
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
-        return (STOPPED, "the time was up") if is_last else (FAILED, f"not over in {limit:.0f} s")
+        return (STOPPED, "no time left") if is_last else (FAILED, f"timeout after {limit:.0f} s")
     finally:
         _kill(process)
-        reader.join(5)  # a process that left the group may still hold the pipe
+        reader.join(5)  # a process that left the group may keep the pipe open
     return (DONE, "") if status == 0 else (FAILED, f"status {status}")
 
 
@@ -96,7 +96,7 @@ def _copy(pipe: int, record: Record) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the process and all that it started: they would hold the card's memory."""
+    """Kill the process and its children, which would otherwise keep the GPU's memory."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,5 +1,5 @@
-"""The ways to compute a step that the GPU benchmarks compare, each in every form they need it in:
-levers of a measured step, a `Compute`, and flags of `rekindle train`.
+"""The ways to compute a step that the GPU benchmarks compare: as levers of a measured step, as a
+`Compute`, and as flags of `rekindle train`.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import torch
 from rekindle.ladder import Levers
 from rekindle.model.compute import Compute
 
-# What the lecture ends with, from Rekindle's own code, at the micro-batch that fits such a card.
+# The lecture's final configuration, computed by Rekindle, with a micro-batch that fits an H100.
 LECTURE = Levers(
     precision="autocast", attention="fused", compile=True, padded=True, fused_adamw=True, micro=64
 )
@@ -25,7 +25,7 @@ ARMS = {
     "bf16 + kernels": KERNELS,
     "all": dataclasses.replace(KERNELS, separate_qkv=True),
 }
-# Of `rekindle train`, where the loss after a whole schedule is compared.
+# Flags of `rekindle train`, for comparing losses after a full schedule.
 FLAGS = {
     "autocast": ["--precision", "autocast"],
     "autocast, again": ["--precision", "autocast"],
@@ -34,8 +34,8 @@ FLAGS = {
 }
 NEED_A_GPU = ("bf16 + kernels",)
 
-# Of the correctness gate: the first must equal float64 within its limit, and the bugs are planted
-# into it; the others are in bf16.
+# The correctness gate requires these to equal float64 within its limit, and plants its bugs in the
+# first; `BF16_WAYS` are only measured.
 EXACT_WAYS = {"fp32, compiled": Compute(), "separate q, k, v": Compute(separate_qkv=True)}
 BF16_WAYS = {
     "pytorch": Compute(dtype=torch.bfloat16),

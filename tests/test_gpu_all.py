@@ -1,6 +1,6 @@
-"""All GPU benchmarks in one command: what fails or hangs keeps nothing from running, a later call
-resumes, and the whole path runs here from a packed folder, with small numbers and nothing installed
-but what a rented machine has."""
+"""All GPU benchmarks in one command: an arm that fails or hangs does not stop the others, a later
+call runs the remaining arms, and every arm runs end to end on a CPU, from a packed folder and
+without the packages that a rented machine lacks."""
 
 import json
 import os
@@ -20,14 +20,15 @@ from benchmarks.record import DONE, FAILED, STOPPED, Record
 from benchmarks.visit import Arm, in_order, visit
 from rekindle.data import shards
 from rekindle.errors import UserError
+from rekindle.recipes import named
 
 ROOT = Path(__file__).parents[1]
 
 
-# ---- The three files -----------------------------------------------------------------------------
+# ---- The three output files ----------------------------------------------------------------------
 
 
-def test_a_line_cut_short_loses_nothing_but_itself(tmp_path: Path) -> None:
+def test_incomplete_line_is_skipped(tmp_path: Path) -> None:
     kept = Record(tmp_path)
     kept.result("a", {"result": 1})
     kept.results.write_bytes(kept.results.read_bytes() + b'{"arm": "b", "ev')
@@ -37,7 +38,7 @@ def test_a_line_cut_short_loses_nothing_but_itself(tmp_path: Path) -> None:
     assert {arm: entry["result"] for arm, entry in found.items()} == {"a": 2, "c": 3}
 
 
-def test_no_file_grows_beyond_its_limit(tmp_path: Path) -> None:
+def test_files_stop_growing_at_the_limit(tmp_path: Path) -> None:
     kept = Record(tmp_path, limit=200)
     for n in range(9):
         kept.printed(b"%d" % n * 50)
@@ -48,14 +49,14 @@ def test_no_file_grows_beyond_its_limit(tmp_path: Path) -> None:
         assert path.read_bytes().endswith(record.CUT)
 
 
-def test_earlier_results_come_first_and_are_copied_once(tmp_path: Path) -> None:
+def test_earlier_results_are_copied_once(tmp_path: Path) -> None:
     Record(tmp_path / "a").end("x", DONE, 1)
     for _ in range(2):
         Record(tmp_path / "b").copy_results(tmp_path / "a")
     assert record.read(tmp_path / "a") == record.read(tmp_path / "b")
 
 
-# ---- Order, failures, resuming -------------------------------------------------------------------
+# ---- Order, failures, remaining arms -------------------------------------------------------------
 
 
 def python(name: str, code: str, least: float = 0, most: float = 60) -> Arm:
@@ -63,21 +64,21 @@ def python(name: str, code: str, least: float = 0, most: float = 60) -> Arm:
 
 
 def is_running(process: int) -> bool:
-    """Whether it is there, and more than a zombie that nobody has waited for."""
+    """Whether the process exists and is not a zombie."""
     command = ["ps", "-o", "stat=", "-p", str(process)]
     state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return bool(state) and not state.startswith("Z")
 
 
-def test_what_fails_comes_last_and_what_is_done_not_at_all() -> None:
+def test_failed_arms_come_last_and_done_arms_are_skipped() -> None:
     arms = [python(name, "") for name in "abcde"]
     left = in_order(arms, {"a": FAILED, "b": DONE, "d": STOPPED})
     assert [arm.name for arm in left] == ["c", "d", "e", "a"]
 
 
-def test_a_visit_and_the_next_one(tmp_path: Path) -> None:
-    """Real processes: one that works, one that fails, one that hangs with a child, one too long."""
-    out, flag = tmp_path / "out", tmp_path / "mended"
+def test_failing_and_hanging_arms_do_not_stop_the_others(tmp_path: Path) -> None:
+    """Real processes: one works, one fails, one hangs with a child, one needs too much time."""
+    out, flag = tmp_path / "out", tmp_path / "fixed"
     works = (
         "import sys; from pathlib import Path; from benchmarks.record import Record\n"
         f"Record(Path({str(out)!r})).result('works', {{'result': 5}})\n"
@@ -94,10 +95,10 @@ def test_a_visit_and_the_next_one(tmp_path: Path) -> None:
         python("too long", "", least=1000),
         python("last", "print('the last one')"),
     ]
-    said: list[str] = []
+    printed_lines: list[str] = []
     env = {"PYTHONPATH": str(ROOT)}
-    visit(arms, Record(out), 60, env, said.append)
-    assert [line.split(":")[0] for line in said] == [arm.name for arm in arms]
+    visit(arms, Record(out), 60, env, printed_lines.append)
+    assert [line.split(":")[0] for line in printed_lines] == [arm.name for arm in arms]
     assert record.statuses(out) == {
         "fails": FAILED, "works": DONE, "hangs": FAILED, "last": DONE
     }  # fmt: skip
@@ -111,20 +112,20 @@ def test_a_visit_and_the_next_one(tmp_path: Path) -> None:
     flag.touch()
     again = in_order(arms, record.statuses(out))
     assert [arm.name for arm in again] == ["too long", "fails", "hangs"]
-    visit(again, Record(out), 60, env, said.append)
+    visit(again, Record(out), 60, env, printed_lines.append)
     assert record.statuses(out)["fails"] == DONE
 
 
-def test_an_arm_that_exceeds_the_time_left_is_resumed_in_its_place(tmp_path: Path) -> None:
+def test_arm_without_enough_time_left_keeps_its_position(tmp_path: Path) -> None:
     hangs = python("hangs", "import time; time.sleep(60)")
     arms = [hangs, python("next", "")]
-    visit(arms, Record(tmp_path), 0.4, say=lambda line: None)
+    visit(arms, Record(tmp_path), 0.4, report=lambda line: None)
     assert record.statuses(tmp_path)["hangs"] == STOPPED
     assert in_order(arms, record.statuses(tmp_path))[0] == hangs
 
 
-def test_a_visit_that_is_ended_ends_its_arm(tmp_path: Path) -> None:
-    """It has a session of its own, and would hold the card."""
+def test_sigterm_kills_the_running_arm(tmp_path: Path) -> None:
+    """The arm runs in its own session and would otherwise keep the GPU's memory."""
     hangs = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     code = (
         "import sys; from pathlib import Path; from benchmarks.record import Record\n"
@@ -146,10 +147,10 @@ def test_a_visit_that_is_ended_ends_its_arm(tmp_path: Path) -> None:
     assert record.statuses(tmp_path) == {}
 
 
-# ---- What there is to do -------------------------------------------------------------------------
+# ---- The arms and their summary ------------------------------------------------------------------
 
 
-def test_the_most_precious_comes_first() -> None:
+def test_order_of_the_arms() -> None:
     o = gpu.make_parser().parse_args(["all", "--out", "x", "--file", "h.jsonl"])
     names = [arm.name for arm in plan.arms(o)]
     begins = [
@@ -162,7 +163,7 @@ def test_the_most_precious_comes_first() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_every_arm_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_arm_is_a_command() -> None:
     parser = gpu.make_parser()
     o = parser.parse_args(["all", "--out", "x", "--device", "cpu", "--no-compile", "--limit", "3"])
     for arm in plan.arms(o):
@@ -173,7 +174,7 @@ def test_every_arm_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (given.device, given.no_compile, given.limit) == ("cpu", True, 3)
 
 
-def test_each_card_has_its_own_prediction() -> None:
+def test_prediction_depends_on_the_gpu() -> None:
     h200, h100 = (
         predicted.prediction("lecture", name) for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
     )
@@ -184,7 +185,7 @@ def test_each_card_has_its_own_prediction() -> None:
     assert predicted.prediction("lecture, eager", "NVIDIA H200") is None
 
 
-def test_what_did_not_pass_is_said() -> None:
+def test_summary_lists_failed_checks() -> None:
     runs = [{"tokens_per_s": 5e5, "predicted": {"tokens_per_s": 6e5}}]
     results = {
         "bf16": {"result": {"runs": runs}},
@@ -193,12 +194,12 @@ def test_what_did_not_pass_is_said() -> None:
     }
     assert plan.summary(results) == [
         "bf16: 500,000 tokens/s, predicted 600,000.0",
-        "kernels: NOT PASSED: all of it",
+        "kernels: NOT PASSED: all",
         "train: NOT PASSED: bf16",
     ]
 
 
-def test_a_card_is_described_by_its_busy_moments() -> None:
+def test_clocks_are_medians_of_busy_samples() -> None:
     lines = [
         "300, 90, 40, 0",
         "1900, 690.5, 70, 99",
@@ -213,7 +214,7 @@ def test_a_card_is_described_by_its_busy_moments() -> None:
     assert card.medians([]) == {}
 
 
-def test_the_page_is_made_of_what_the_arms_left(tmp_path: Path) -> None:
+def test_collected_results_of_the_arms(tmp_path: Path) -> None:
     kept = Record(tmp_path)
 
     def save(arm: str, result: dict[str, Any]) -> None:
@@ -243,7 +244,7 @@ def test_the_page_is_made_of_what_the_arms_left(tmp_path: Path) -> None:
 
 # ---- From a packed folder ------------------------------------------------------------------------
 
-# As on a rented machine: these are not installed there.
+# Packages that are not installed on a rented machine.
 MISSING = (
     "pyarrow", "gigatoken", "awkward", "transformers", "matplotlib", "huggingface_hub", "pandas",
     "pytest", "hypothesis",
@@ -263,25 +264,40 @@ class Hide:
 
 sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
 """
+# The recipe `demo` of the packed folder: its model is smaller than that of any named recipe.
+SMALLER = """
+RECIPES["demo"] = dataclasses.replace(
+    RECIPES["demo"],
+    model=dataclasses.replace(RECIPES["demo"].model, n_layer=2, n_head=2, n_embd=32),
+    batch=Batch(tokens=512, length=64),
+)
+"""
 QUESTIONS = [{"ctx": "a b", "endings": ["c", "d", "e f", "g"], "label": 1}] * 4
 SMALL = (
     "--device", "cpu", "--recipe", "demo", "--no-compile", "--steps", "1", "--seconds", "1",
     "--cool-down-steps", "2", "--cool-down-tokens", "256", "--documents", "3", "--rounds", "2",
-    "--new-tokens", "4", "--rehearsal-minutes", "0.5", "--checkpoint-every", "1", "--sizes", "demo",
+    "--new-tokens", "4", "--rehearsal-minutes", "0.3", "--checkpoint-every", "1", "--sizes", "demo",
 )  # fmt: skip
 
 
 @pytest.fixture
-def packed(tmp_path: Path, write_shards: Callable[..., shards.Manifest], one_thread: None) -> Path:
-    """A packed folder with the tokens of bytes, and HellaSwag for GPT-2's."""
+def packed(
+    tmp_path: Path, write_shards: Callable[..., shards.Manifest], one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:  # fmt: skip
+    """A packed folder with byte tokens, HellaSwag, and `SMALLER` as its recipe `demo`."""
     data, questions = tmp_path / "data", tmp_path / "questions.jsonl"
     write_shards(data, [8000, 8000], [2000])
     questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    monkeypatch.setitem(named.RECIPES, "demo", named.RECIPES["demo"])  # undone after the test
+    exec(SMALLER, named.__dict__)
     pack.pack(data, questions, tmp_path / "packed", rows=1, steps=2, recipe="demo")
+    with (tmp_path / "packed" / "rekindle" / "recipes" / "named.py").open("a") as file:
+        file.write(SMALLER)
     return tmp_path / "packed"
 
 
-def test_what_is_packed(packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pack(packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = json.loads((packed / "packed.json").read_text())
     shards.verify(packed / "data", manifest := shards.read_manifest(packed / "data"))
     assert found["reference"]["fingerprint"] == manifest.fingerprint
@@ -291,9 +307,9 @@ def test_what_is_packed(packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert (packed / name).is_file()
     assert (packed / "benchmarks" / "results" / "predictions.json").is_file()
 
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         pack.pack(tmp_path / "data", None, packed, 1, 1, "demo")
-    with pytest.raises(UserError, match="no file of JSON lines"):
+    with pytest.raises(UserError, match="not a JSON lines file"):
         pack.pack(tmp_path / "data", tmp_path / "no.parquet", tmp_path / "new", 1, 1, "demo")
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr(pack, "LIMIT", pack.size(packed) + pack.SPARE - 10_000)
@@ -303,7 +319,7 @@ def test_what_is_packed(packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def on_a_bare_machine(packed: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """`python WORDS` in the packed folder, where what is missing there cannot be imported."""
+    """Run `python WORDS` in the packed folder. The packages in `MISSING` cannot be imported."""
     hide = packed.parent / "hide"
     hide.mkdir(exist_ok=True)
     (hide / "sitecustomize.py").write_text(HIDE)
@@ -312,23 +328,24 @@ def on_a_bare_machine(packed: Path, *words: object) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=packed, env=env, capture_output=True, text=True)
 
 
-def test_a_bare_machine_imports_the_packed_source_and_nothing_else(packed: Path) -> None:
+def test_packed_source_needs_no_missing_package(packed: Path) -> None:
     code = (
         "import benchmarks.gpu, benchmarks.measured, rekindle\n"
         "from rekindle.data.tokenizer import get_tokenizer\n"
         "print(rekindle.__file__, get_tokenizer('gpt2').encode('a b'))\n"
         "import pyarrow"
     )
-    said = on_a_bare_machine(packed, "-c", code)
-    assert said.stdout.strip() == f"{packed / 'rekindle' / '__init__.py'} [64, 275]"
-    assert said.stderr.strip().endswith("No module named 'pyarrow'")
+    ended = on_a_bare_machine(packed, "-c", code)
+    assert ended.stdout.strip() == f"{packed / 'rekindle' / '__init__.py'} [64, 275]"
+    assert ended.stderr.strip().endswith("No module named 'pyarrow'")
 
 
-@pytest.mark.slow  # some thirty processes that import torch
-@pytest.mark.timeout(1500)
-def test_everything_runs(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow  # 27 processes that import torch
+def test_every_arm_runs_and_a_second_call_has_nothing_left(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "found"
-    command = ["-m", "benchmarks.gpu", "all", "--minutes", "20", "--out", out, *SMALL]
+    command = ["-m", "benchmarks.gpu", "all", "--minutes", "8", "--out", out, *SMALL]
     ended = on_a_bare_machine(packed, *command)
     assert ended.returncode == 0, ended.stderr
     printed = (out / "stderr.txt").read_text()
@@ -344,6 +361,7 @@ def test_everything_runs(packed: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert results["kernels"]["kernels"] == "interpreted"
     assert results["train"]["against_cpu"]["autocast"]["passed"]
     assert results["train"]["minute"]["checkpoint"]
+    assert results["rehearsal"]["steps"] > 0
     assert results["step"]["arms"]["bf16"]["spread"] >= 0
     assert results["gate"]["cool_down"]["against_autocast"]["autocast, again"]["equivalent"]
     (tmp_path / "results").mkdir()
@@ -358,9 +376,9 @@ def test_everything_runs(packed: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert record.read(tmp_path / "more") == record.read(out)
 
 
-@pytest.mark.slow  # torchrun and two ranks import torch, and train for six steps each
+@pytest.mark.slow  # torchrun and two ranks import torch and train for six steps each
 def test_scaling(packed: Path, tmp_path: Path, python: Callable[..., Any]) -> None:
-    """Two ranks with gloo: both ways to average give the same weights, which none does not."""
+    """Two ranks with gloo: `ddp` and `flat` give the same weights, `none` does not."""
     out = tmp_path / "scaling.json"
     ended = python(
         "-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "benchmarks.gpu", "scaling",
