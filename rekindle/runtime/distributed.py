@@ -285,9 +285,8 @@ def rendezvous(store: Store, rank: int, size: int, limit: float) -> str:
         if limit and time.monotonic() - start_time > limit:
             missing = [str(r) for r, key in enumerate(arrivals) if not store.check([key])]
             raise UserError(
-                f"waited {limit:.0f} s for all {size} ranks, but these did not connect: "
-                f"{', '.join(missing)}; check that they were started, then run the same command "
-                "again"
+                f"waited {limit:.0f} s for all {size} ranks to connect: {', '.join(missing)} did "
+                "not come; check that they were started, then run the same command again"
             )
         time.sleep(0.05)
 
