@@ -31,7 +31,7 @@ python -m benchmarks.pack --data DIR --hellaswag FILE --out build/visit  # here;
 cd build/visit                                                           # on the GPU machine
 python -m benchmarks.gpu all --minutes 9.5 --out FOUND                   # no network needed
 python -m benchmarks.gpu all --minutes 9.5 --out MORE --done FOUND       # the remaining arms
-python -m benchmarks.collect MORE                                        # here; writes results/
+python -m benchmarks.collect MORE                                        # here; MORE includes FOUND
 ```
 """
 
