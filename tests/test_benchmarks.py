@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import cool_down, gpu, measured, rehearsal, tables, ways
 from rekindle import recipes
+from rekindle.ladder import Levers, Work
 from rekindle.recipes import Recipe
 
 Bench = Callable[..., dict[str, Any]]
@@ -72,6 +73,23 @@ def test_sizes(bench: Bench) -> None:
     runs = bench("sizes")["runs"]
     assert len(runs) == 8
     assert [run["recompute"] for run in runs[:2]] == [False, True]
+
+
+def test_micro_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[int] = []
+
+    def measure(work: Work, levers: Levers) -> dict[str, Any]:
+        attempts.append(levers.micro)
+        if levers.micro > 2:
+            raise torch.OutOfMemoryError
+        return {"micro": levers.micro}
+
+    monkeypatch.setattr(measured, "measure", measure)
+    monkeypatch.setattr(measured, "in_fresh_process", measured._try)
+    work, levers = Work("demo", "", "cpu", 8), dataclasses.replace(ways.LECTURE, micro=8)
+    for here in (True, False):
+        assert measured.measure_what_fits(work, levers, here=here) == {"micro": 2}
+    assert attempts == [8, 4, 2] * 2
 
 
 def test_gate(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
