@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.common import PACKED, quantiles
 from benchmarks.running import Running, train_command
-from benchmarks.ways import KERNELS, LECTURE
+from benchmarks.ways import KERNELS, LECTURE, LOSS_KERNEL
 from rekindle import checkpoint, storage
 from rekindle.data import shards
 from rekindle.ladder import Levers, Work
@@ -66,7 +66,9 @@ def _against_cpu(o: argparse.Namespace) -> dict[str, Any]:
     cpu = json.loads(PACKED.read_text())["reference"]
     if cpu["fingerprint"] != shards.read_manifest(o.data).fingerprint:
         return {"why_not": "the losses of the CPU were computed from other data"}
-    ways = {"autocast": LECTURE} | ({"bf16 + kernels": KERNELS} if o.device == "cuda" else {})
+    ways = {"autocast": LECTURE}
+    if o.device == "cuda":
+        ways |= {"bf16 + loss kernel": LOSS_KERNEL, "bf16 + kernels": KERNELS}
     found: dict[str, Any] = {"cpu": [round(loss, 5) for loss in cpu["losses"]]}
     for name, levers in ways.items():
         losses = trajectory(cpu["recipe"], o.data, o.device, cpu["rows"], cpu["steps"], levers)

@@ -45,7 +45,10 @@ from rekindle.runtime.distributed import get_world
 
 RESULTS = Path(__file__).parent / "results"
 # The repeats show the noise. A difference below twice the noise is not significant.
-ORDER = "lecture;bf16;bf16 + kernels;lecture;bf16;bf16 + kernels;lecture, eager"
+ORDER = (
+    "lecture;bf16;bf16 + loss kernel;bf16 + kernels;"
+    "lecture;bf16;bf16 + loss kernel;bf16 + kernels;lecture, eager"
+)
 SIZES = "gpt2-124m;gpt2-medium;gpt2-large;gpt2-xl"
 Save = Callable[..., None]  # takes a result, and optionally a table of the profiler
 

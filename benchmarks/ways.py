@@ -14,12 +14,13 @@ LECTURE = Levers(
     precision="autocast", attention="fused", compile=True, padded=True, fused_adamw=True, micro=64
 )
 BF16 = dataclasses.replace(LECTURE, precision="bf16")
-KERNELS = dataclasses.replace(BF16, loss_kernel=True, mlp_kernel=True)
+LOSS_KERNEL = dataclasses.replace(BF16, loss_kernel=True)
+KERNELS = dataclasses.replace(LOSS_KERNEL, mlp_kernel=True)
 ARMS = {
     "lecture, eager": dataclasses.replace(LECTURE, compile=False),
     "lecture": LECTURE,
     "bf16": BF16,
-    "bf16 + loss kernel": dataclasses.replace(BF16, loss_kernel=True),
+    "bf16 + loss kernel": LOSS_KERNEL,
     "bf16 + MLP kernel": dataclasses.replace(BF16, mlp_kernel=True),
     "bf16 + separate qkv": dataclasses.replace(BF16, separate_qkv=True),
     "bf16 + kernels": KERNELS,
@@ -29,15 +30,17 @@ ARMS = {
 FLAGS = {
     "autocast": ["--precision", "autocast"],
     "autocast, again": ["--precision", "autocast"],
+    "bf16 + loss kernel": ["--precision", "bf16", "--kernels", "loss"],
     "bf16": ["--precision", "bf16"],
-    "bf16 + kernels": ["--precision", "bf16", "--kernels"],
+    "bf16 + kernels": ["--precision", "bf16", "--kernels", "all"],
 }
-NEED_A_GPU = ("bf16 + kernels",)
+NEED_A_GPU = ("bf16 + loss kernel", "bf16 + kernels")
 
 # The correctness gate requires these to equal float64 within its limit, and plants its bugs in the
 # first; `BF16_WAYS` are only measured.
 EXACT_WAYS = {"fp32, compiled": Compute(), "separate q, k, v": Compute(separate_qkv=True)}
 BF16_WAYS = {
     "pytorch": Compute(dtype=torch.bfloat16),
+    "loss kernel": Compute(dtype=torch.bfloat16, loss_kernel=True),
     "kernels": Compute(dtype=torch.bfloat16, loss_kernel=True, mlp_kernel=True),
 }

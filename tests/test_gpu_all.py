@@ -154,8 +154,8 @@ def test_order_of_the_arms() -> None:
     o = gpu.make_parser().parse_args(["all", "--out", "x", "--file", "h.jsonl"])
     names = [arm.name for arm in plan.arms(o)]
     begins = [
-        "versions", "kernels", "train", "bf16 + kernels", "bf16", "lecture",
-        "bf16 + kernels, again", "bf16, again", "lecture, again", "gate", "cool-down: autocast",
+        "versions", "kernels", "train", "bf16 + loss kernel", "lecture", "bf16 + kernels", "bf16",
+        "bf16 + loss kernel, again", "lecture, again", "gate", "cool-down: autocast",
     ]  # fmt: skip
     assert names[: len(begins)] == begins
     rest = [name.split(":")[0] for name in names[len(begins) :]]

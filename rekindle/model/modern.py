@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rekindle.model import kernels
-from rekindle.model.attention import attend, attend_once
+from rekindle.model.attention import attend, attend_once, prefer_attend_once
 from rekindle.model.cache import KVCache, LayerCache
 from rekindle.model.compute import Compute
 from rekindle.model.linear import Linear, cast_linears, losses_in_pieces
@@ -95,7 +95,7 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """FlexAttention could be used here to skip what windows and documents mask."""
         causal = mask is None and q.shape[2] > 1  # a single new position attends to all
-        if q.shape[2] == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        if prefer_attend_once(q):
             return attend_once(q, k, v, mask)
         if self.compute.attention == "plain":
             return attend(q, k, v, mask, causal)

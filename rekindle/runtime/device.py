@@ -202,14 +202,15 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def choose_compute(device: Device, T: int, *, kernels: bool = False) -> Compute:
-    """The fastest way to compute on `device` with T tokens per sequence."""
+def choose_compute(device: Device, T: int, *, kernels: str = "none") -> Compute:
+    """The fastest way to compute on `device` with T tokens per sequence. `kernels`: Triton kernels
+    for none, the loss or all."""
     plain = device.torch.type == "cpu" and T <= SHORT
     return Compute(
         dtype=device.dtype,
         attention="plain" if plain else "fused",
-        loss_kernel=kernels,
-        mlp_kernel=kernels,
+        loss_kernel=kernels != "none",
+        mlp_kernel=kernels == "all",
     )
 
 
