@@ -13,6 +13,9 @@ from typing import Any
 
 from rekindle.runtime.device import cpu_model
 
+# The description of the folder, if `benchmarks.pack` wrote it.
+PACKED = Path(__file__).parents[1] / "packed.json"
+
 
 def command() -> str:
     """The current command line, without `--out` and with paths cut to their last part."""

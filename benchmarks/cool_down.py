@@ -8,7 +8,6 @@ compared document by document on held-out text. A repeat of the reference arm sh
 import argparse
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from benchmarks.running import train_command
+from benchmarks.ways import FLAGS, NEED_A_GPU
 from rekindle.data import shards
 from rekindle.data.batches import IGNORED
 from rekindle.data.tokenizer import get_tokenizer
@@ -25,12 +26,6 @@ from rekindle.loading import load
 from rekindle.model.gpt2 import GPT2
 from rekindle.runtime.device import Device, get_device
 
-ARMS = {
-    "autocast": ["--precision", "autocast"],
-    "autocast, again": ["--precision", "autocast"],
-    "bf16": ["--precision", "bf16"],
-    "bf16 + kernels": ["--precision", "bf16", "--kernels", "all"],
-}
 EQUIVALENT = 0.004  # nats: less than the difference between seeds
 SHORTEST, ROWS = 32, 16  # tokens per document; documents per batch
 
@@ -38,33 +33,52 @@ SHORTEST, ROWS = 32, 16  # tokens per document; documents per batch
 def cool_down(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
     """Train and score every arm. `save` is called with the losses and differences so far."""
     found: dict[str, np.ndarray] = {}
-    for name, flags in ARMS.items():
-        if "--kernels" in flags and o.device == "cpu":
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder, "run")
-            command = [
-                sys.executable, "-m", "rekindle", "train", o.recipe, "--data", o.data, "--out", run,
-                "--device", o.device, "--hellaswag", "none", "--eval-every", 0,
-                "--checkpoint-every", 0, "--steps", o.cool_down_steps,
-                "--schedule.warmup", max(1, o.cool_down_steps // 10),
-                "--batch.tokens", o.cool_down_tokens, "--batch.order", "shuffled", *flags,
-            ]  # fmt: skip
-            if o.device == "cpu":  # only a trial of the command
-                command.append("--no-compile")
-            subprocess.run([str(word) for word in command], check=True)
-            found[name] = document_losses(run, o.data, get_device(o.device), o.documents)
-        save({
+    for name in FLAGS:
+        if name not in NEED_A_GPU or o.device != "cpu":
+            found[name] = train_and_score(o, name)
+            save(summary(o.cool_down_steps, o.cool_down_tokens, found))
+
+
+def one(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
+    """Train and score the arm `o.arms`. `save` is called with the loss of each document."""
+    losses = train_and_score(o, o.arms)
+    save(
+        {
             "steps": o.cool_down_steps,
             "tokens_per_step": o.cool_down_tokens,
-            "documents": len(found[name]),
-            "loss": {arm: round(float(losses.mean()), 5) for arm, losses in found.items()},
-            "against_autocast": {
-                arm: paired(losses, found["autocast"])
-                for arm, losses in found.items()
-                if arm != "autocast"
-            },
-        })  # fmt: skip
+            "loss": round(float(losses.mean()), 5),
+            "losses": [round(float(loss), 5) for loss in losses],
+        }
+    )
+
+
+def train_and_score(o: argparse.Namespace, name: str) -> np.ndarray:
+    """Train an arm through the full schedule with the command line. Returns the mean loss of each
+    document, (documents,)."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        command = train_command(
+            o.recipe, o.data, run, o.device, "--eval-every", 0, "--checkpoint-every", 0,
+            "--steps", o.cool_down_steps, "--schedule.warmup", max(1, o.cool_down_steps // 10),
+            "--batch.tokens", o.cool_down_tokens, "--batch.order", "shuffled", *FLAGS[name],
+            *(["--no-compile"] if o.no_compile else []),
+        )  # fmt: skip
+        subprocess.run(command, check=True)
+        return document_losses(run, o.data, get_device(o.device), o.documents)
+
+
+def summary(steps: int, tokens_per_step: int, found: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The mean loss of each arm, and its difference from `autocast`."""
+    reference = found["autocast"]
+    return {
+        "steps": steps,
+        "tokens_per_step": tokens_per_step,
+        "documents": len(reference),
+        "loss": {arm: round(float(losses.mean()), 5) for arm, losses in found.items()},
+        "against_autocast": {
+            arm: paired(losses, reference) for arm, losses in found.items() if arm != "autocast"
+        },
+    }
 
 
 def paired(losses: np.ndarray, reference: np.ndarray) -> dict[str, Any]:

@@ -35,9 +35,9 @@ CONFIG = GPT2Config(padded_vocab_size=50257)
 Arm = Callable[[int], Any]  # takes the number of new tokens
 
 
-def make_model() -> GPT2:
+def make_model(config: GPT2Config) -> GPT2:
     torch.manual_seed(1337)
-    return GPT2(CONFIG).requires_grad_(False)
+    return GPT2(config).requires_grad_(False)
 
 
 def our_arms(model: GPT2, prompt: list[int], B: int, device: torch.device) -> dict[str, Arm]:
@@ -168,6 +168,29 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"device": name, "threads": torch.get_num_threads(), **environment(*PACKAGES)}
 
 
+def measure(
+    device: torch.device, rounds: int, tokens: int, config: GPT2Config,
+    save: Callable[[dict[str, Any]], None],
+) -> None:  # fmt: skip
+    """Time every arm at both batch sizes, and the cost of a token by length. `save` is called with
+    the results so far."""
+    model = make_model(config).to(device)
+    prompt = torch.randint(config.vocab_size, (PROMPT,)).tolist()
+    result: dict[str, Any] = {"batches": []}
+    for B in ROWS:
+        arms = our_arms(model, prompt, B, device)
+        if config == CONFIG:
+            arms |= their_arms(model, prompt, B, device)
+        new = tokens if B == 1 else tokens // 2
+        result["batches"].append(compare(arms, B, new, rounds, device))
+        print(json.dumps(result["batches"][-1], indent=2), flush=True)
+        save(result)
+    if config.block_size > 1000:
+        result["by_length"] = by_length(model, 5 * rounds, device)
+        print(json.dumps(result["by_length"], indent=2))
+        save(result)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="compare text generation with transformers")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -176,24 +199,19 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=32, help="new tokens; half as many at batch 32"
     )
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if min(arguments.rounds, arguments.tokens // 2) < 2:
+    o = parser.parse_args()
+    device = torch.device(o.device)
+    if min(o.rounds, o.tokens // 2) < 2:
         parser.error("--rounds must be at least 2, --tokens at least 4")
-    result: dict[str, Any] = machine(device)
-    model = make_model().to(device)
-    prompt = torch.randint(50257, (PROMPT,)).tolist()
-    result["batches"] = []
-    for B in ROWS:
-        arms = our_arms(model, prompt, B, device) | their_arms(model, prompt, B, device)
-        tokens = arguments.tokens if B == 1 else arguments.tokens // 2
-        result["batches"].append(compare(arms, B, tokens, arguments.rounds, device))
-        print(json.dumps(result["batches"][-1], indent=2), flush=True)
-    result["by_length"] = by_length(model, 5 * arguments.rounds, device)
-    print(json.dumps(result["by_length"], indent=2))
-    if arguments.out:
-        write_result(arguments.out, result)
-        print(f"written to {arguments.out}")
+    about = machine(device)
+
+    def save(result: dict[str, Any]) -> None:
+        if o.out:
+            write_result(o.out, {**about, **result})
+
+    measure(device, o.rounds, o.tokens, CONFIG, save)
+    if o.out:
+        print(f"written to {o.out}")
 
 
 if __name__ == "__main__":

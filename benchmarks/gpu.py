@@ -1,20 +1,23 @@
-"""The GPU's table, a command a row; in this order of importance, each at most 8 minutes:
+"""The GPU benchmarks, one command each, and a command that runs all of them:
 
-    python -m benchmarks.gpu step       --data DIR   # tokens/s beside the lecture's configuration
-    python -m benchmarks.gpu gate       --data DIR   # is the fast arithmetic right?
+    python -m benchmarks.gpu all --minutes 9.5 --out DIR   # --done DIR runs the remaining arms
+    torchrun --nproc-per-node 8 -m benchmarks.gpu scaling  # 1, 2, 4 and 8 ranks
+
+    python -m benchmarks.gpu step       --data DIR   # tokens/s, compared with the lecture
+    python -m benchmarks.gpu gate       --data DIR   # correctness of the fast step
     python -m benchmarks.gpu sizes      --data DIR   # medium, large, XL
     python -m benchmarks.gpu hellaswag  --file FILE
     python -m benchmarks.gpu generate
     python -m benchmarks.gpu rehearsal  --data DIR   # the 10-billion-token command, killed once
 
-Each writes benchmarks/results/gpu-NAME.json after every arm. Needs this repository and a folder of
-shards (or none: then Python's manual, as GPT-2's tokens). `--device cpu --recipe gpt2-10m` tries a
-command where there is no GPU; what it then measures says nothing.
+`benchmarks.plan` describes `all`. The others write benchmarks/results/gpu-NAME.json after every
+arm. They need this repository and a folder of shards. Without --data they use the data in a folder
+from `benchmarks.pack`, or else Python's manual in GPT-2's tokens. `--device cpu --recipe gpt2-10m`
+is a trial of a command without a GPU; its figures are meaningless.
 """
 
 import argparse
 import dataclasses
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,55 +27,54 @@ from typing import Any
 
 import torch
 
-from benchmarks import gate, rehearsal
-from benchmarks.common import environment, quantiles, write_result
-from benchmarks.cool_down import cool_down
+from benchmarks import card, cool_down, definitions, first_minute, gate, plan, ranks, rehearsal
+from benchmarks import generate as generation
+from benchmarks.common import PACKED, quantiles, write_result
+from benchmarks.measured import measure_what_fits
+from benchmarks.predicted import prediction
+from benchmarks.record import Record
+from benchmarks.ways import ARMS, BF16, BF16_WAYS, EXACT_WAYS
 from rekindle import recipes
 from rekindle.data import shards, sources
 from rekindle.data.prepare import prepare
 from rekindle.errors import UserError
-from rekindle.ladder import Levers, Work, measure_what_fits
-from rekindle.model.compute import Compute
+from rekindle.ladder import Work
 from rekindle.model.gpt2 import GPT2
 from rekindle.runtime.device import Device, get_device
+from rekindle.runtime.distributed import get_world
 
 RESULTS = Path(__file__).parent / "results"
-
-# What the lecture ends with, from Rekindle's own code, at the micro-batch that fits such a card.
-LECTURE = Levers(
-    precision="autocast", attention="fused", compile=True, padded=True, fused_adamw=True, micro=64
+# The repeats show the noise. A difference below twice the noise is not significant.
+ORDER = (
+    "lecture;bf16;bf16 + loss kernel;bf16 + kernels;"
+    "lecture;bf16;bf16 + loss kernel;bf16 + kernels;lecture, eager"
 )
-BF16 = dataclasses.replace(LECTURE, precision="bf16")
-KERNELS = dataclasses.replace(BF16, loss_kernel=True, mlp_kernel=True)
-ARMS = {
-    "lecture, eager": dataclasses.replace(LECTURE, compile=False),
-    "lecture": LECTURE,
-    "bf16": BF16,
-    "bf16 + loss kernel": dataclasses.replace(BF16, loss_kernel=True),
-    "bf16 + MLP kernel": dataclasses.replace(BF16, mlp_kernel=True),
-    "bf16 + separate qkv": dataclasses.replace(BF16, separate_qkv=True),
-    "bf16 + kernels": KERNELS,
-    "all": dataclasses.replace(KERNELS, separate_qkv=True),
-}
-# The repeats show the noise: a gap below twice theirs is none.
-ORDER = "lecture;bf16;bf16 + kernels;lecture;bf16;bf16 + kernels;lecture, eager"
-NAMES = ("step", "gate", "sizes", "hellaswag", "generate", "rehearsal")
+SIZES = "gpt2-124m;gpt2-medium;gpt2-large;gpt2-xl"
+Save = Callable[..., None]  # takes a result, and optionally a table of the profiler
 
 
-def step(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """Tokens per second of each arm: fresh processes, the same tokens, medians of 30 steps."""
+def step(o: argparse.Namespace, save: Save) -> None:
+    """Tokens/s of each arm, from the median step. All arms read the same data."""
     rows = _rows(o)
     work = Work(o.recipe, str(o.data), o.device, rows, steps=o.steps, warmup=max(1, o.steps // 3))
     runs: list[dict[str, Any]] = []
-    for name in o.arms.split(";"):
-        levers = dataclasses.replace(ARMS[name], micro=min(ARMS[name].micro, rows))
-        runs.append({"arm": name, **measure_what_fits(work, levers)[1]})
-        print(f"{name:24} {runs[-1]['tokens_per_s']:>10,.0f} tokens/s", flush=True)
-        save({"recipe": o.recipe, "rows": rows, "runs": runs, "arms": _compare(runs)})
+    names = (o.arms or ORDER).split(";")
+    for name in names:
+        levers = ARMS[name]
+        compiled = levers.compile and not o.no_compile
+        levers = dataclasses.replace(levers, micro=min(levers.micro, rows), compile=compiled)
+        figures = measure_what_fits(work, levers, here=len(names) == 1)
+        table = figures.pop("kernel_table", "")
+        if figures.get("out_of_memory"):
+            raise UserError(f"one row of {o.recipe} does not fit in memory: use a smaller recipe")
+        expected = prediction(name, get_device(o.device).name)
+        runs.append({"arm": name, **figures, "predicted": expected})
+        print(f"{name:24} {runs[-1]['tokens_per_s']:>10,.0f} tokens/s, predicted {expected}")
+        save({"recipe": o.recipe, "rows": rows, "runs": runs, "arms": compare(runs)}, table)
 
 
-def _compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """For each arm its rate, its repeats' spread, and how it stands to the lecture's."""
+def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean rate of each arm, the spread of its repeats, and its rate relative to `lecture`."""
     rates: dict[str, list[float]] = {}
     for run in runs:
         rates.setdefault(run["arm"], []).append(run["tokens_per_s"])
@@ -90,7 +92,7 @@ def _compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _rows(o: argparse.Namespace) -> int:
-    """Rows of the recipe's step, or of as much as there is data for."""
+    """Rows of the recipe's batch, halved until the data has enough of them."""
     recipe = recipes.get_recipe(o.recipe)
     windows = shards.read_manifest(o.data).tokens("train") // recipe.batch.length
     rows = recipe.batch.rows
@@ -99,64 +101,59 @@ def _rows(o: argparse.Namespace) -> int:
     return rows
 
 
-def run_gate(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """Ten steps against float64, with planted bugs; then the loss after whole cool-downs."""
+def run_gate(o: argparse.Namespace, save: Save) -> None:
+    """Compare ten steps with float64, and plant bugs; then compare losses after full schedules."""
     device = get_device(o.device, "fp32")
-    recipe = recipes.get_recipe(o.recipe)
+    recipe, manifest = recipes.get_recipe(o.recipe), shards.read_manifest(o.data)
     T = min(256, recipe.batch.length)
-    tokens = shards.open_split(o.data, shards.read_manifest(o.data), "train")[0]
+    tokens = shards.open_split(o.data, manifest, "train")[0]
     count = gate.STEPS * 2 * 2 * (T + 1)
     batch = torch.from_numpy(tokens[:count].astype("int64")).view(gate.STEPS, 2, 2, T + 1)
-    plain = dataclasses.replace(recipe.model, padded_vocab_size=recipe.model.vocab_size)
+    V = manifest.vocab_size
+    plain = dataclasses.replace(recipe.model, vocab_size=V, padded_vocab_size=V)
     trial = gate.Trial.make(plain, batch.to(device.torch))  # type: ignore
 
     def compiled(model: GPT2) -> Any:
         torch._dynamo.reset()
-        return torch.compile(model, fullgraph=True, dynamic=False)
+        return model if o.no_compile else torch.compile(model, fullgraph=True, dynamic=False)
 
-    ways = {"fp32, compiled": Compute(), "separate q, k, v": Compute(separate_qkv=True)}
-    result: dict[str, Any] = {"updates": gate.check(trial, ways, device, compiled)}
+    result: dict[str, Any] = {"updates": gate.check(trial, EXACT_WAYS, device, compiled)}
     print(f"updates: passed {result['updates']['passed']}", flush=True)
     result["bf16"] = _bf16_errors(trial, device, compiled)
     save(result)
-    cool_down(o, lambda found: save({**result, "cool_down": found}))
+    if o.cool_down_steps:
+        cool_down.cool_down(o, lambda found: save({**result, "cool_down": found}))
 
 
 def _bf16_errors(trial: gate.Trial, device: Device, compiled: Any) -> dict[str, float]:
-    """How far bf16 moves the weights from float64's way: by PyTorch, and by the kernels, which
-    must not be worse."""
-    bf16 = Compute(dtype=torch.bfloat16)
-    ways = {"pytorch": bf16}
-    if device.torch.type == "cuda":
-        ways["kernels"] = dataclasses.replace(bf16, loss_kernel=True, mlp_kernel=True)
+    """The error of the weight updates in bf16, relative to float64, with PyTorch and with the
+    kernels, which must not be worse."""
     half = dataclasses.replace(device, precision="bf16")
     reference = gate.plain_updates(trial)
     return {
         name: gate.distance(gate.fast_updates(trial, compute, half, compiled), reference)[0]
-        for name, compute in ways.items()
+        for name, compute in BF16_WAYS.items()
+        if name == "pytorch" or device.torch.type == "cuda"
     }
 
 
-def sizes(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """Tokens per second and memory of the four sizes, and what recomputing activations gives."""
+def sizes(o: argparse.Namespace, save: Save) -> None:
+    """Tokens/s and memory of the four sizes, with and without recomputing activations."""
     found: list[dict[str, Any]] = []
-    best = dataclasses.replace(BF16, micro=32)
-    for name in ("gpt2-124m", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        for recompute in (False, True):
-            levers = dataclasses.replace(best, recompute=recompute)
-            work = Work(name, str(o.data), o.device, 32, steps=6, warmup=2)
-            try:
-                _, figures = measure_what_fits(work, levers)
-            except UserError as error:  # not even one row
-                figures = {"out_of_memory": True}
-                print(error, flush=True)
-            found.append({"recipe": name, "recompute": recompute, **figures})
-            print(name, recompute, figures.get("tokens_per_s"), flush=True)
-            save({"runs": found})
+    choices = (False, True) if o.recompute is None else (o.recompute,)
+    arms = [(name, recompute) for name in o.sizes.split(";") for recompute in choices]
+    for name, recompute in arms:
+        levers = dataclasses.replace(BF16, micro=32, compile=not o.no_compile, recompute=recompute)
+        work = Work(name, str(o.data), o.device, 32, steps=6, warmup=2)
+        figures = measure_what_fits(work, levers, here=len(arms) == 1)
+        table = figures.pop("kernel_table", "")
+        found.append({"recipe": name, "recompute": recompute, **figures})
+        print(name, recompute, figures.get("tokens_per_s"), flush=True)
+        save({"runs": found}, table)
 
 
-def hellaswag(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """Seconds for all questions, after one pass that compiles and warms up."""
+def hellaswag(o: argparse.Namespace, save: Save) -> None:
+    """Seconds for all questions, after a first pass that compiles the model."""
     from rekindle.data.tokenizer import get_tokenizer
     from rekindle.evaluate.scoring import evaluate, pack
     from rekindle.evaluate.tasks.hellaswag import HellaSwag
@@ -168,9 +165,12 @@ def hellaswag(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> 
     task, tokenizer = HellaSwag(), get_tokenizer("gpt2")
     began = time.perf_counter()
     items = task.load(str(o.file) if o.file else "hub", tokenizer)[: o.limit]
-    (packed,) = pack([(task, items)], model.config.block_size, device, compiled=True)
+    compiled = not o.no_compile
+    (packed,) = pack([(task, items)], model.config.block_size, device, compiled=compiled)
     packing = time.perf_counter() - began
-    body = torch.compile(model.transformer, fullgraph=True, dynamic=False)
+    body: Any = model.transformer
+    if compiled:
+        body = torch.compile(body, fullgraph=True, dynamic=False)
     seconds = []
     for _ in range(4):
         began = time.perf_counter()
@@ -182,62 +182,100 @@ def hellaswag(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> 
             save({**result, "seconds": quantiles(seconds[1:])})
 
 
-def generate(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """`benchmarks.generate` on this device, which writes the file itself."""
-    command = [sys.executable, "-m", "benchmarks.generate", "--device", o.device]
-    subprocess.run([*command, "--out", str(o.out)], check=True)
+def generate(o: argparse.Namespace, save: Save) -> None:
+    """Run `benchmarks.generate` on this device with a model of the recipe's size."""
+    model = recipes.get_recipe(o.recipe).model
+    config = dataclasses.replace(model, padded_vocab_size=model.vocab_size)
+    generation.measure(torch.device(o.device), o.rounds, o.new_tokens, config, save)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Save], None]] = {
+    "scaling": ranks.scaling,
+    "step": step, "gate": run_gate, "sizes": sizes, "hellaswag": hellaswag, "generate": generate,
+    "rehearsal": rehearsal.rehearse,
+    "versions": card.versions, "kernels": definitions.check, "train": first_minute.train,
+    "cool-down": cool_down.one,
+}  # fmt: skip
+WITHOUT_DATA = ("scaling", "hellaswag", "generate", "versions", "kernels")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="the GPU benchmarks")
+    parser.add_argument("name", choices=("all", *COMMANDS))
+    parser.add_argument("--data", type=Path, help="folder of shards (default: Python's manual)")
+    parser.add_argument("--file", type=Path, help="HellaSwag, JSON lines or Parquet")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write; all: folder for its three files"
+    )
+    parser.add_argument("--done", type=Path, help="all: --out of an earlier call")
+    parser.add_argument("--minutes", type=float, default=7.5, help="all, rehearsal: time limit")
+    parser.add_argument("--arms", help=f"step: {'; '.join(ARMS)} (default: {ORDER})")
+    parser.add_argument("--steps", type=int, default=30, help="step: timed steps per arm")
+    parser.add_argument("--sizes", default=SIZES, help="sizes: recipes, separated by semicolons")
+    parser.add_argument(
+        "--recompute", action=argparse.BooleanOptionalAction, help="sizes (default: both)"
+    )
+    parser.add_argument("--micro-batch", type=int, default=64, help="scaling: largest micro-batch")
+    parser.add_argument(
+        "--cool-down-steps", type=int, default=100, help="gate, cool-down: 0 disables it"
+    )
+    parser.add_argument(
+        "--cool-down-tokens", type=int, default=262_144, help="gate, cool-down: tokens per step"
+    )
+    parser.add_argument(
+        "--documents", type=int, default=2000, help="gate, cool-down: documents to score"
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="train: after the first step")
+    parser.add_argument("--rehearsal-minutes", type=float, default=4, help="all")
+    parser.add_argument("--kill-seed", type=int, default=0, help="rehearsal: seed of the kill time")
+    parser.add_argument("--checkpoint-every", type=int, default=50, help="rehearsal: steps")
+    parser.add_argument("--dollars-per-hour", type=float, help="rehearsal: price of the GPU")
+    parser.add_argument("--rounds", type=int, default=5, help="generate")
+    parser.add_argument("--new-tokens", type=int, default=32, help="generate: at batch 1")
+    parser.add_argument("--limit", type=int, help="hellaswag: number of questions")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--recipe", default="gpt2-124m")
+    parser.add_argument("--no-compile", action="store_true", help="for a quick trial")
+    parser.add_argument("--record", nargs=2, metavar=("DIR", "ARM"), help=argparse.SUPPRESS)
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the GPU's table, a command a row")
-    parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--data", type=Path, help="folder of shards (default: Python's manual)")
-    parser.add_argument("--file", type=Path, help="HellaSwag, JSON lines or Parquet")
-    parser.add_argument("--out", type=Path, help="where the figures go (JSON)")
-    parser.add_argument("--arms", default=ORDER, help=f"of step: {'; '.join(ARMS)}")
-    parser.add_argument("--steps", type=int, default=30, help="of step: timed steps an arm")
-    parser.add_argument("--cool-down-steps", type=int, default=100, help="of gate")
-    parser.add_argument("--cool-down-tokens", type=int, default=262_144, help="of gate: a step's")
-    parser.add_argument("--documents", type=int, default=2000, help="of gate: to score")
-    parser.add_argument("--minutes", type=float, default=7.5, help="of rehearsal")
-    parser.add_argument("--kill-seed", type=int, default=0, help="of rehearsal: decides the second")
-    parser.add_argument("--dollars-per-hour", type=float, help="of rehearsal: what the card costs")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--recipe", default="gpt2-124m")
-    parser.add_argument("--limit", type=int, help="of hellaswag: only the first questions")
-    o = parser.parse_args()
-    commands = {
-        "step": step, "gate": run_gate, "sizes": sizes, "hellaswag": hellaswag,
-        "generate": generate, "rehearsal": rehearsal.rehearse,
-    }  # fmt: skip
-    o.out = o.out or RESULTS / f"gpu-{o.name}.json"
+    o = make_parser().parse_args()
+    if PACKED.exists():
+        o.data = o.data or PACKED.parent / "data"
+        o.file = o.file or next(PACKED.parent.glob("hellaswag.*"), None)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            device = get_device(o.device)
-            if o.data is None and o.name not in ("hellaswag", "generate"):
+            if o.data is None and o.name not in WITHOUT_DATA:
                 o.data = Path(folder, "data")
                 prepare(sources.from_arguments(embedded=True), o.data, val_tokens=100_000)
-            machine = {
-                "device": device.name,
-                **environment("torch", *(["triton"] if device.torch.type == "cuda" else [])),
-                **(clocks() if device.torch.type == "cuda" else {}),
-            }  # fmt: skip
-            commands[o.name](o, lambda result: write_result(o.out, {**machine, **result}))
+            if o.name == "all":
+                return plan.run(o)
+            COMMANDS[o.name](o, _saver(o))
         except UserError as error:
             print(f"benchmarks: error: {error}", file=sys.stderr)
             sys.exit(2)
 
 
-def clocks() -> dict[str, Any]:
-    """What the driver says of the card."""
-    fields = "driver_version,clocks.max.sm,clocks.sm,power.limit,temperature.gpu"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    first = printed.splitlines()[0].split(", ")
-    return {"card": dict(zip(fields.split(","), first, strict=False))}
+def _saver(o: argparse.Namespace) -> Save:
+    """A function that saves results with the machine's description, to a JSON file or to the files
+    of `all`."""
+    machine = card.describe(get_device(o.device, local_rank=get_world().local_rank))
+    out = o.out or RESULTS / f"gpu-{o.name}.json"
+
+    def save(result: dict[str, Any], table: str = "") -> None:
+        if o.record:
+            record = Record(Path(o.record[0]))
+            record.result(o.record[1], {**machine, "result": result})
+            if table:
+                record.table(o.record[1], table)
+        else:
+            write_result(out, {**machine, **result})
+            if table:
+                print(table, flush=True)
+
+    return save
 
 
 if __name__ == "__main__":

@@ -5,6 +5,16 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+# Arms of `benchmarks.gpu step` whose prediction has another name.
+PREDICTED_AS = {"lecture": "autocast"}
+
+
+def prediction(arm: str, device: str) -> dict[str, Any] | None:
+    """The prediction for an arm on this GPU (`tokens_per_s`, `low`, `high`), or None."""
+    for card, ways in json.loads((RESULTS / "predictions.json").read_text())["cards"].items():
+        if card in device:
+            return ways.get(PREDICTED_AS.get(arm, arm))
+    return None
 
 
 def steps(r: dict[str, Any]) -> list[list[str]]:
@@ -12,8 +22,7 @@ def steps(r: dict[str, Any]) -> list[list[str]]:
     one."""
     path = RESULTS / "gpu-step.json"
     measured = json.loads(path.read_text()) if path.exists() else {"arms": {}, "device": ""}
-    # `benchmarks.gpu step` names its arms; it calls the default `lecture`.
-    arms = {{"lecture": "autocast"}.get(k, k): x for k, x in measured["arms"].items()}
+    arms = {PREDICTED_AS.get(k, k): x for k, x in measured["arms"].items()}
     rows = [
         ["card", "way to compute", "predicted tokens/s", "range if all rates are off", "measured"]
     ]

@@ -1,82 +1,61 @@
-"""The dress rehearsal: the README's command for the 10-billion-token run, for some minutes, with
-evaluation and checkpoints on and one SIGKILL at a random second.
+"""The dress rehearsal: the README's command for the 10-billion-token run, for a few minutes, with
+evaluation, checkpoints, and one SIGKILL at a random second.
 
-What it banks of the time is the goodput; from it and from the parts (steps, evaluations, starts)
-follows the forecast of the whole run, to be committed before anyone pays for one.
+It measures goodput (tokens of completed steps per second of the entire time), and forecasts the
+duration of the full run from the times of steps, evaluations and starts.
 """
 
 import argparse
-import os
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import quantiles
+from benchmarks.running import Running, train_command
 from rekindle import checkpoint, recipes, storage
 
-SETTLED = 5  # steps after a start that may still compile or warm up
+SETTLED = 5  # first steps, which may include compilation or warm-up
+LATEST = 0.8  # fraction of the time after which the run is killed even without a checkpoint
 
 
 def rehearse(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """Run, kill, run on until the time is up; `save` gets goodput and forecast."""
+    """Run, kill and resume until the time is up. `save` is called with goodput and forecast."""
     recipe = recipes.get_recipe(o.recipe)
     seconds = 60 * o.minutes
     kill_at = random.Random(o.kill_seed).uniform(0.25, 0.6) * seconds
     folder = Path(tempfile.mkdtemp())
     run = folder / "run"
-    command = [sys.executable, "-m", "rekindle", "train", o.recipe, "--data", o.data, "--out", run]
-    if o.device != "cuda":  # on a GPU, the README's command and nothing else
-        command += ["--device", o.device]
-    print(f"killed after {kill_at:.0f} s of {seconds:.0f} s", flush=True)
+    flags: list[object] = ["--checkpoint-every", o.checkpoint_every]
+    flags += ["--hellaswag", o.file] if o.file else []
+    flags += ["--no-compile"] if o.no_compile else []
+    command = train_command(o.recipe, o.data, run, o.device, *flags)
     try:
         began = time.monotonic()
-        starts = [_run_for(command, kill_at)]
+        with Running(command) as first:
+            first.let_run(kill_at)
+            while not _saved(run) and time.monotonic() - began < LATEST * seconds:
+                first.let_run(0.5)  # without a checkpoint there is nothing to resume
+            kill_at = time.monotonic() - began
         before = _steps(run)
-        starts.append(_run_for(command, began + seconds - time.monotonic()))
+        with Running(command) as second:
+            second.let_run(began + seconds - time.monotonic())
+        starts = [first.first_step_s, second.first_step_s]
         wall = time.monotonic() - began
         save(_figures(recipe, run, wall, kill_at, before, starts, o.dollars_per_hour))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_for(command: list[Any], seconds: float) -> float | None:
-    """Run the command and kill it after so long. Seconds until its first step was done."""
-    began, first = time.monotonic(), []
-    process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, text=True, bufsize=1,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-
-    def listen() -> None:
-        assert process.stdout
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if "first step done" in line:
-                first.append(time.monotonic() - began)
-
-    listener = threading.Thread(target=listen)
-    listener.start()
-    try:
-        status = process.wait(max(0.0, seconds))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    else:
-        raise SystemExit(f"the run ended by itself, with status {status}")
-    finally:
-        listener.join()
-    return first[0] if first else None
+def _saved(run: Path) -> list[Path]:
+    return checkpoint.list_checkpoints(run / "checkpoints")
 
 
 def _steps(run: Path) -> int:
-    """Steps logged so far; those after the newest checkpoint are lost in a kill."""
+    """Steps logged so far. A kill loses those after the newest checkpoint."""
     log = run / "metrics.jsonl"
     records = storage.read_json_lines(log) if log.exists() else []
     return sum(r["kind"] == "train" for r in records)
@@ -88,7 +67,7 @@ def _figures(
 ) -> dict[str, Any]:  # fmt: skip
     records = storage.read_json_lines(run / "metrics.jsonl")
     steps = [r for r in records if r["kind"] == "train"]
-    saved = checkpoint.list_checkpoints(run / "checkpoints")
+    saved = _saved(run)
     banked = int(saved[-1].name.removeprefix("step-")) if saved else 0
     settled = [r["seconds"] for r in steps[SETTLED:]] or [r["seconds"] for r in steps]
     parts = {
@@ -101,7 +80,7 @@ def _figures(
         "wall_s": round(wall, 1),
         "killed_after_s": round(kill_at, 1),
         "steps_before_the_kill": before,
-        "steps": len(steps),  # each counted once; those of the killed process that were lost, not
+        "steps": len(steps),  # without the lost steps of the killed process
         "banked_steps": banked,
         "goodput_tokens_per_s": round(len(steps) * recipe.batch.tokens / wall),
         "step_seconds": quantiles(settled) if len(settled) > 1 else None,
@@ -118,8 +97,8 @@ def _figures(
 def forecast(
     recipe: recipes.Recipe, seen: dict[str, Any], dollars_per_hour: float | None
 ) -> dict[str, Any]:
-    """Hours (and cost) of the whole run: all steps at the median, fast and slow decile, and the
-    evaluations, checkpoints and one start as they were seen."""
+    """Hours and cost of the full run: all steps at the median, p10 and p90, plus evaluations,
+    checkpoints and one start with their measured times."""
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values) if values else 0.0

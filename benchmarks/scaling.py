@@ -4,8 +4,10 @@
     python -m benchmarks.scaling --check   # exit status 1 if they are not up to date
 
 A step consists of the micro-batches of `benchmarks.roofline`, one all-reduce of the gradients, and
-AdamW. Evaluations, checkpoints and lost hosts are added. Every number that is not computed is
-listed in `ASSUMED` with its source.
+AdamW. How much of the all-reduce overlaps with the backward pass is not known, so a step is
+predicted as a range: no overlap, and as much as the order of the gradients allows. Evaluations,
+checkpoints and lost hosts are added. Every number that is not computed is listed in `ASSUMED` with
+its source.
 """
 
 import argparse
@@ -101,12 +103,19 @@ class Step:
 
     compute: float  # forward and backward passes, launches included
     all_reduce: float
+    overlap: float  # the part of the all-reduce that can overlap with the backward pass
     update: float
     tokens: int
 
     @property
     def seconds(self) -> float:
+        """Without overlap."""
         return self.compute + self.all_reduce + self.update
+
+    @property
+    def overlapped(self) -> float:
+        """With as much overlap as possible."""
+        return self.seconds - self.overlap
 
 
 def predict_step(recipe: Recipe, ranks: int, traffic: dict[str, Any]) -> Step | None:
@@ -120,10 +129,20 @@ def predict_step(recipe: Recipe, ranks: int, traffic: dict[str, Any]) -> Step | 
     parts = roofline.micro_batch(card, WAY, traffic, config, micro, T)
     launched = config.n_layer * ways[WAY]["layer"]["kernels"] + ways[WAY]["rest"]["kernels"]
     once = max(sum(parts.values()), launched * A["launch"])
-    # With torch.compile, DDP's all-reduces start when the backward pass ends: no overlap.
     reduced = all_reduce(4 * roofline.parameters(config), ranks) if ranks > 1 else 0.0
+    overlap = possible_overlap(config, ranks, reduced, (1 - A["forward"]) * once)
     update = roofline.update(card, config)
-    return Step(own // micro * once, reduced, update, recipe.batch.tokens)
+    return Step(own // micro * once, reduced, overlap, update, recipe.batch.tokens)
+
+
+def possible_overlap(config: GPT2Config, ranks: int, reduced: float, backward: float) -> float:
+    """The most seconds of an all-reduce of `reduced` seconds that overlap with the last backward
+    pass of `backward` seconds. Dynamo splits a model that is compiled within DDP at DDP's buckets,
+    so a bucket is reduced while earlier layers are computed. The embeddings are the exception: the
+    token embedding is also the head, so its gradient is complete only when the pass ends."""
+    embeddings = 4 * (config.padded_vocab_size + config.block_size) * config.n_embd
+    last = all_reduce(embeddings, ranks) if ranks > 1 else 0.0
+    return min(backward, reduced - last)
 
 
 def run_costs(recipe: Recipe, step: Step, ranks: int) -> dict[str, float]:
@@ -166,9 +185,12 @@ def predict(traffic: dict[str, Any]) -> dict[str, Any]:
             ranks[str(n)] = {
                 "compute_ms": round(1e3 * step.compute, 1),
                 "all_reduce_ms": round(1e3 * step.all_reduce, 1),
+                "overlap_ms": round(1e3 * step.overlap, 1),
                 "update_ms": round(1e3 * step.update, 1),
                 "tokens_per_s": round(rate, -3),
                 "efficiency": round(one.seconds / step.seconds / n, 3),
+                "tokens_per_s_overlapped": round(step.tokens / step.overlapped, -3),
+                "efficiency_overlapped": round(one.seconds / step.overlapped / n, 3),
                 **{k: float(f"{v:.3g}") for k, v in run_costs(recipe, step, n).items()},
             }
         useful = [n for n in RANKS[1:] if _gain(steps, n) >= 1.5]
@@ -194,7 +216,7 @@ def predict(traffic: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gain(steps: dict[int, Step | None], n: int) -> float:
-    """How much faster `n` GPUs are than half as many."""
+    """How much faster `n` GPUs are than half as many, without overlap."""
     half, step = steps[n // 2], steps[n]
     return half.seconds / step.seconds if half and step else 0.0
 

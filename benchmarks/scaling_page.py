@@ -19,10 +19,7 @@ def table(predicted: dict[str, Any]) -> str:
             if x is None:
                 cells.append("fewer windows than GPUs")
                 continue
-            ms = x["compute_ms"] + x["all_reduce_ms"] + x["update_ms"]
-            rate = x["tokens_per_s"]
-            shown = f"{rate / 1e6:.1f}M" if rate >= 1e6 else f"{rate / 1e3:.0f}k"
-            cells.append(f"{shown}/s, {x['efficiency']:.0%} ({ms:,.0f} ms)")
+            cells.append(_cell(x))
         lines.append(f"| {n:,} | " + " | ".join(cells) + " |")
     lines += ["", *_header("", models)]
     for label, show in ROWS.items():
@@ -31,11 +28,31 @@ def table(predicted: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _cell(x: dict[str, Any]) -> str:
+    """Tokens/s, efficiency and milliseconds: without overlap, and with as much as possible."""
+    slow = x["compute_ms"] + x["all_reduce_ms"] + x["update_ms"]
+    rates = [_rate(x[key]) for key in ("tokens_per_s", "tokens_per_s_overlapped")]
+    parts = [f"{100 * x[key]:.0f}" for key in ("efficiency", "efficiency_overlapped")]
+    times = [f"{ms:,.0f}" for ms in (slow, slow - x["overlap_ms"])]
+    return f"{_range(rates)}/s, {_range(parts)}% ({_range(times)} ms)"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate / 1e6:.1f}M" if rate >= 1e6 else f"{rate / 1e3:.0f}k"
+
+
+def _range(ends: list[str]) -> str:
+    return "–".join(dict.fromkeys(ends))
+
+
 ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "windows per micro-batch": lambda m: str(m["rows_that_fit"]),
     "doubling to this many GPUs still gains 1.5 × or more": lambda m: f"{m['pays_up_to']:,}",
     "all-reduce on 8 GPUs, ms": lambda m: f"{m['ranks']['8']['all_reduce_ms']:.1f}",
     "all-reduce on 64 GPUs, ms": lambda m: f"{m['ranks']['64']['all_reduce_ms']:.1f}",
+    "of that, can overlap with the backward pass, ms": lambda m: (
+        f"{m['ranks']['64']['overlap_ms']:.1f}"
+    ),
     "the same with one 400 Gb/s card per host, ms": lambda m: (
         f"{m['one_card_a_host_ms_on_64']:.0f}"
     ),
@@ -82,21 +99,27 @@ def draw(predicted: dict[str, Any], path: Path) -> None:
     for name, model in predicted["models"].items():
         ranks = model["ranks"]
         n = [int(k) for k in ranks]
-        (line,) = left.plot(n, [x["tokens_per_s"] for x in ranks.values()], ".-", label=name)
+        slow, fast = (
+            [x[key] for x in ranks.values()] for key in ("tokens_per_s", "tokens_per_s_overlapped")
+        )
+        (line,) = left.plot(n, slow, ".-", label=name)
+        left.fill_between(n, slow, fast, color=line.get_color(), alpha=0.3)
         first = ranks["1"]["tokens_per_s"]
         left.plot(n, [first * k for k in n], ":", color=line.get_color(), linewidth=0.8)
     left.set(xscale="log", yscale="log", xlabel="H100s", ylabel="tokens/s")
-    left.set_title("predicted; dotted: perfect scaling", fontsize=10)
+    left.set_title("predicted; shaded: overlap; dotted: perfect scaling", fontsize=10)
     left.legend(fontsize=8)
     ranks = predicted["models"]["gpt2-124m"]["ranks"]
     bottom = [0.0] * len(ranks)
-    for key, label in (
-        ("compute_ms", "forward and backward"), ("all_reduce_ms", "all-reduce"),
-        ("update_ms", "AdamW and the wait for the loss"),
-    ):  # fmt: skip
-        total = [sum(x[k] for k in ("compute_ms", "all_reduce_ms", "update_ms")) for x in
-                 ranks.values()]  # fmt: skip
-        share = [100 * x[key] / t for x, t in zip(ranks.values(), total, strict=True)]
+    parts = {
+        "forward and backward": [x["compute_ms"] for x in ranks.values()],
+        "all-reduce, can overlap": [x["overlap_ms"] for x in ranks.values()],
+        "all-reduce, cannot": [x["all_reduce_ms"] - x["overlap_ms"] for x in ranks.values()],
+        "AdamW and the wait for the loss": [x["update_ms"] for x in ranks.values()],
+    }
+    totals = [sum(step) for step in zip(*parts.values(), strict=True)]
+    for label, times in parts.items():
+        share = [100 * ms / total for ms, total in zip(times, totals, strict=True)]
         right.bar([*ranks], share, bottom=bottom, label=label)
         bottom = [b + s for b, s in zip(bottom, share, strict=True)]
     right.set(xlabel="H100s", ylabel="% of a step")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import predicted
+from benchmarks import gpu_tables, predicted
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -23,6 +23,16 @@ INTRO = """# Benchmarks
 Each benchmark is one command. Where there is a reference implementation, both run in turn. Results
 are JSON files under `results/`, with hardware, versions and date; `python -m benchmarks.tables`
 generates this page from them. Experiments and their results: [LOG.md](LOG.md).
+
+One command runs all GPU benchmarks, the most important first, within a time limit:
+
+```sh
+python -m benchmarks.pack --data DIR --hellaswag FILE --out build/visit  # here; 40 MiB
+cd build/visit                                                           # on the GPU machine
+python -m benchmarks.gpu all --minutes 9.5 --out FOUND                   # no network needed
+python -m benchmarks.gpu all --minutes 9.5 --out MORE --done FOUND       # the remaining arms
+python -m benchmarks.collect MORE                                        # here; MORE includes FOUND
+```
 """
 
 
@@ -119,7 +129,7 @@ def _generate(r: dict[str, Any]) -> list[list[str]]:
             rate = arm["tokens_per_s"]["median"]
             gain = f"{times:.2f} ×" if times else ""
             rows.append([name, str(batch["batch"]), f"{rate:,.1f}", gain])
-    for name, x in r["by_length"].items():
+    for name, x in r.get("by_length", {}).items():  # missing if the time ran out before
         text = f"{name}: cost of a token at length 1,000 relative to length 64"
         rows.append([text, "1", "", f"{x['ratio']:.2f} ×"])
     return rows
@@ -174,59 +184,6 @@ def _ladder(r: dict[str, Any]) -> list[list[str]]:
     return [header, *rows]
 
 
-def _gpu_step(r: dict[str, Any]) -> list[list[str]]:
-    header = ["arm", "tokens/s", "spread of repeats", "relative to `lecture`"]
-    rows = [
-        [name, f"{x['tokens_per_s']:,}", f"{x['spread']:.1%}", f"{x['times_lecture'] or 0:.3f} ×"]
-        for name, x in r["arms"].items()
-    ]
-    return [header, *rows]
-
-
-def _gpu_gate(r: dict[str, Any]) -> list[list[str]]:
-    u = r["updates"]
-    rows = [[name, f"{x['error']:.1e}", x["worst"]] for name, x in u["ways"].items()]
-    rows += [[f"bug: {n}", f"{x['error']:.1e}", x["worst"]] for n, x in u["bugs"].items()]
-    for arm, x in r.get("cool_down", {}).get("against_autocast", {}).items():
-        text = f"{x['difference_nats']:+.4f} ± {x['standard_error']:.4f} nats"
-        rows.append([f"loss after a cool-down: {arm} − autocast", text, str(x["equivalent"])])
-    return [["", f"error of updates (limit {u['limit']:.0e})", "worst parameter"], *rows]
-
-
-def _gpu_sizes(r: dict[str, Any]) -> list[list[str]]:
-    rows = [
-        [
-            x["recipe"], "yes" if x["recompute"] else "no", str(x["levers"]["micro"]),
-            f"{x['tokens_per_s']:,.0f}", f"{x['peak_memory_gib']:.1f} GiB",
-        ]
-        for x in r["runs"]
-        if not x.get("out_of_memory")
-    ]  # fmt: skip
-    return [["recipe", "recompute", "micro-batch", "tokens/s", "memory"], *rows]
-
-
-def _gpu_hellaswag(r: dict[str, Any]) -> list[list[str]]:
-    return [
-        [f"{r['questions']:,} questions", "seconds"],
-        ["after warm-up (target: 2)", f"{r['seconds']['median']:.2f}"],
-        ["first pass, with compilation", f"{r['first_pass_s']:.1f}"],
-        ["tokenizing and packing, once per run", f"{r['packing_s']:.1f}"],
-    ]
-
-
-def _gpu_rehearsal(r: dict[str, Any]) -> list[list[str]]:
-    f = r["forecast"]["hours"]
-    return [
-        [f"{r['recipe']}, {r['wall_s']:.0f} s, killed after {r['killed_after_s']:.0f} s", ""],
-        ["goodput, tokens/s", f"{r['goodput_tokens_per_s']:,}"],
-        ["forecast of the full run, hours", f"{f['median']} (p10 {f['p10']}, p90 {f['p90']})"],
-        [
-            "cost of the full run, dollars",
-            str(r["forecast"]["dollars"] or "set --dollars-per-hour"),
-        ],
-    ]
-
-
 GPU = "python -m benchmarks.gpu"
 TABLES = (
     Table("Preparing: Parquet → shards", "prepare.json",
@@ -268,23 +225,36 @@ TABLES = (
           "python -m benchmarks.roofline",
           "**Hand estimates** for an H200, made before any measurement. A profile on a card will "
           "decide what is built.", predicted.levers),
+    Table("Kernels on a GPU", "gpu-kernels.json", f"{GPU} kernels",
+          "The Triton kernels and the plain PyTorch that defines them, both compared with float64: "
+          "the largest error of a value or gradient, and milliseconds of a forward and backward "
+          "pass, eager.", gpu_tables.kernels),
+    Table("First minute on a GPU", "gpu-train.json", f"{GPU} train --data DIR",
+          "Losses of the first steps compared with a CPU in float32, then one minute of training.",
+          gpu_tables.train),
     Table("Training step on a GPU", "gpu-step.json", f"{GPU} step --data DIR",
           "GPT-2 124M, 524,288 tokens per step, compared with the lecture's final configuration "
-          "(targets on one H200: 600,000 tokens/s and 1.06 × `lecture`).", _gpu_step),
+          "(targets on one H200: 600,000 tokens/s and 1.06 × `lecture`).", gpu_tables.step),
     Table("Correctness gate on a GPU", "gpu-gate.json", f"{GPU} gate --data DIR",
           "Ten steps compared with float64, and with ten planted bugs; losses after full "
-          "schedules, compared document by document (equivalent: within 0.004).", _gpu_gate),
+          "schedules, compared document by document (equivalent: within 0.004).",
+          gpu_tables.gate),
     Table("Sizes on a GPU", "gpu-sizes.json", f"{GPU} sizes --data DIR",
           "The largest micro-batches that fit, with and without recomputing activations.",
-          _gpu_sizes),
+          gpu_tables.sizes),
     Table("HellaSwag on a GPU", "gpu-hellaswag.json", f"{GPU} hellaswag --file FILE",
-          "All questions, GPT-2 124M, compiled.", _gpu_hellaswag),
+          "All questions, GPT-2 124M, compiled.", gpu_tables.hellaswag),
     Table("Generation on a GPU", "gpu-generate.json", f"{GPU} generate",
           "One compiled step over a cache of fixed length, compared with `transformers`.",
           _generate),
+    Table("Several GPUs", "gpu-scaling.json",
+          "torchrun --nproc-per-node 8 -m benchmarks.gpu scaling",
+          "One step of the recipe on 1, 2, 4 and 8 ranks, with gradients averaged by DDP and by "
+          "one flat all-reduce, and the part of the all-reduce that overlaps with computation.",
+          gpu_tables.scaling),
     Table("Dress rehearsal on a GPU", "gpu-rehearsal.json", f"{GPU} rehearsal --data DIR",
           "The 10-billion-token command for 7.5 minutes, killed once at a random second.",
-          _gpu_rehearsal),
+          gpu_tables.rehearsal),
 )  # fmt: skip
 
 

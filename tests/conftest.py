@@ -37,6 +37,7 @@ CLOCKS = {"time", "seconds", "tokens_per_s", "mfu", "data_wait_s", "stall_s"}
 # The slowest test files, slowest first: short ones remain for the end, so that both processes
 # finish at about the same time.
 LONGEST = (
+    "test_gpu_all.py",
     "distributed/test_lost.py",
     "distributed/test_sharding.py",
     "faults/test_bad_numbers.py",

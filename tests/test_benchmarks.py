@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cool_down, gpu, rehearsal, tables
-from rekindle import ladder, recipes
-from rekindle.ladder.measure import measure
+from benchmarks import cool_down, gpu, measured, rehearsal, tables, ways
+from rekindle import recipes
+from rekindle.ladder import Levers, Work
 from rekindle.recipes import Recipe
 
 Bench = Callable[..., dict[str, Any]]
@@ -43,7 +43,7 @@ def bench(
     it."""
     for name in ("gpt2-124m", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         monkeypatch.setitem(recipes.RECIPES, name, dataclasses.replace(tiny, name=name))
-    monkeypatch.setattr(ladder, "measure_in_fresh_process", measure)
+    monkeypatch.setattr(measured, "in_fresh_process", measured.measure)
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
 
     def run(name: str, *flags: object) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def test_step(bench: Bench) -> None:
     assert list(found["arms"]) == ["lecture", "bf16", "lecture, eager"]
     assert found["arms"]["lecture"]["times_lecture"] == 1
     assert [run["levers"]["precision"] for run in found["runs"]][:2] == ["autocast", "bf16"]
-    assert set(gpu.ORDER.split(";")) <= set(gpu.ARMS)
+    assert set(gpu.ORDER.split(";")) <= set(ways.ARMS)
 
 
 def test_sizes(bench: Bench) -> None:
@@ -75,11 +75,28 @@ def test_sizes(bench: Bench) -> None:
     assert [run["recompute"] for run in runs[:2]] == [False, True]
 
 
+def test_micro_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[int] = []
+
+    def measure(work: Work, levers: Levers) -> dict[str, Any]:
+        attempts.append(levers.micro)
+        if levers.micro > 2:
+            raise torch.OutOfMemoryError
+        return {"micro": levers.micro}
+
+    monkeypatch.setattr(measured, "measure", measure)
+    monkeypatch.setattr(measured, "in_fresh_process", measured._try)
+    work, levers = Work("demo", "", "cpu", 8), dataclasses.replace(ways.LECTURE, micro=8)
+    for here in (True, False):
+        assert measured.measure_what_fits(work, levers, here=here) == {"micro": 2}
+    assert attempts == [8, 4, 2] * 2
+
+
 def test_gate(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {"steps": 1, "against_autocast": {
         "bf16": cool_down.paired(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.001, 3.002]))
     }}  # fmt: skip
-    monkeypatch.setattr(gpu, "cool_down", lambda o, save: save(seen))
+    monkeypatch.setattr(cool_down, "cool_down", lambda o, save: save(seen))
     found = bench("gate")
     assert found["updates"]["passed"], found["updates"]
     assert 1e-4 < found["bf16"]["pytorch"] < 0.3
@@ -100,11 +117,11 @@ def test_cool_down_trains_and_scores_documents(
     monkeypatch: pytest.MonkeyPatch, shard_set: Path
 ) -> None:
     """The real command with two steps, in its own processes."""
-    monkeypatch.delitem(cool_down.ARMS, "bf16")
+    monkeypatch.delitem(cool_down.FLAGS, "bf16")
     saved: list[dict[str, Any]] = []
     options = SimpleNamespace(
         recipe="demo", data=shard_set, device="cpu", cool_down_steps=2, cool_down_tokens=256,
-        documents=3,
+        documents=3, no_compile=True,
     )  # fmt: skip
     cool_down.cool_down(options, saved.append)  # type: ignore[arg-type]
     assert list(saved[-1]["loss"]) == ["autocast", "autocast, again"]

@@ -65,6 +65,20 @@ def test_all_reduce_time() -> None:
     assert slow == pytest.approx(2 * 7 / 8 * gigabyte / 8 / scaling.A["nic"])
 
 
+def test_overlap_is_limited_by_the_backward_pass_and_the_embeddings() -> None:
+    config = XL.model.for_training()
+    reduced = scaling.all_reduce(4 * roofline.parameters(config), 64)
+    embeddings = 4 * (50_304 + 1024) * 1600
+    possible = scaling.possible_overlap(config, 64, reduced, backward=1e9)
+    assert possible == pytest.approx(reduced - scaling.all_reduce(embeddings, 64))
+    assert scaling.possible_overlap(config, 64, reduced, backward=1e-3) == 1e-3
+    assert scaling.possible_overlap(config, 1, 0.0, backward=1e9) == 0
+    step = scaling.predict_step(XL, 64, TRAFFIC)
+    assert step
+    assert 0 < step.overlap < step.all_reduce
+    assert step.seconds - step.overlapped == pytest.approx(step.overlap)
+
+
 def test_more_gpus_are_faster_and_less_efficient(predicted: dict[str, Any]) -> None:
     for model in predicted["models"].values():
         found = list(model["ranks"].values())

@@ -50,7 +50,7 @@ class Work:
 def measure(work: Work, levers: Levers) -> dict[str, Any]:
     """Train for a few steps, in this process; return milliseconds, tokens/s, memory and loss."""
     with make_trainer(work, levers) as trainer:
-        return _measure(trainer, work, levers)
+        return time_steps(trainer, work, levers)
 
 
 def make_trainer(work: Work, levers: Levers) -> Trainer:
@@ -86,7 +86,8 @@ def make_trainer(work: Work, levers: Levers) -> Trainer:
     )
 
 
-def _measure(trainer: Trainer, work: Work, levers: Levers) -> dict[str, Any]:
+def time_steps(trainer: Trainer, work: Work, levers: Levers) -> dict[str, Any]:
+    """Take the steps of `work`; return what `measure` returns."""
     device, length = trainer.device, trainer.recipe.batch.length
     ends, losses = [time.perf_counter()], []
     for _ in range(work.warmup + work.steps):
