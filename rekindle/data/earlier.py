@@ -15,6 +15,7 @@ from rekindle.data.shards import Manifest
 from rekindle.data.sources.base import Source
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
+from rekindle.observe.console import Console
 from rekindle.schema import mismatch
 
 PENDING = {"documents": int, "pieces": [str]}
@@ -182,3 +183,25 @@ def compare_vocabulary(out: Path, sha256: str, tokenizer: Tokenizer) -> None:
             f"{out} was prepared with another vocabulary named {tokenizer.name!r} (its SHA-256 "
             "differs): choose another --out, or remove it"
         )
+
+
+def remove_if_empty(out: Path, lock: storage.Lock) -> None:
+    """Remove a folder that this call created, if it made no shard."""
+    folder = out / shards.UNFINISHED
+    if lock.held and {path.name for path in out.iterdir()} <= {storage.LOCK, folder.name}:
+        if (folder / shards.STATE).exists():
+            return
+        storage.remove_folder(folder)
+        lock.remove_file()
+        out.rmdir()
+
+
+def resumable(state: Any, source: Source, out: Path, console: Console) -> dict[str, Any]:
+    """The state to resume from, without the shards of files that have changed."""
+    state, change = without_changed_files(state, source)
+    if change:
+        console.print(change)
+        storage.write_json(out / shards.UNFINISHED / shards.STATE, state)
+    remove_others(out, state)
+    console.print(f"resuming in {out} after {len(state['shards'])} finished shards")
+    return state

@@ -19,9 +19,9 @@ from rekindle.data.earlier import (
     compare_vocabulary,
     finished,
     pieces_of,
-    remove_others,
+    remove_if_empty,
+    resumable,
     saved_state,
-    without_changed_files,
 )
 from rekindle.data.encoding import encoded_blocks
 from rekindle.data.layout import LAYOUTS, Pending
@@ -76,7 +76,7 @@ def prepare(
                 return _prepare(source, out, tokenizer, settings, console, lock)
             except UserError:
                 if new:
-                    _remove_if_empty(out, lock)
+                    remove_if_empty(out, lock)
                 raise
     except MemoryError:
         raise UserError(
@@ -88,17 +88,6 @@ def prepare(
             f"{error.filename or out}: {error.strerror or error}; fix this and run the same "
             "command again: it resumes where it stopped"
         ) from None
-
-
-def _remove_if_empty(out: Path, lock: storage.Lock) -> None:
-    """Remove a folder that this call created, if it made no shard."""
-    folder = out / shards.UNFINISHED
-    if lock.held and {path.name for path in out.iterdir()} <= {storage.LOCK, folder.name}:
-        if (folder / shards.STATE).exists():
-            return
-        storage.remove_folder(folder)
-        lock.remove_file()
-        out.rmdir()
 
 
 def _settings(
@@ -148,22 +137,11 @@ def _prepare(
         source.open(folder / "downloads", console)
         preparation = _Preparation(source, out, tokenizer, settings, console)
         if state:
-            preparation.restore(_resumable(state, source, out, console))
+            preparation.restore(resumable(state, source, out, console))
         _print_splits(source, preparation.layout.undecided, console)
         return preparation.run()
     finally:
         source.close()
-
-
-def _resumable(state: Any, source: Source, out: Path, console: Console) -> dict[str, Any]:
-    """The state to resume from, without the shards of files that have changed."""
-    state, change = without_changed_files(state, source)
-    if change:
-        console.print(change)
-        storage.write_json(out / shards.UNFINISHED / shards.STATE, state)
-    remove_others(out, state)
-    console.print(f"resuming in {out} after {len(state['shards'])} finished shards")
-    return state
 
 
 def _print_splits(source: Source, undecided: str, console: Console) -> None:
