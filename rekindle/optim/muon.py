@@ -8,7 +8,9 @@ Shapes in comments: K matrices of one shape, R rows and C columns, are one stack
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from rekindle.errors import UserError
 from rekindle.optim.muon_config import MuonConfig
@@ -29,11 +31,26 @@ def orthogonalize(stack: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def orthogonalize_shares(stack: Tensor) -> Tensor:
+    """`orthogonalize` a (K, R, C) that all ranks hold: each does K / ranks of the matrices and
+    gathers the rest, so that all get the same bits. Zeros fill up a share that is too small."""
+    if not dist.is_initialized():
+        return orthogonalize(stack)
+    ranks, rank, K = dist.get_world_size(), dist.get_rank(), len(stack)
+    share = -(-K // ranks)
+    own = stack[rank * share :][:share]
+    own = F.pad(own, (0, 0, 0, 0, 0, share - len(own)))
+    gathered = stack.new_empty(ranks * share, *stack.shape[1:])
+    dist.all_gather_into_tensor(gathered, orthogonalize(own).contiguous())
+    return gathered[:K]
+
+
 class Muon:
     """Muon for those parameters of a `LanguageModel` whose role is "matrix", AdamW for the others.
 
     Matrices of one shape are one stack: a step is a few batched matmuls, where `torch.optim.Muon`
-    loops over the tensors. The state is allocated here. Raises `UserError` if the model is sharded.
+    loops over the tensors. Between ranks, all hold the whole state, which is allocated here, and
+    share the work on the matrices. Raises `UserError` if the model is sharded.
     """
 
     Config: ClassVar = MuonConfig
@@ -59,13 +76,9 @@ class Muon:
 
         others = [n for n in named if roles[n] != "matrix"]
         rates = {n: config.adamw_lr(roles[n]) / config.lr for n in others}  # relative to matrices
-        self._adamw = torch.optim.AdamW(
-            [{"params": [named[n]], "scale": rates[n]} for n in others],
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            weight_decay=0.0,
-            fused=True,
-        )
+        groups = [{"params": [named[n]], "scale": rates[n]} for n in others]
+        betas, eps = (config.beta1, config.beta2), config.eps
+        self._adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=0.0, fused=True)
         updates = torch.zeros(1 + len(others), device=device)  # Muon's, and one for each of AdamW's
         self._updates = updates[0]
         for name, count in zip(others, updates[1:], strict=True):
@@ -105,7 +118,7 @@ class Muon:
         buffer.copy_(torch.where(skip, buffer, averaged))
         update = gradient.lerp(averaged, momentum) if self._config.nesterov else averaged
         # bf16 is enough [Jordan] and fast on a GPU.
-        update = orthogonalize(update.bfloat16() if update.is_cuda else update).float()
+        update = orthogonalize_shares(update.bfloat16() if update.is_cuda else update).float()
         # A matrix of more rows than columns may change its output by as much as its input's size
         # differs: what makes one rate fit all widths [Bernstein, "Deriving Muon"].
         update *= max(1, update.shape[1] / update.shape[2]) ** 0.5
