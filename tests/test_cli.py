@@ -24,7 +24,8 @@ Refuses = Callable[..., str]
 HELP = """
 import sys
 from rekindle.cli import main
-for command in ["", "demo", "prepare", "train", "eval", "sample", "verify", "ladder", "report"]:
+commands = "demo prepare train eval sample verify check ladder report"
+for command in ["", *commands.split()]:
     try:
         main([*command.split(), "--help"])
     except SystemExit as end:

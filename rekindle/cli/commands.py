@@ -113,6 +113,18 @@ def verify(o: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
+def check(o: argparse.Namespace) -> int:
+    from rekindle.check import check
+    from rekindle.observe.console import Console
+
+    report = check(
+        o.runs, data=o.data, hellaswag=o.hellaswag, device=o.device, price=o.price_per_hour,
+        console=Console(quiet=o.json),
+    )  # fmt: skip
+    _answer(json.dumps(report.as_dict(), allow_nan=False) if o.json else report.table())
+    return 0 if report.passed else 1
+
+
 def demo(o: argparse.Namespace) -> None:
     from rekindle.demo import demo
 

@@ -35,6 +35,7 @@ def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_sample(commands)
     _add_verify(commands)
+    _add_check(commands)
     _add_ladder(commands)
     _add_report(commands)
     return parser
@@ -188,6 +189,29 @@ def _add_verify(commands: Any) -> None:
         "--random-weights", action="store_true", help="a random model of that size: no network"
     )
     p.add_argument("--layers", type=int, metavar="N", help="with --random-weights: fewer blocks")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_check(commands: Any) -> None:
+    p = _add(
+        commands, "check", do.check, "score runs, or OpenAI's gpt2, against bands fixed beforehand",
+        "The exit status is 0 if all is within the bands, or an unfinished run should continue; 1\n"
+        "if not. Bands are those of gpt2-124m on FineWeb-Edu and gpt2-124m-fast on FineWeb.\n"
+        "examples:\n"
+        "  rekindle check runs/gpt2 --price-per-hour 24\n"
+        "  rekindle check gpt2",
+    )  # fmt: skip
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or gpt2")
+    p.add_argument(
+        "--data", type=Path, metavar="DIR",
+        help="the runs' shards, if they have moved; for gpt2: FineWeb-Edu in the lecture's layout "
+        "(default: its first file, downloaded)",
+    )  # fmt: skip
+    p.add_argument("--hellaswag", default="hub", metavar="FILE", help="for gpt2 (default: hub)")
+    p.add_argument(
+        "--price-per-hour", type=float, metavar="X", help="of the machine that trained, to add cost"
+    )
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
 
