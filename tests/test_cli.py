@@ -83,7 +83,7 @@ def test_help_answers_without_loading_anything(python: Callable, tmp_path: Path)
     done = python("-c", HELP, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("LOADED []\n")
-    assert done.stdout.count("usage: rekindle") == 9
+    assert done.stdout.count("usage: rekindle") == 10
     assert list(tmp_path.iterdir()) == []
 
 
