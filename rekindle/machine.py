@@ -32,6 +32,11 @@ class MachineOptions:
     kernels: bool | None = flag(
         None, "Triton kernels for head, loss and MLP, for bf16 on a GPU (default: no)"
     )
+    fp8_head: bool | None = flag(
+        None,
+        "matmuls of the head in FP8 while training, for the modern model on a GPU of Hopper's "
+        "class; not measured yet (default: no)",
+    )
     recompute: bool | None = flag(
         None,
         "keep only each block's input for the backward pass (activation checkpointing): less "
@@ -75,6 +80,7 @@ class Machine:
     micro_batch: int | None = field(  # None until then, too
         default=None, metadata={"schema": (None, range(1, 2**31))}
     )
+    fp8_head: bool = False
     keep_memory: bool = True  # a CPU's freed memory is kept for the next tensors
     name: str = ""  # what a person calls the device
     memory: int = 0  # bytes of the device; 0: unknown
@@ -116,7 +122,7 @@ def resolve(
     import torch
 
     from rekindle.data.cores import usable_cores
-    from rekindle.model import kernels
+    from rekindle.model import fp8, kernels
     from rekindle.runtime import device as devices
 
     asked = options or MachineOptions()
@@ -139,6 +145,9 @@ def resolve(
     no_kernels = kernels.why_not(device.torch, device.product_dtype)
     if asked.kernels and no_kernels:
         raise UserError(f"--kernels: {no_kernels}; say --no-kernels")
+    no_fp8 = fp8.why_not(device.torch)
+    if asked.fp8_head and no_fp8:
+        raise UserError(f"--fp8-head: {no_fp8}; leave it out")
     micro_batch = recorded.micro_batch if recorded else None
     divides = bool(micro_batch) and not (rows and rows % (micro_batch * ranks))
     fewer_cores = recorded is not None and recorded.threads > usable_cores()
@@ -147,6 +156,7 @@ def resolve(
         precision=device.precision,
         compile=decide("compile", True) and not why,
         kernels=decide("kernels", False) and not no_kernels,
+        fp8_head=decide("fp8_head", False) and not no_fp8,
         deterministic=decide("deterministic", False),
         shard=shard,
         threads=decide("threads", torch.get_num_threads(), can=same and not fewer_cores),

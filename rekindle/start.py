@@ -169,6 +169,7 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
     traits = {
         "compiled": machine.compile,
         "kernels": machine.kernels,
+        "head in FP8": machine.fp8_head,
         "recomputing": machine.recompute,
         "sharded": is_sharded(trainer.model),
     }

@@ -100,13 +100,21 @@ def test_a_cpus_run_resumes_on_a_gpu(gpu: None) -> None:
     assert said.startswith("device cuda instead of cpu")
 
 
+def test_fp8_is_off_until_asked_for(gpu: None) -> None:
+    assert not resolve(MachineOptions()).fp8_head
+    found = resolve(MachineOptions(fp8_head=True))
+    assert found.fp8_head
+    assert resolve(MachineOptions(), found).fp8_head
+
+
 def test_a_gpus_run_resumes_on_a_cpu() -> None:
     before = Machine(
         device="cuda", precision="tf32", compile=False, kernels=True, deterministic=False,
-        shard=False, threads=16, recompute=False, micro_batch=64, memory=80 * 2**30,
+        shard=False, threads=16, recompute=False, micro_batch=64, memory=80 * 2**30, fp8_head=True,
     )  # fmt: skip
     found = resolve(ASKED, before)
     assert (found.kernels, found.micro_batch, found.threads) == (False, None, 1)
+    assert not found.fp8_head
     assert found.precision == resolve(ASKED).precision  # a CPU has no TF32
     said = changes(before, found, ASKED)
     assert "kernels no instead of yes" in said
@@ -117,6 +125,7 @@ def test_a_gpus_run_resumes_on_a_cpu() -> None:
     ("asked", "words"),
     [
         ({"kernels": True, "precision": "fp32"}, "--kernels: .*; say --no-kernels"),
+        ({"fp8_head": True}, "--fp8-head: FP8 needs an NVIDIA GPU of Hopper's class; leave it out"),
         ({"precision": "tf32"}, "--precision tf32 needs an NVIDIA GPU"),
         ({"precision": "fp64"}, "--precision is"),
         ({"device": "tpu"}, "--device is"),

@@ -19,4 +19,5 @@ class Compute:
     separate_qkv: bool = False  # three products, whose gradients need no copy into one
     loss_kernel: bool = False  # head and loss as one operator, whose gradient replaces the logits
     mlp_kernel: bool = False  # GELU inside the products around it
+    fp8_head: bool = False  # where there are gradients, a coarser rounding: see `fp8`
     recompute: bool = False  # keep only the blocks' inputs for backward: a third slower

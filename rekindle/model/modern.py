@@ -18,6 +18,7 @@ from rekindle.model import kernels
 from rekindle.model.attention import attend, attend_once
 from rekindle.model.cache import KVCache, LayerCache
 from rekindle.model.compute import Compute
+from rekindle.model.fp8 import fp8_linear
 from rekindle.model.linear import Linear, cast_linears, losses_in_pieces
 from rekindle.model.masks import visible_tokens
 from rekindle.model.modern_config import ModernConfig
@@ -138,6 +139,7 @@ class Modern(nn.Module):
     """The language model."""
 
     Config: ClassVar = ModernConfig
+    has_fp8_head: ClassVar = True  # if `compute` asks for it
     compute: Compute = Compute()
 
     def __init__(self, config: ModernConfig) -> None:
@@ -182,8 +184,7 @@ class Modern(nn.Module):
             if name == "wte.weight":  # the head's too, if they are tied
                 nn.init.normal_(p, std=1.0 if c.untied else 0.02)
             elif "shortcut" in name:
-                nn.init.zeros_(p[1:])
-                nn.init.ones_(p[:1])
+                nn.init.eye_(p[None])  # 1 and 0
             elif "gate" in name or (c.zero_init and ("proj" in name or "lm_head" in name)):
                 nn.init.zeros_(p)
             else:
@@ -243,7 +244,9 @@ class Modern(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """(..., C) → logits (..., V) in float32, padding rows included."""
-        return kernels.soft_cap(self.lm_head(x).float(), self.config.soft_cap)
+        fp8 = self.compute.fp8_head and torch.is_grad_enabled()
+        logits = fp8_linear(x, self.lm_head.weight) if fp8 else self.lm_head(x)
+        return kernels.soft_cap(logits.float(), self.config.soft_cap)
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """(N, C), (N,) targets → the cross-entropy of each in nats, (N,) float32, 0 where it is

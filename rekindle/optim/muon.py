@@ -97,7 +97,7 @@ class Muon:
         nothing changes, and the host does not wait to know."""
         momentum = self._momentum()
         for matrices, buffer in self._stacks:
-            self._step_stack(matrices, buffer, momentum, skip)
+            self._step(matrices, buffer, momentum, skip)
         self._updates += ~skip
         for group in self._adamw.param_groups:
             group["lr"] = self._lr * group["scale"]
@@ -110,9 +110,7 @@ class Muon:
         done = ((self._updates + 1) / max(1, c.momentum_warmup)).clamp(max=1)  # 0 ... 1
         return c.momentum_start + (c.momentum - c.momentum_start) * done
 
-    def _step_stack(
-        self, matrices: list[Tensor], buffer: Tensor, momentum: Tensor, skip: Tensor
-    ) -> None:
+    def _step(self, matrices: list[Tensor], buffer: Tensor, momentum: Tensor, skip: Tensor) -> None:
         gradient = torch.stack([p.grad for p in matrices if p.grad is not None])  # (K, R, C)
         averaged = buffer.lerp(gradient, 1 - momentum)
         buffer.copy_(torch.where(skip, buffer, averaged))

@@ -194,14 +194,17 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def choose_compute(device: Device, T: int, *, kernels: bool = False) -> Compute:
+def choose_compute(
+    device: Device, T: int, *, kernels: bool = False, fp8_head: bool = False
+) -> Compute:
     """How `device` computes windows of T tokens best."""
     plain = device.torch.type == "cpu" and T <= SHORT
     return Compute(
         dtype=device.dtype,
         attention="plain" if plain else "fused",
-        loss_kernel=kernels,
+        loss_kernel=kernels and not fp8_head,  # which has matmuls of its own
         mlp_kernel=kernels,
+        fp8_head=fp8_head,
     )
 
 

@@ -307,6 +307,8 @@ def test_short_windows_on_a_cpu_have_their_attention_written_out() -> None:
     assert devices.choose_compute(gpu, 16).dtype == torch.bfloat16
     assert not devices.choose_compute(gpu, 16).loss_kernel
     assert devices.choose_compute(gpu, 16, kernels=True).loss_kernel
+    fp8 = devices.choose_compute(gpu, 16, kernels=True, fp8_head=True)
+    assert (fp8.loss_kernel, fp8.mlp_kernel, fp8.fp8_head) == (False, True, True)
 
 
 @pytest.mark.parametrize(
