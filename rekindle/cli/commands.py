@@ -44,7 +44,8 @@ def prepare(o: argparse.Namespace) -> None:
 
 def train(o: argparse.Namespace) -> None:
     recipe = recipes.get_recipe(o.recipe)
-    recipe = recipes.override(recipe, given(o, flags_of(recipe)))
+    changes = given(o, flags_of(recipe))
+    recipe = recipes.override(recipes.with_rules(recipe, o.out, changes.get("steps")), changes)
     recipes.check(recipe)
     if not o.timeout >= 0:  # nor is nan
         raise UserError(f"--timeout must be at least 0 seconds, but is {o.timeout}")

@@ -12,7 +12,7 @@ from rekindle.recipes.base import (
     override,
     warnings,
 )
-from rekindle.recipes.named import RECIPES, get_recipe, with_steps
+from rekindle.recipes.named import RECIPES, get_recipe, with_rules, with_steps
 
 __all__ = [
     "FREE_ON_RESUME",
@@ -27,5 +27,6 @@ __all__ = [
     "get_recipe",
     "override",
     "warnings",
+    "with_rules",
     "with_steps",
 ]

@@ -8,14 +8,16 @@ architecture.
 
 import dataclasses
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
+from rekindle import storage
 from rekindle.errors import UserError
 from rekindle.model.gpt2_config import SIZES, GPT2Config
 from rekindle.model.modern_config import ModernConfig
 from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.optim.muon_config import MuonConfig, warmup_steps
-from rekindle.recipes.base import Batch, Recipe, Schedule
+from rekindle.recipes.base import Batch, Recipe, Schedule, override
 
 
 def _fast(name: str, about: str, model: ModernConfig, steps: int, **numbers: Any) -> Recipe:
@@ -41,6 +43,25 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
     schedule = dataclasses.replace(recipe.schedule, warmup=warmup_steps(steps))
     optim = MuonConfig.by_rule(recipe.model.n_embd, steps)
     return dataclasses.replace(recipe, schedule=schedule, optim=optim)
+
+
+RULED: dict[str, Any] = {  # numbers that follow rules of the steps
+    "optim.lr?": float, "optim.momentum_warmup?": int, "optim.weight_decay?": float,
+    "schedule.warmup?": int,
+}  # fmt: skip
+
+
+def with_rules(recipe: Recipe, out: Path, steps: int | None) -> Recipe:
+    """A recipe with the numbers that its rules give for a run of so many steps. A run that has
+    begun in `out` keeps its numbers, so that it can be made longer. Raises `UserError` if that
+    run's description is damaged."""
+    if not isinstance(recipe.optim, MuonConfig):
+        return recipe
+    if not (out / "run.json").is_file():
+        return recipe if steps is None else with_steps(recipe, steps)
+    begun = storage.read_json(out / "run.json", {"recipe": RULED})["recipe"]
+    names = [name.removesuffix("?") for name in RULED]
+    return override(recipe, {name: begun[name] for name in names if name in begun})
 
 
 _LECTURE = Recipe(

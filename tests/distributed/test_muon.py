@@ -29,7 +29,8 @@ TINY = (
     "--model.n-embd", "16", "--model.head-size", "8", "--model.block-size", "32",
     "--model.value-embeddings", "1", "--batch.tokens", "96", "--batch.length", "16",
     "--steps", "12", "--eval-every", "4", "--checkpoint-every", "4", "--keep-checkpoints", "0",
-    "--optim.momentum-warmup", "5", "--optim.weight-decay", "0.5", "--optim.eps", "1e-4",
+    "--optim.lr", "0.03", "--optim.momentum-warmup", "5", "--optim.weight-decay", "0.5",
+    "--optim.eps", "1e-4",
     *TIMEOUT,
 )  # fmt: skip
 NAN = {"step": 5, "do": "nan"}

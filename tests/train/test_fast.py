@@ -1,6 +1,7 @@
 """The modern model and Muon through the public commands: trained, killed, resumed, evaluated,
 sampled."""
 
+import filecmp
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from rekindle import checkpoint, get_recipe, recipes, trainer
+from rekindle import checkpoint, get_recipe, recipes, storage, trainer
+from rekindle.data.tokenizer import get_tokenizer
 from rekindle.model.modern import Modern
 from rekindle.optim.muon_config import MuonConfig, warmup_steps
 
@@ -117,15 +119,83 @@ def test_another_length_has_the_numbers_of_its_rules() -> None:
     assert recipes.with_steps(get_recipe("demo"), 7).optim == get_recipe("demo").optim
 
 
-@pytest.mark.slow  # 278M parameters
-def test_the_full_size_takes_a_few_steps(
-    rekindle: Callable, records: Callable, write_shards: Callable, tmp_path: Path
+def begun_with(run: Path) -> dict[str, Any]:
+    names = ("steps", "optim.lr", "optim.momentum_warmup", "optim.weight_decay", "schedule.warmup")
+    return {name: storage.read_json(run / "run.json")["recipe"][name] for name in names}
+
+
+def test_steps_on_the_command_line_bring_the_numbers_of_their_rules(
+    fast: Callable, tmp_path: Path
 ) -> None:
-    write_shards(tmp_path / "data", [5000], [300])
+    """Unless these are given; a run that has begun keeps its own, and can be made longer."""
+    assert fast(tmp_path / "a", "--steps", 4).status == 0
+    rules = MuonConfig.by_rule(16, 4)
+    expected = {"steps": 4, "optim.lr": rules.lr, "optim.momentum_warmup": rules.momentum_warmup,
+                "optim.weight_decay": rules.weight_decay, "schedule.warmup": 0}  # fmt: skip
+    assert begun_with(tmp_path / "a") == expected
+    given = ("--optim.weight-decay", 0.25, "--schedule.warmup", 2)
+    assert fast(tmp_path / "b", "--steps", 4, *given).status == 0
+    changed = {"optim.weight_decay": 0.25, "schedule.warmup": 2}
+    assert begun_with(tmp_path / "b") == expected | changed
+    longer = fast(tmp_path / "a", "--steps", 8)
+    assert longer.status == 0, longer.err
+    assert "resumes at step 4 of 8" in longer.out
+    assert fast(tmp_path / "a", "--steps", 8, "--optim.lr", 0.01).status == 2
+
+
+def test_a_damaged_description_of_the_run_is_one_line(fast: Callable, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"recipe": {"optim.lr": "fast"}}')
+    refused = fast(tmp_path / "run")
+    assert refused.status == 2
+    assert refused.err.count("\n") == 1
+    assert "optim.lr is 'fast'" in refused.err
+
+
+@pytest.mark.slow  # 278M parameters: a step is 1.6 · 10^12 operations of Newton and Schulz alone
+@pytest.mark.timeout(3000)
+def test_the_full_size_is_killed_and_resumed_with_the_same_bits(
+    rekindle: Callable, records: Callable, write_shards: Callable, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    gpt2 = get_tokenizer("gpt2")
+    described = {"tokenizer": gpt2.name, "tokenizer_sha256": gpt2.sha256, "vocab_size": 50257}
+    write_shards(tmp_path / "data", [5000], [300], **described)
     torch.set_num_threads(2)
-    flags = ["--batch.tokens", 128, "--batch.length", 64, "--steps", 3, "--eval-tokens", 64]
-    where = ["--data", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu"]
-    done = rekindle("train", "gpt2-124m-fast", *where, "--no-compile", *flags)
-    assert done.status == 0, done.err
-    losses = [r["loss"] for r in records(tmp_path / "run", "train")]
+    flags = ["--batch.tokens", 64, "--batch.length", 32, "--steps", 2, "--eval-tokens", 64]
+    flags += ["--checkpoint-every", 1, "--eval-every", 1, "--keep-best", 0]
+    flags += ["--keep-checkpoints", 1]
+
+    def train(out: str) -> Any:
+        where = ["--data", tmp_path / "data", "--out", tmp_path / out, "--device", "cpu"]
+        return rekindle("train", "gpt2-124m-fast", *where, "--no-compile", *flags)
+
+    straight = train("straight")
+    assert straight.status == 0, straight.err
+    assert "model: 278," in straight.out
+    original = trainer.learning_rate
+
+    def killed(step: int, **options: Any) -> float:
+        if step == 1:
+            raise KilledError
+        return original(step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "learning_rate", killed)
+        with pytest.raises(KilledError):
+            train("killed")
+    assert "resumes at step 1 of 2" in train("killed").out
+    for name in checkpoint.FILES:
+        files = [
+            tmp_path / run / "checkpoints/step-000002" / name for run in ("straight", "killed")
+        ]
+        assert filecmp.cmp(*files, shallow=False)
+    kinds = ("train", "validation", "samples")
+    assert records(tmp_path / "straight", *kinds) == records(tmp_path / "killed", *kinds)
+    losses = [r["loss"] for r in records(tmp_path / "straight", "validation")]
     assert losses[-1] < losses[0]
+    run = [tmp_path / "straight", "--device", "cpu", "--json"]
+    evaluated = rekindle("eval", *run)
+    assert json.loads(evaluated.out)["validation"]["loss"] == pytest.approx(losses[-1], rel=1e-4)
+    sampled = rekindle("sample", *run, "--tokens", 4, "--num", 1)
+    assert len(json.loads(sampled.out)["samples"]) == 1, sampled.err
