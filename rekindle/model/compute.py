@@ -15,7 +15,9 @@ class Compute:
     """How a model computes, never what: all of these give the same result within rounding."""
 
     dtype: torch.dtype = torch.float32  # of the residual stream; weights are cast where they act
-    attention: str = "fused"  # or "plain": the scores written out, as the lecture begins
+    # "plain": the scores written out, as the lecture begins; "flex": FlexAttention where windows or
+    # documents hide tokens, which was not run on a GPU yet
+    attention: str = "fused"
     separate_qkv: bool = False  # three products, whose gradients need no copy into one
     loss_kernel: bool = False  # head and loss as one operator, whose gradient replaces the logits
     mlp_kernel: bool = False  # GELU inside the products around it

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rekindle.model import kernels
-from rekindle.model.attention import attend, attend_once
+from rekindle.model.attention import attend, attend_blocks, attend_once
 from rekindle.model.cache import KVCache, LayerCache
 from rekindle.model.compute import Compute
 from rekindle.model.fp8 import fp8_linear
@@ -94,10 +94,11 @@ class Attention(nn.Module):
         return self.proj(self._attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The place for FlexAttention, which would skip what windows and documents hide."""
         causal = mask is None and q.shape[2] > 1  # one new position may look at all of them
         if q.shape[2] == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
             return attend_once(q, k, v, mask)
+        if mask is not None and not torch.is_tensor(mask):
+            return attend_blocks(q, k, v, mask)
         if self.compute.attention == "plain":
             return attend(q, k, v, mask, causal)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -219,7 +220,8 @@ class Modern(nn.Module):
             past = 0 if cache is None else cache.length
             positions = torch.arange(past, past + idx.shape[1], device=idx.device)
         rotation = self._rotation(positions)
-        masks = visible_tokens(self.config, idx, cache, positions, mask)
+        flex = self.compute.attention == "flex"
+        masks = visible_tokens(self.config, idx, cache, positions, mask, flex=flex)
         x = first = norm(self.wte(idx)).to(self.compute.dtype)  # (B, T, C)
         values = [table(idx) for table in self.values]
         for i, block in enumerate(self.h):
@@ -263,9 +265,8 @@ class Modern(nn.Module):
     def parameter_count(self) -> int:
         """Numbers in all parameters, without the padding rows of the embeddings and the head."""
         c = self.config
-        padding = (c.padded_vocab_size - c.vocab_size) * c.n_embd
-        padded = 1 + c.value_embeddings + c.untied
-        return sum(p.numel() for p in self.parameters()) - padded * padding
+        padded = (1 + c.value_embeddings + c.untied) * (c.padded_vocab_size - c.vocab_size)
+        return sum(p.numel() for p in self.parameters()) - padded * c.n_embd
 
     def flops_per_token(self, T: int) -> int:
         """Floating-point operations per trained token in a context of T tokens: 6 for every weight

@@ -63,7 +63,6 @@ class Muon:
             raise UserError("muon cannot train a sharded model yet: leave out --shard")
         device = next(iter(named.values())).device
         self._state: dict[str, Tensor] = {}
-
         stacks: dict[torch.Size, list[str]] = {}
         for name, p in named.items():
             if roles[name] == "matrix":

@@ -172,7 +172,7 @@ def test_the_full_size_is_killed_and_resumed_with_the_same_bits(
 
     straight = train("straight")
     assert straight.status == 0, straight.err
-    assert "model: 278," in straight.out
+    assert "model: 277,921,992 parameters" in straight.out
     original = trainer.learning_rate
 
     def killed(step: int, **options: Any) -> float:
