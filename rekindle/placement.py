@@ -8,8 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from rekindle.errors import UserError
 from rekindle.machine import Machine
-from rekindle.model import LanguageModel
+from rekindle.model import LanguageModel, fp8
 from rekindle.model.compute import Compute, Forward
 from rekindle.runtime import distributed
 from rekindle.runtime.device import Device
@@ -43,7 +44,10 @@ def fit(
     device: Device,
     world: World,
 ) -> Machine:
-    """The machine with what only its memory decides: recomputation and micro-batch size."""
+    """The machine with what only its memory decides: recomputation and micro-batch size. Raises
+    `UserError` if the model cannot compute as was asked."""
+    if compute.fp8_head and (wrong := fp8.unfit(model, T)):
+        raise UserError(f"--fp8-head: {wrong}; leave it out")
     recompute = machine.recompute
     if recompute is None:
         recompute = must_recompute(model, T, device, world)

@@ -16,7 +16,7 @@ from rekindle.checkpoint import Checkpoint, Description
 from rekindle.data.batches import Batches, Partition, Prefetcher, Windows
 from rekindle.errors import UserError
 from rekindle.machine import Machine, resolve
-from rekindle.model import LanguageModel, fp8
+from rekindle.model import LanguageModel
 from rekindle.model.compute import Compute, Forward
 from rekindle.optim import Optimizer
 from rekindle.optim.schedule import learning_rate
@@ -238,8 +238,6 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # on the CPU, so that every rank has the same weights
         module = (model or lookup.model_for(recipe.model))(recipe.model).use(compute)
-    if machine.fp8_head and (wrong := fp8.unfit(module, b.length)):
-        raise UserError(f"--fp8-head: {wrong}; leave it out")
     model_class = type(module)  # sharding gives it one of its own
     placement.move(module, machine, device, world)
     optim = (optimizer or lookup.optimizer_for(recipe.optim))(module, recipe.optim)
