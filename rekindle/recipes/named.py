@@ -11,7 +11,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rekindle import storage
 from rekindle.errors import UserError
 from rekindle.model.gpt2_config import SIZES, GPT2Config
 from rekindle.model.modern_config import ModernConfig
@@ -59,6 +58,8 @@ def with_rules(recipe: Recipe, out: Path, steps: int | None) -> Recipe:
         return recipe
     if not (out / "run.json").is_file():
         return recipe if steps is None else with_steps(recipe, steps)
+    from rekindle import storage  # imports NumPy, which --help should not wait for
+
     begun = storage.read_json(out / "run.json", {"recipe": RULED})["recipe"]
     names = [name.removesuffix("?") for name in RULED]
     return override(recipe, {name: begun[name] for name in names if name in begun})
