@@ -1,10 +1,10 @@
-# `make demo` and `make test` set up all they need: uv (in .uv, if it is not installed) and the
-# locked environment (in .venv). To use a Python of your own, with your own torch, see the README.
+# `make demo` and `make test` set up everything they need: uv (in .uv, if it is not installed) and
+# the locked environment (in .venv). To use your own Python and torch, see docs/install.md.
 .PHONY: demo test test-all gpu-checks lint setup lock clean
 
-# Without --system-certs a machine behind a proxy with its own certificates cannot download.
+# Use the system certificates, or downloads fail behind a proxy that has certificates of its own.
 export UV_SYSTEM_CERTS := 1
-# Python's bytecode once, now, and not at every start where nothing may write to .venv.
+# Compile Python's bytecode at installation. With a read-only .venv every start would compile it.
 export UV_COMPILE_BYTECODE := 1
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 LOCK := requirements.lock
@@ -12,18 +12,19 @@ LOCK := requirements.lock
 demo: setup
 	.venv/bin/rekindle demo
 
-# Two processes, one thread each; a file's tests share one. The longest files come first.
+# Two processes with one thread each. All tests of a file run in one process; the longest files
+# start first.
 PYTEST := .venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)
 
-# The slow tests as well.
+# Includes the slow tests.
 test-all: setup
 	$(PYTEST) -m ''
 
-# What can be known of the GPU path without a GPU: the machine code of the Triton kernels, what
-# Inductor generates for a training step, and the predictions that follow.
+# Checks of the GPU code on a machine without a GPU: the machine code of the Triton kernels, the
+# code that Inductor generates for a training step, and the predictions based on it.
 gpu-checks: setup
 	.venv/bin/python -m benchmarks.hopper --check
 	.venv/bin/python -m benchmarks.traffic --check
@@ -35,6 +36,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/pyright
 	.venv/bin/lint-imports
+	.venv/bin/python -m tests.words
 
 setup: .venv/ready
 
@@ -47,7 +49,7 @@ setup: .venv/ready
 	@$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Pins every package with its hashes, for all systems; names no place to download from.
+# Pins every package with its hashes, for all systems, without the URL of a package index.
 lock: pyproject.toml
 	$(UV) pip compile --quiet --universal --upgrade --python-version 3.11 --extra dev \
 	    --generate-hashes --no-emit-index-url --no-header --output-file $(LOCK) pyproject.toml

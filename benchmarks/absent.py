@@ -1,7 +1,7 @@
-"""A GPU that is not there: what Triton and Inductor ask of a card, answered without one.
+"""A simulated GPU: Triton and Inductor compile for it on a machine without one.
 
-Triton compiles for any card it is told of, and Inductor writes its kernels from shapes alone. Both
-only want to know which card: its architecture, its number of SMs, its shared memory.
+Triton can compile for any card, and Inductor generates kernels from shapes alone. Both only query
+the card's properties: its architecture, its number of SMs, its shared memory.
 """
 
 import importlib
@@ -14,14 +14,14 @@ import torch
 
 @dataclass(frozen=True)
 class Card:
-    """What a compiler wants to know of a GPU. Sources: NVIDIA's data sheets, and the table of
-    compute capabilities in the CUDA C++ programming guide."""
+    """The properties of a GPU that a compiler queries. Sources: NVIDIA's data sheets, and the table
+    of compute capabilities in the CUDA C++ programming guide."""
 
     name: str
     capability: int  # 90 is sm_90
     sms: int
-    sm_threads: int  # that an SM holds at most
-    block_shared: int  # bytes of shared memory that a block may ask for
+    sm_threads: int  # at most, resident on an SM
+    block_shared: int  # bytes of shared memory, at most, that a block can use
     sm_shared: int  # bytes of shared memory on an SM
     memory_gib: int
     l2_mib: int
@@ -35,8 +35,8 @@ CARDS = {
 
 
 def pretend_to_triton(card: Card) -> None:
-    """Let Triton compile for this card. Nothing can be launched."""
-    # By their names: a type checker on a system without Triton knows neither.
+    """Make Triton compile for this card. Kernels cannot be launched."""
+    # Imported by name, because Triton is not installed on every system that is type-checked.
     runtime: Any = importlib.import_module("triton.runtime")
     compiler: Any = importlib.import_module("triton.backends.compiler")
     target = compiler.GPUTarget("cuda", card.capability, 32)
@@ -48,7 +48,7 @@ def pretend_to_triton(card: Card) -> None:
     }
     driver = SimpleNamespace(
         get_current_target=lambda: target,
-        get_current_device=lambda: card.capability,  # Triton remembers a target for each number
+        get_current_device=lambda: card.capability,  # Triton caches a target per device number
         get_active_torch_device=lambda: torch.device("cuda", 0),
         get_current_stream=lambda device=None: 0,
         get_device_interface=lambda: torch.cuda,
@@ -61,13 +61,13 @@ def pretend_to_triton(card: Card) -> None:
 
 
 def pretend_to_torch(card: Card) -> None:
-    """Let Inductor write kernels for this card, until the process ends. Nothing can be launched,
-    and no tensor on it has memory: use `FakeTensorMode`."""
+    """Make Inductor generate kernels for this card, until the process ends. Kernels cannot be
+    launched, and tensors on the card have no memory: use `FakeTensorMode`."""
     pretend_to_triton(card)
-    torch._C._ensureCUDADeviceGuardSet()  # before CUDA claims to be there
+    torch._C._ensureCUDADeviceGuardSet()  # before CUDA is reported as available
     properties = _properties(card)
     capability = divmod(card.capability, 10)
-    answers: dict[str, Any] = {
+    cuda_functions: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "_lazy_init": lambda: None,
@@ -83,10 +83,10 @@ def pretend_to_torch(card: Card) -> None:
         "get_rng_state": lambda device=None: torch.zeros(1),
         "set_rng_state": lambda state, device=None: None,
     }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, answer)
+    for name, function in cuda_functions.items():
+        setattr(torch.cuda, name, function)
     interface: Any = importlib.import_module("torch._dynamo.device_interface").CudaInterface
-    of_interface: dict[str, Any] = {
+    interface_functions: dict[str, Any] = {
         "is_available": lambda: True,
         "current_device": lambda: 0,
         "set_device": lambda device=None: None,
@@ -94,15 +94,15 @@ def pretend_to_torch(card: Card) -> None:
         "get_compute_capability": lambda device=None: card.capability,
         "get_raw_stream": lambda device=None: 0,
     }
-    for name, answer in of_interface.items():
-        setattr(interface, name, staticmethod(answer))
+    for name, function in interface_functions.items():
+        setattr(interface, name, staticmethod(function))
     interface.Worker.get_device_properties = staticmethod(lambda device=None: properties)
     interface.Worker.current_device = staticmethod(lambda: 0)
     importlib.import_module("torch.utils._triton").has_triton.cache_clear()
 
 
 def _properties(card: Card) -> SimpleNamespace:
-    """As `torch.cuda.get_device_properties` says it."""
+    """The fields of `torch.cuda.get_device_properties` that the compilers read."""
     major, minor = divmod(card.capability, 10)
     return SimpleNamespace(
         name=card.name,

@@ -1,10 +1,10 @@
-"""Does an all-reduce send what `benchmarks.scaling` says? Checked with gloo on this machine:
+"""Check the all-reduce formula of `benchmarks.scaling` with gloo on this machine:
 
     python -m benchmarks.allreduce   # 2 and 4 ranks; writes results/allreduce-gloo.json
 
-Two things are compared: the bytes that pass the loopback interface, and, with latency and bandwidth
-taken from 2 ranks, the seconds of 4. The bytes say whether the formula is right. The seconds are
-those of ranks that share two cores, so they are not worth more than their order of magnitude.
+Compares the bytes that pass through the loopback interface, and the seconds that 4 ranks take, with
+latency and bandwidth fitted to 2 ranks. The bytes show whether the formula is right. The seconds
+are meaningful only in order of magnitude, because the ranks share two cores.
 """
 
 import argparse
@@ -29,18 +29,18 @@ REPEATS = 5
 
 
 def loopback_bytes() -> int:
-    """Bytes that this machine has sent to itself (Linux)."""
+    """Bytes that this machine has sent over its loopback interface (Linux)."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counts = line.partition(":")
         if name.strip() == "lo":
             return int(counts.split()[0])
-    raise RuntimeError("there is no loopback interface to count on")
+    raise RuntimeError("/proc/net/dev lists no loopback interface")
 
 
 def rank(number: int, size: int, port: int) -> None:
-    """What one rank does: rank 0 prints bytes, seconds and what was sent, a line for each size."""
-    meeting = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=size)
+    """Run one rank. Rank 0 prints a line per size: tensor bytes, seconds, bytes sent."""
+    rendezvous = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=number, world_size=size)
     torch.set_num_threads(1)
     for length in SIZES:
         tensor = torch.ones(length // 4)
@@ -59,7 +59,7 @@ def rank(number: int, size: int, port: int) -> None:
 
 
 def measure(size: int) -> dict[str, dict[str, float]]:
-    """The least seconds and bytes of `size` ranks, for each length."""
+    """The fewest seconds and bytes over the repeats with `size` ranks, for each tensor size."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,16 +73,17 @@ def measure(size: int) -> dict[str, dict[str, float]]:
         )
         for i in range(size)
     ]
-    said, _ = ranks[0].communicate(timeout=300)
+    printed, _ = ranks[0].communicate(timeout=300)
     for process in ranks:
         if process.wait(timeout=60):
-            raise RuntimeError(f"a rank ended with {process.returncode}")
-    rows = [line.split() for line in said.splitlines()]
+            raise RuntimeError(f"a rank exited with status {process.returncode}")
+    rows = [line.split() for line in printed.splitlines()]
     return {length: {"seconds": float(s), "sent_bytes": int(n)} for length, s, n in rows}
 
 
 def compare(found: dict[int, dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
-    """What was measured beside what the formula says, with latency and bandwidth of 2 ranks."""
+    """The measurements next to the formula's values, with latency and bandwidth fitted to 2
+    ranks."""
     small, large = str(SIZES[0]), str(SIZES[-1])
     two = found[2]
     bandwidth = (ring_bytes(SIZES[-1], 2) - ring_bytes(SIZES[0], 2)) / (
@@ -107,8 +108,8 @@ def compare(found: dict[int, dict[str, dict[str, float]]]) -> list[dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="check the formula of an all-reduce with gloo")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go (JSON)")
+    parser = argparse.ArgumentParser(description="check the all-reduce formula with gloo")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write")
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)

@@ -1,9 +1,9 @@
-"""What batches cost: reading, permuting and converting 524,288 tokens, the lecture's step.
+"""The cost of reading, permuting and converting a batch of 524,288 tokens, the lecture's step.
 
     python -m benchmarks.batches [--data DIR] [--out benchmarks/results/batches.json]
 
-Beside it, how long such a step takes at 700,000 tokens/s. It happens in a thread while the step
-runs; here it is timed alone.
+It is compared with the time of such a step at 700,000 tokens/s. In training, batches are read by a
+thread while the previous step runs; here they are timed alone.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from rekindle.data.prepare import prepare
 
 RESULT = Path(__file__).parent / "results" / "batches.json"
 TOKENS, T, MICRO = 524_288, 1024, 64
-FAST = 700_000  # tokens/s
+FAST = 700_000  # tokens/s of the step to compare with
 
 
 def measure(data: Path, steps: int) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
             began = time.perf_counter()
             x, y = (np.ascontiguousarray(a) for a in batches.batch(step, split))
             assert x.size == y.size == rows * T
-            seconds.append((time.perf_counter() - began) * TOKENS / x.size)  # of a whole step
+            seconds.append((time.perf_counter() - began) * TOKENS / x.size)  # scaled to a full step
         ms = quantiles([1e3 * s for s in seconds])
         share = ms["median"] / (1e3 * TOKENS / FAST)
         figures[order] = {"ms_per_step": ms, "share_of_step": round(share, 4)}
@@ -44,9 +44,11 @@ def measure(data: Path, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what batches cost")
-    parser.add_argument("--data", type=Path, help="folder of shards (default: Python's manual)")
-    parser.add_argument("--out", type=Path, default=RESULT, help="where the figures go (JSON)")
+    parser = argparse.ArgumentParser(description="time the reading of batches")
+    parser.add_argument(
+        "--data", type=Path, help="folder of shards (default: Python's documentation)"
+    )
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
     parser.add_argument("--steps", type=int, default=100)
     o = parser.parse_args()
     machine = environment("numpy")

@@ -1,10 +1,10 @@
-"""A checkpoint of GPT-2 124M with AdamW's state against a plain write of the same bytes.
+"""Time a checkpoint of GPT-2 124M with AdamW's state, and a plain write of the same bytes.
 
     python -m benchmarks.checkpoint [--out benchmarks/results/checkpoint.json]
 
-All in one process and in turn, round by round: (a) the same bytes written and flushed, nothing
-else; (b) a checkpoint while the loop waits for it, hashes and all; (c) a checkpoint while the loop
-trains on. The stall is how long the loop stands still when it begins a checkpoint.
+Each round, in one process: (a) a plain write and flush of the same bytes; (b) a checkpoint, with
+hashes, while the loop waits for it; (c) a checkpoint while training continues. The stall is the
+time for which training pauses when a checkpoint starts.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from rekindle.recipes import Batch, get_recipe
 from rekindle.trainer import build
 
 RESULT = Path(__file__).parent / "results" / "checkpoint.json"
-ROWS, T = 1, 64  # of the training step: a small one, so that a stall would show
+ROWS, T = 1, 64  # of a training step: small, so that a stall is visible
 
 
 class Training:
-    """GPT-2 124M in training on the CPU, and what saves it."""
+    """GPT-2 124M training on the CPU, and the saver of its checkpoints."""
 
     def __init__(self, folder: Path) -> None:
         recipe = get_recipe("gpt2-124m")
@@ -66,7 +66,7 @@ class Training:
         return time.perf_counter() - began
 
     def save(self, *, train_on: bool) -> dict[str, Any]:
-        """Seconds that a checkpoint took, that the loop stood still, and of the steps meanwhile."""
+        """Seconds of the checkpoint, of the pause, and of each training step meanwhile."""
         threads, began = threading.active_count(), time.perf_counter()
         description = self.trainer.describe()
         self.saver.save(description)
@@ -82,7 +82,7 @@ class Training:
 
 
 def plain_write(file: Path, arrays: list[np.ndarray]) -> float:
-    """Seconds to write these bytes and flush them to the disk."""
+    """Seconds to write these bytes and flush them to disk."""
     began = time.perf_counter()
     with open(file, "wb") as handle:
         for array in arrays:
@@ -102,9 +102,9 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     snapshot.take(model, optimizer)
     arrays = [t.numpy() for t in (*snapshot.model.values(), *snapshot.optimizer.values())]
     size = sum(array.nbytes for array in arrays)
-    plain, alone, beside, undisturbed = [], [], [], []
+    plain, alone, during, idle_steps = [], [], [], []
     for i in range(-1, rounds):
-        os.sync()  # what the round before has removed is not written in this one
+        os.sync()  # so that this round does not write back data of the previous one
         row = (
             plain_write(folder / "plain", arrays),
             training.save(train_on=False),
@@ -113,12 +113,12 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         )
         print(
             f"round {i + 1}: plain {row[0]:.2f} s, checkpoint {row[1]['seconds']:.2f} s "
-            f"(stall {row[1]['stall_s']:.2f} s), while it trains {row[3]['seconds']:.2f} s; "
-            f"a step {row[2]:.2f} s" + (" (warm-up, not counted)" if i < 0 else ""),
+            f"(stall {row[1]['stall_s']:.2f} s), while training {row[3]['seconds']:.2f} s; "
+            f"step {row[2]:.2f} s" + (" (warm-up, not counted)" if i < 0 else ""),
             flush=True,
         )
-        if i >= 0:  # the first finds no memory in the page cache
-            for column, value in zip((plain, alone, undisturbed, beside), row, strict=True):
+        if i >= 0:  # the first one has to allocate the page cache
+            for column, value in zip((plain, alone, idle_steps, during), row, strict=True):
                 column.append(value)
     ratios = [b["seconds"] / a for a, b in zip(plain, alone, strict=True)]
     return {
@@ -131,27 +131,31 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
             "times_plain_write": quantiles(ratios),  # round by round
         },
         "checkpoint_beside_training": {
-            "seconds": quantiles([row["seconds"] for row in beside]),
-            "step_seconds": quantiles([s for row in beside for s in row["steps"]]),
+            "seconds": quantiles([row["seconds"] for row in during]),
+            "step_seconds": quantiles([s for row in during for s in row["steps"]]),
         },
-        "stall_s": quantiles([row["stall_s"] for row in (*alone, *beside)]),
-        "step": {"rows": ROWS, "T": T, "seconds": quantiles(undisturbed)},
+        "stall_s": quantiles([row["stall_s"] for row in (*alone, *during)]),
+        "step": {"rows": ROWS, "T": T, "seconds": quantiles(idle_steps)},
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="a checkpoint in the background")
-    parser.add_argument("--out", type=Path, default=RESULT, help="where the figures go (JSON)")
-    parser.add_argument("--rounds", type=int, default=7, help="beside one to warm up; at least 2")
-    parser.add_argument("--disk", type=Path, metavar="DIR", help="where to write, if not in TMPDIR")
+    parser = argparse.ArgumentParser(description="time a checkpoint in the background")
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="not counting one to warm up; at least 2"
+    )
+    parser.add_argument(
+        "--disk", type=Path, metavar="DIR", help="folder to write to (default: TMPDIR)"
+    )
     arguments = parser.parse_args()
     machine = environment("torch", "numpy", "safetensors")
     with tempfile.TemporaryDirectory(dir=arguments.disk) as folder:
         figures = measure(Path(folder), max(2, arguments.rounds))
     write_result(arguments.out, {**machine, **figures})
     print(
-        f"{figures['checkpoint']['times_plain_write']['median']:.2f} x a plain write, the loop "
-        f"stands still for {figures['stall_s']['median']:.2f} s, written to {arguments.out}"
+        f"{figures['checkpoint']['times_plain_write']['median']:.2f} x a plain write, training "
+        f"pauses for {figures['stall_s']['median']:.2f} s, written to {arguments.out}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark says of the machine it ran on, and how it sums up its rounds."""
+"""What every benchmark records about its machine, and how it summarizes its rounds."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from rekindle.runtime.device import cpu_model
 
 
 def command() -> str:
-    """The command line that runs now, without where its result goes and without folders."""
+    """The current command line, without `--out` and with paths cut to their last part."""
     words = ["python -m", f"benchmarks.{Path(sys.argv[0]).stem}"]
     given = iter(sys.argv[1:])
     for word in given:
@@ -27,13 +27,13 @@ def command() -> str:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """The command, the date, the machine, and the versions of Python and of these packages."""
+    """The command, the date, the machine, and the versions of Python and `packages`."""
     return {
         "command": command(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 1),  # figures of a busy machine are not worth much
+        "load_before": round(os.getloadavg()[0], 1),  # a busy machine gives unreliable figures
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},

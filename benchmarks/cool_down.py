@@ -1,8 +1,8 @@
-"""The gate's second half: what a fast arithmetic costs in loss, after a whole schedule.
+"""The second half of the gate: how lower precision changes the loss after a full schedule.
 
-Each arm trains the same recipe on the same tokens from warm-up to the end of the cosine, by the
-command line a user gives. Their losses are then paired, document by document, on held-out text; a
-repeat of the reference shows the noise.
+Each arm trains the same recipe on the same tokens through the full schedule, from warm-up to the
+end of the cosine, with the command line that a user would run. The losses of two arms are then
+compared document by document on held-out text. A repeat of the reference arm shows the noise.
 """
 
 import argparse
@@ -31,12 +31,12 @@ ARMS = {
     "bf16": ["--precision", "bf16"],
     "bf16 + kernels": ["--precision", "bf16", "--kernels"],
 }
-EQUIVALENT = 0.004  # nats: below what another seed changes
-SHORTEST, ROWS = 32, 16  # tokens of a document; documents at once
+EQUIVALENT = 0.004  # nats: less than the difference between seeds
+SHORTEST, ROWS = 32, 16  # tokens per document; documents per batch
 
 
 def cool_down(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """Train and score every arm. `save` gets the losses so far, and the differences."""
+    """Train and score every arm. `save` is called with the losses and differences so far."""
     found: dict[str, np.ndarray] = {}
     for name, flags in ARMS.items():
         if "--kernels" in flags and o.device == "cpu":
@@ -50,7 +50,7 @@ def cool_down(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> 
                 "--schedule.warmup", max(1, o.cool_down_steps // 10),
                 "--batch.tokens", o.cool_down_tokens, "--batch.order", "shuffled", *flags,
             ]  # fmt: skip
-            if o.device == "cpu":  # only to try the command
+            if o.device == "cpu":  # only a trial of the command
                 command.append("--no-compile")
             subprocess.run([str(word) for word in command], check=True)
             found[name] = document_losses(run, o.data, get_device(o.device), o.documents)
@@ -68,7 +68,8 @@ def cool_down(o: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> 
 
 
 def paired(losses: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """Mean difference per document, its standard error, and whether it is small for certain."""
+    """Mean difference per document, its standard error, and whether the arms are equivalent: the
+    mean plus two standard errors stays within `EQUIVALENT`."""
     gaps = losses - reference
     mean, error = float(gaps.mean()), statistics.stdev(gaps.tolist()) / len(gaps) ** 0.5
     return {
@@ -80,7 +81,7 @@ def paired(losses: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
 
 @torch.no_grad()
 def document_losses(run: Path, data: Path, device: Device, most: int) -> np.ndarray:
-    """Mean loss in nats per token of each of the first held-out documents, (documents,)."""
+    """Mean loss in nats per token of each of the first `most` held-out documents: (documents,)."""
     loaded = load(str(run), device)
     manifest = shards.read_manifest(data)
     end = get_tokenizer(manifest.tokenizer).end_of_text

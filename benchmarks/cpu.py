@@ -1,8 +1,8 @@
-"""The CPU's table: every benchmark that needs no GPU, one after the other, then the page.
+"""Run every benchmark that needs no GPU, one after the other, then write the page.
 
     python -m benchmarks.cpu [--parquet DIR] [--hellaswag FILE]
 
-About half an hour on two cores, which should have nothing else to do.
+Takes about half an hour on two cores, which should otherwise be idle.
 """
 
 import argparse
@@ -16,9 +16,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="all benchmarks of a CPU, then the page")
-    parser.add_argument("--parquet", type=Path, help="text to prepare (else that one is left out)")
-    parser.add_argument("--hellaswag", type=Path, help="HellaSwag's file (else it is left out)")
+    parser = argparse.ArgumentParser(description="run all CPU benchmarks, then write the page")
+    parser.add_argument(
+        "--parquet", type=Path, help="folder of text to prepare (default: skip that benchmark)"
+    )
+    parser.add_argument(
+        "--hellaswag", type=Path, help="HellaSwag file (default: skip that benchmark)"
+    )
     o = parser.parse_args()
     commands = [["batches"], ["small"], ["generate", "--out", str(RESULTS / "generate-cpu.json")]]
     commands += [["checkpoint"], ["startup"]]
@@ -34,7 +38,7 @@ def main() -> None:
 
 
 def climb_ladder() -> None:
-    """The ladder of the README: its figures among the results, its picture in docs/."""
+    """The ladder of the README: its JSON goes to results/, its chart to docs/."""
     print("== ladder", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         command = ["rekindle", "ladder", "--device", "cpu", "--steps", "6", "--out", folder]

@@ -1,10 +1,11 @@
-"""Text: `rekindle`'s generation against `transformers`' `generate`, greedy, the same weights.
+"""Compare text generation with `transformers`' `generate`: greedy, with the same weights.
 
     python -m benchmarks.generate [--device cpu] [--out benchmarks/results/generate-cpu.json]
 
-Random weights of GPT-2 124M and one prompt of 64 tokens. All arms of a round run in turn, so that
-what slows the machine slows them alike. `tokens_per_s` is of the whole call, with the prompt (which
-`rekindle` reads once for all rows); `ms_per_step` of the steps from token to token only.
+GPT-2 124M with random weights, one prompt of 64 tokens. Each round runs all arms in turn, so that
+other load on the machine slows them equally. `tokens_per_s` covers the entire call, including the
+prompt (which `rekindle` processes once for all rows); `ms_per_step` covers only the steps from
+token to token.
 """
 
 import argparse
@@ -31,7 +32,7 @@ ROWS = (1, 32)
 REFERENCE = "transformers fp32"
 CONFIG = GPT2Config(padded_vocab_size=50257)
 
-Arm = Callable[[int], Any]  # so many new tokens
+Arm = Callable[[int], Any]  # takes the number of new tokens
 
 
 def make_model() -> GPT2:
@@ -60,12 +61,12 @@ def their_arms(model: GPT2, prompt: list[int], B: int, device: torch.device) -> 
     try:
         import transformers
     except ImportError:
-        print("without transformers: only rekindle is timed")
+        print("transformers is not installed: only rekindle is timed")
         return {}
     transformers.logging.set_verbosity_error()
     weights = {
         name: w.t() if is_conv1d(name) else w for name, w in model.state_dict().items()
-    }  # transformers' Conv1D keeps (in, out)
+    }  # transformers' Conv1D stores (in, out)
     arms: dict[str, Arm] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         theirs: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config())
@@ -81,7 +82,7 @@ def their_arms(model: GPT2, prompt: list[int], B: int, device: torch.device) -> 
             ).cpu()  # fmt: skip
 
         arms[f"transformers {name}"] = arm
-        if device.type == "cuda":  # with a static cache, transformers compiles its steps itself
+        if device.type == "cuda":  # transformers compiles its steps if the cache is static
             arms[f"transformers {name} static"] = functools.partial(arm, cache="static")
     return arms
 
@@ -91,7 +92,7 @@ def is_conv1d(name: str) -> bool:
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds, until the device has done all of it."""
+    """Seconds until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -102,21 +103,22 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def compare(arms: dict[str, Arm], B: int, tokens: int, rounds: int, device: torch.device) -> Any:
-    """Time one token and then `tokens` of them, in turn; the difference is that of the steps."""
+    """Time the generation of one token and of `tokens` tokens, in turn; the difference is the time
+    of the steps."""
     first: dict[str, list[float]] = {name: [] for name in arms}
-    whole: dict[str, list[float]] = {name: [] for name in arms}
-    texts = {name: arm(tokens) for name, arm in arms.items()}  # warms up, and compiles
+    full: dict[str, list[float]] = {name: [] for name in arms}
+    texts = {name: arm(tokens) for name, arm in arms.items()}  # warm up and compile
     for _ in range(rounds):
         for name, arm in arms.items():
             first[name].append(timed(lambda arm=arm: arm(1), device))
-            whole[name].append(timed(lambda arm=arm: arm(tokens), device))
+            full[name].append(timed(lambda arm=arm: arm(tokens), device))
     rows: dict[str, Any] = {}
     for name in arms:
         steps = [
-            1000 * (w - f) / (tokens - 1) for w, f in zip(whole[name], first[name], strict=True)
+            1000 * (w - f) / (tokens - 1) for w, f in zip(full[name], first[name], strict=True)
         ]
         rows[name] = {
-            "tokens_per_s": quantiles([B * tokens / s for s in whole[name]]),
+            "tokens_per_s": quantiles([B * tokens / s for s in full[name]]),
             "ms_per_step": quantiles(steps),
         }
     if REFERENCE in rows:
@@ -136,7 +138,8 @@ def ratio(row: Any, reference: Any, key: str) -> float:
 
 @torch.no_grad()
 def by_length(model: GPT2, repeats: int, device: torch.device) -> dict[str, Any]:
-    """What a token costs after 64 and after 1,000, in turn; batch 1, eager, growing cache."""
+    """The cost of a token after 64 and after 1,000 tokens, in turn; batch 1, eager, growing
+    cache."""
     result: dict[str, Any] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         cast = copy.deepcopy(model).use(Compute(dtype=dtype)).cast(dtype, rows=1)
@@ -145,7 +148,7 @@ def by_length(model: GPT2, repeats: int, device: torch.device) -> dict[str, Any]
         for length in times:
             caches[length] = cache = cast.new_cache(1, length + 1)
             predict(cast, token.expand(1, length), cache)
-            cache.advance(length)  # and no further: every repeat writes the same slot
+            cache.advance(length)  # only once, so that every repeat writes to the same position
         for i in range(repeats + 3):
             for length, cache in caches.items():
                 seconds = timed(functools.partial(predict, cast, token, cache), device)
@@ -166,15 +169,17 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="rekindle's text against transformers'")
+    parser = argparse.ArgumentParser(description="compare text generation with transformers")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the figures go (JSON)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens; a half at batch 32")
+    parser.add_argument(
+        "--tokens", type=int, default=32, help="new tokens; half as many at batch 32"
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if min(arguments.rounds, arguments.tokens // 2) < 2:
-        parser.error("--rounds is at least 2, --tokens at least 4")
+        parser.error("--rounds must be at least 2, --tokens at least 4")
     result: dict[str, Any] = machine(device)
     model = make_model().to(device)
     prompt = torch.randint(50257, (PROMPT,)).tolist()

@@ -1,12 +1,12 @@
 """The code that Inductor generates for a training step, on a machine without a GPU.
 
-The step is traced on the meta device, whose tensors have shapes and no memory; then the graph is
-moved to a card that is not there, cut into forward and backward pass, and lowered.
+The step is traced on the meta device, whose tensors have shapes but no memory. Then the graph is
+moved to a simulated card, partitioned into forward and backward pass, and lowered.
 
-Three things are replaced, because a card that is not there cannot choose them: attention is
-cuDNN's, as torch 2.11 chooses it on Hopper; `F.cross_entropy` is written as the two operators that
-it consists of; and autocast, which knows no absent card, is what it does to this model: linear
-layers get their inputs and weights in bf16.
+Three functions are replaced, because they depend on a real card. Attention is cuDNN's, which torch
+2.11 chooses on Hopper. `F.cross_entropy` is written as the two operators it consists of. Autocast,
+which does not work on a simulated card, is replaced by its effect on this model: linear layers get
+their inputs and weights in bf16.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from rekindle.model.kernels import cross_entropy, mlp
 
 
 class _Enough(BaseException):
-    """Ends a compilation where there is nothing more to learn from it. Not an `Exception`, which
-    the compiler would wrap in its own."""
+    """Ends a compilation once the needed result is there. Not an `Exception`, which the compiler
+    would wrap in one of its own."""
 
 
 class Part(NamedTuple):
-    """The graph of a forward or of a backward pass, whose tensors belong to a `FakeTensorMode`."""
+    """The graph of a forward or backward pass, whose tensors belong to a `FakeTensorMode`."""
 
     graph: torch.fx.GraphModule
     mode: Any
@@ -47,7 +47,7 @@ def _attention(
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """`F.cross_entropy`, whose own operator has no gradient on the meta device."""
+    """`F.cross_entropy`; PyTorch's own operator has no gradient on the meta device."""
     loss = torch.ops.aten.nll_loss_forward
     return loss(torch.log_softmax(logits, -1), targets, None, 1, -100)[0]
 
@@ -61,8 +61,8 @@ def _linear_under_autocast(self: nn.Linear, input: Tensor) -> Tensor:
 def _replaced(autocast: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
 
-        def replace(place: object, name: str, value: object) -> None:
-            stack.enter_context(mock.patch.object(place, name, value))
+        def replace(owner: object, name: str, value: object) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value))
 
         replace(F, "scaled_dot_product_attention", _attention)
         replace(F, "cross_entropy", _cross_entropy)
@@ -75,15 +75,15 @@ def _replaced(autocast: bool) -> Iterator[None]:
 
 
 def parts(config: GPT2Config, compute: Compute, B: int, T: int) -> list[Part]:
-    """Forward and backward pass of `config` over B × T tokens. A graph break is an error. To be
-    called before `pretend_to_torch`."""
+    """Forward and backward pass of `config` over B × T tokens. A graph break is an error. Call this
+    before `pretend_to_torch`."""
     return _partition(*_trace(config, compute, B, T))
 
 
 def _trace(
     config: GPT2Config, compute: Compute, B: int, T: int
 ) -> tuple[torch.fx.GraphModule, Any, dict[str, Any]]:
-    """The one graph of both passes, its inputs, and what else its partition needs."""
+    """The joint graph of both passes, its inputs, and the other arguments of its partition."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table
 
@@ -110,7 +110,7 @@ def _trace(
 
 
 def _partition(graph: torch.fx.GraphModule, inputs: Any, options: dict[str, Any]) -> list[Part]:
-    """Move the graph to the card, and cut it where Inductor would."""
+    """Move the graph to the card and partition it as Inductor does."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
@@ -119,7 +119,7 @@ def _partition(graph: torch.fx.GraphModule, inputs: Any, options: dict[str, Any]
 
     mode = FakeTensorMode()
     _move(graph, mode)
-    # Folding constants would compute with tensors of the card.
+    # Constant folding would compute with tensors on the card.
     folding = config.patch(joint_graph_constant_folding=False)
     with folding, mode, tracing(TracingContext(mode)), torch.no_grad():
         _recursive_joint_graph_passes(graph, skip_invoke_subgraph=True)
@@ -128,7 +128,7 @@ def _partition(graph: torch.fx.GraphModule, inputs: Any, options: dict[str, Any]
 
 
 def _move(graph: torch.fx.GraphModule, mode: Any) -> None:
-    """Let every tensor of a graph be on the card."""
+    """Put every tensor of a graph on the card."""
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     card = torch.device("cuda:0")
@@ -148,7 +148,7 @@ def _move(graph: torch.fx.GraphModule, mode: Any) -> None:
 
 
 def lower(part: Part) -> tuple[Any, str]:
-    """Inductor's lowered graph, scheduled and fused, and the code that it generates. To be called
+    """Inductor's lowered graph, scheduled and fused, and the code generated from it. Call this
     after `pretend_to_torch`."""
     from torch._guards import TracingContext, tracing
     from torch._inductor import config

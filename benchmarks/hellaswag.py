@@ -1,9 +1,9 @@
-"""HellaSwag: the context computed once per question, against the lecture's row at a time.
+"""HellaSwag with the context computed once per question, compared with the lecture's evaluation.
 
     python -m benchmarks.hellaswag --file FILE [--rows N] [--out FILE]
 
-Three ways to score the same N questions with GPT-2 124M (random weights, float32, on the CPU), in
-turn, after they were seen to give the same losses. Tokenizing is not timed: it happens once a run.
+Scores the same N questions in three ways, in turn, with GPT-2 124M (random weights, float32, CPU),
+and checks that the losses agree. Tokenizing is not timed, because it happens once per run.
 """
 
 import argparse
@@ -30,8 +30,8 @@ Texts = tuple[list[int], list[list[int]]]  # a context and its four endings, as 
 
 
 def lecture(model: GPT2, questions: list[Texts]) -> Tensor:
-    """The lecture's hellaswag.py, written anew: a question at a time, four rows padded to the
-    longest, logits of every position. Summed loss of each ending, (Q, 4)."""
+    """A reimplementation of the lecture's hellaswag.py: one question at a time, four rows padded to
+    the longest, logits at every position. Returns the summed loss of each ending, (Q, 4)."""
     sums = []
     for context, endings in questions:
         tokens, mask = padded([(context, ending) for ending in endings])
@@ -43,7 +43,7 @@ def lecture(model: GPT2, questions: list[Texts]) -> Tensor:
 
 
 def row_by_row(model: GPT2, questions: list[Texts]) -> Tensor:
-    """A row for each ending, rows of like length together, logits of the endings alone."""
+    """A row for each ending, in batches of similar length; logits for the endings only. (Q, 4)."""
     rows = [(context, ending) for context, endings in questions for ending in endings]
     order = sorted(range(len(rows)), key=lambda n: -len(rows[n][0]) - len(rows[n][1]))
     sums = torch.zeros(len(rows))
@@ -59,7 +59,7 @@ def row_by_row(model: GPT2, questions: list[Texts]) -> Tensor:
 
 
 def padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T), and True where an ending stands."""
+    """Token ids (B, T), and a mask (B, T) that is true on the endings."""
     T = max(len(context) + len(ending) for context, ending in rows)
     tokens, mask = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T) > 0
     for i, (context, ending) in enumerate(rows):
@@ -70,7 +70,7 @@ def padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
 
 
 def sample(questions: list[Question], count: int) -> list[Question]:
-    """So many questions, spread evenly over the set when it is sorted by length."""
+    """`count` questions, spread evenly over the set sorted by length."""
     ordered = sorted(questions, key=lambda q: len(q.context) + sum(map(len, q.endings)))
     count = min(count, len(ordered))
     return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
@@ -78,7 +78,7 @@ def sample(questions: list[Question], count: int) -> list[Question]:
 
 @torch.no_grad()
 def compare(questions: list[Question], rounds: int) -> dict[str, Any]:
-    """Time the three in turn, and check that they give the same losses."""
+    """Time the three ways in turn and check that they give the same losses."""
     torch.manual_seed(0)
     tokenizer, cpu = get_tokenizer("gpt2"), Device(torch.device("cpu"), "CPU", "fp32")
     model = GPT2(SIZES["gpt2"])
@@ -102,7 +102,7 @@ def compare(questions: list[Question], rounds: int) -> dict[str, Any]:
             losses[name] = way().double()
             seconds[name].append(time.perf_counter() - began)
         apart = max(apart, *((losses["lecture"] - x).abs().max().item() for x in losses.values()))
-        if apart > 1e-3:  # sums of some 30 losses of 11 nats each, in float32
+        if apart > 1e-3:  # sums of about 30 losses of 11 nats each, in float32
             raise SystemExit(f"the ways differ by {apart} nats")
         print({name: round(times[-1], 2) for name, times in seconds.items()}, flush=True)
     rows = 4 * len(questions)
@@ -131,11 +131,11 @@ def figures(rates: list[float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="HellaSwag packed against a row at a time")
+    parser = argparse.ArgumentParser(description="compare ways to score HellaSwag")
     parser.add_argument("--file", type=Path, required=True, help="HellaSwag, JSON lines or Parquet")
     parser.add_argument("--rows", type=int, default=100, metavar="N", help="questions to score")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each way is run")
-    parser.add_argument("--out", type=Path, default=RESULT, help="where the figures go (JSON)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each way")
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
     arguments = parser.parse_args()
     machine = environment("torch")
     result = compare(sample(read_questions(arguments.file), arguments.rows), arguments.rounds)

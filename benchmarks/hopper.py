@@ -1,12 +1,12 @@
-"""What the compiler makes of every Triton kernel, on a machine without a GPU:
+"""Compile every Triton kernel and inspect its machine code, on a machine without a GPU:
 
     python -m benchmarks.hopper                # compile, check, write results/hopper.json
     python -m benchmarks.hopper --check        # exit status 1 if anything differs from that file
-    python -m benchmarks.hopper --triton DIR   # with another Triton: pip install --target DIR
+    python -m benchmarks.hopper --triton DIR   # another Triton: pip install --target DIR
 
-The arguments are those of training: the functions that launch the kernels are called with tensors
-that have shapes and no memory, and Triton specialises for what it is given (a stride of 1, what 16
-divides). `cuobjdump` then reads registers, stack and instructions from the machine code.
+The kernels are specialized as in training: their launching functions are called with tensors on the
+meta device, and Triton specializes on the arguments (strides of 1, multiples of 16). `cuobjdump`
+then reads registers, stack and instructions from the machine code.
 """
 
 import argparse
@@ -31,7 +31,7 @@ OUT = Path(__file__).parent / "results" / "hopper.json"
 B16 = torch.bfloat16
 Figures = dict[str, int]
 
-# What counts in the machine code. Wide: 16 bytes per thread, the most that one instruction moves.
+# Instructions counted in the machine code. Wide: 16 bytes per thread, the most one can move.
 TENSOR_CORES = {80: r"\bHMMA", 89: r"\bHMMA", 90: r"\bHGMMA"}
 COUNTED = {
     "wide_loads": r"\bLDG(?:STS)?\.\S*128",
@@ -45,23 +45,23 @@ def empty(*shape: int, dtype: torch.dtype = B16) -> torch.Tensor:
 
 
 def loss(N: int, V: int, write_grad: bool) -> None:
-    """The rows of a head's logits, as `linear_cross_entropy` launches it."""
+    """Cross-entropy over N rows of V logits, launched as in `linear_cross_entropy`."""
     targets, count = empty(N, dtype=torch.int64), empty(dtype=torch.int64)
     cross_entropy._row_losses(empty(N, V), targets, count, write_grad)
 
 
 def forward(N: int, C: int, width: int, keep: bool = True) -> None:
-    """GELU after the first matmul of an MLP, as `fused_mlp` launches it."""
+    """The first matmul of an MLP with GELU, launched as in `fused_mlp`."""
     pre = empty(N, width) if keep else None
     mlp._matmul_gelu(empty(N, C), empty(width, C).T, empty(N, width), pre, empty(width))
 
 
 def backward(N: int, C: int, width: int) -> None:
-    """GELU's derivative after the second matmul's gradient."""
+    """The gradient of the second matmul with the derivative of GELU."""
     mlp._matmul_gelu(empty(N, C), empty(C, width), empty(N, width), empty(N, width))
 
 
-ROWS = 64 * 1024  # of a micro-batch of training
+ROWS = 64 * 1024  # tokens of a micro-batch in training
 CASES: dict[str, Callable[[], None]] = {
     "cross-entropy": lambda: loss(ROWS, 50_304, True),
     "cross-entropy, no gradient": lambda: loss(ROWS, 50_304, False),
@@ -79,7 +79,7 @@ TRAINING = [name for name in CASES if "K = 768" in name or name == "cross-entrop
 
 
 class _Recorder:
-    """Stands in a kernel's place: keeps the arguments of a launch, and launches nothing."""
+    """Replaces a kernel: records the arguments of each launch and launches nothing."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -90,23 +90,24 @@ class _Recorder:
 
 @contextmanager
 def _recording() -> Iterator[dict[str, _Recorder]]:
-    """Record the launches of both kernels instead of making them."""
-    places = {"_cross_entropy_kernel": cross_entropy, "_matmul_gelu_kernel": mlp}
-    recorders = {name: _Recorder() for name in places}
-    kernels = {name: getattr(module, name) for name, module in places.items()}
-    for name, module in places.items():
+    """Record the launches of both kernels instead of running them."""
+    modules = {"_cross_entropy_kernel": cross_entropy, "_matmul_gelu_kernel": mlp}
+    recorders = {name: _Recorder() for name in modules}
+    kernels = {name: getattr(module, name) for name, module in modules.items()}
+    for name, module in modules.items():
         setattr(module, name, recorders[name])
     try:
         yield recorders
     finally:
-        for name, module in places.items():
+        for name, module in modules.items():
             setattr(module, name, kernels[name])
 
 
 def compile_case(name: str, card: Card) -> dict[str, Figures]:
-    """Compile a case for this card: for each autotuning configuration, what its machine code needs
-    and holds. Cross-entropy has one; what training does not launch gets the first, which any GPU
-    can run and deterministic runs take."""
+    """Compile a case for this card; return the figures of each autotuning configuration.
+
+    Cross-entropy has one configuration. Cases that training does not launch are compiled only in
+    the first one, which every GPU can run and deterministic runs use."""
     pretend_to_triton(card)
     with _recording() as recorders:
         CASES[name]()
@@ -130,33 +131,34 @@ def compile_case(name: str, card: Card) -> dict[str, Figures]:
 
 
 def _figures(compiled: Any, card: Card) -> Figures:
-    """Registers and stack of a thread, shared memory of a block, and instructions, of a kernel."""
+    """Registers and stack per thread, shared memory per block, and counted instructions of a
+    kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    assert found, said[:500]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dump)
+    assert found, dump[:500]
     counted = {"tensor_cores": TENSOR_CORES[card.capability], **COUNTED}
     return {
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": compiled.metadata.shared,
-        **{key: len(re.findall(pattern, said)) for key, pattern in counted.items()},
+        **{key: len(re.findall(pattern, dump)) for key, pattern in counted.items()},
     }
 
 
 def violations(case: str, card: Card, found: dict[str, Figures]) -> list[str]:
-    """What of a case breaks a rule that holds for any version of Triton."""
+    """The rules that a case breaks, a line each. The rules hold for any version of Triton."""
     broken = []
     for i, (label, x) in enumerate(found.items()):
         rules = {
             "uses no stack": x["stack"] == 0 or i > 0,
             "spills no register": x["spills"] == 0 or i > 0,
-            f"fits into {card.block_shared:,} bytes of shared memory": (
+            f"fits in {card.block_shared:,} bytes of shared memory": (
                 x["shared"] <= card.block_shared or (i > 0 and card.capability != 90)
             ),
             "uses tensor cores": x["tensor_cores"] > 0 or "MLP" not in case,
@@ -164,18 +166,20 @@ def violations(case: str, card: Card, found: dict[str, Figures]) -> list[str]:
             "stores 16 bytes at a time": (
                 x["wide_stores"] > 0 or case in (*ODD, "cross-entropy, no gradient")
             ),
-            # 1,024 threads a block, 65,536 registers an SM
+            # 1,024 threads per block, 65,536 registers per SM
             "leaves registers for two blocks on an SM": (
                 x["registers"] <= 32 or "MLP" in case or card.sm_threads < 2048
             ),
         }
-        place = f"sm_{card.capability}: {case}{', ' + label if label else ''}"
-        broken += [f"{place}: not true that it {rule}" for rule, kept in rules.items() if not kept]
+        location = f"sm_{card.capability}: {case}{', ' + label if label else ''}"
+        broken += [
+            f"{location}: breaks the rule: {rule}" for rule, kept in rules.items() if not kept
+        ]
     return broken
 
 
 def compile_all() -> tuple[dict[str, Any], list[str]]:
-    """Every case on every architecture: the figures, and the rules that are broken."""
+    """Compile every case for every architecture; return the figures and the broken rules."""
     from triton import knobs
 
     figures: dict[str, Any] = {}
@@ -190,27 +194,27 @@ def compile_all() -> tuple[dict[str, Any], list[str]]:
     return figures, broken
 
 
-def differences(expected: Any, found: Any, place: str = "") -> list[str]:
-    """Where two trees of figures differ, one line each."""
+def differences(expected: Any, found: Any, path: str = "") -> list[str]:
+    """The paths at which two trees of figures differ, a line each."""
     if not (isinstance(expected, dict) and isinstance(found, dict)):
-        return [] if expected == found else [f"{place}: {found}, expected {expected}"]
+        return [] if expected == found else [f"{path}: {found}, expected {expected}"]
     lines = []
     for key in [*expected, *(k for k in found if k not in expected)]:
-        below = f"{place}: {key}" if place else str(key)
+        below = f"{path}: {key}" if path else str(key)
         lines += differences(expected.get(key), found.get(key), below)
     return lines
 
 
 def unexpected(committed: dict[str, Any], version: str, figures: dict[str, Any]) -> list[str]:
-    """Differences from the figures committed for this Triton: none if none are."""
+    """Differences from the figures committed for this version of Triton; none if there are none."""
     return differences(committed["triton"].get(version, figures), figures)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="compile every Triton kernel without a GPU")
     parser.add_argument("--check", action="store_true", help="compare with the committed figures")
-    parser.add_argument("--triton", type=Path, help="folder that another Triton is installed in")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go (JSON)")
+    parser.add_argument("--triton", type=Path, help="folder of another Triton installation")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write")
     o = parser.parse_args()
     if o.triton and os.environ.get("PYTHONPATH", "").split(os.pathsep)[0] != str(o.triton):
         path = os.pathsep.join(filter(None, [str(o.triton), os.environ.get("PYTHONPATH")]))
@@ -226,7 +230,7 @@ def main() -> None:
         by_version = {**committed["triton"], triton.__version__: figures}
         write_result(o.out, {**environment("torch"), "triton": dict(sorted(by_version.items()))})
     count = sum(len(labels) for cases in figures.values() for labels in cases.values())
-    print(f"Triton {triton.__version__}: {count} kernels compiled, {len(broken)} complaints")
+    print(f"Triton {triton.__version__}: {count} kernels compiled, {len(broken)} problems")
     if broken:
         sys.exit("\n".join(broken))
 

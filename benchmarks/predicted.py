@@ -1,4 +1,4 @@
-"""How `benchmarks.tables` shows what was counted and predicted without a GPU."""
+"""The tables of `benchmarks.tables` for what is counted and predicted without a GPU."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,15 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def steps(r: dict[str, Any]) -> list[list[str]]:
-    """Predicted tokens/s of each card and way, beside what was measured, if it was."""
+    """Predicted tokens/s of each card and way to compute, next to the measurement if there is
+    one."""
     path = RESULTS / "gpu-step.json"
     measured = json.loads(path.read_text()) if path.exists() else {"arms": {}, "device": ""}
-    # The arms of `benchmarks.gpu step`, which calls the default by the lecture's name.
+    # `benchmarks.gpu step` names its arms; it calls the default `lecture`.
     arms = {{"lecture": "autocast"}.get(k, k): x for k, x in measured["arms"].items()}
-    rows = [["card", "way to compute", "predicted tokens/s", "if all rates are off", "measured"]]
+    rows = [
+        ["card", "way to compute", "predicted tokens/s", "range if all rates are off", "measured"]
+    ]
     for card, ways in r["cards"].items():
         for way, x in ways.items():
             seen = arms.get(way) if card in measured["device"] else None
@@ -24,14 +27,17 @@ def steps(r: dict[str, Any]) -> list[list[str]]:
 
 
 def levers(r: dict[str, Any]) -> list[list[str]]:
-    """What is not built yet, and what it is expected to save."""
-    return [["lever", "ms of a micro-batch"], *([name, ms] for name, ms in r["levers_ms"].items())]
+    """Optimizations that are not built yet, and the time they are expected to save."""
+    return [
+        ["optimization", "ms per micro-batch"],
+        *([name, ms] for name, ms in r["levers_ms"].items()),
+    ]
 
 
 def traffic(r: dict[str, Any]) -> list[list[str]]:
-    """What a micro-batch moves, counted in generated code."""
-    header = ["way to compute", "GB a layer", "GB of cross-entropy", "kernels a layer"]
-    return [[*header, "buffers like the logits"]] + [
+    """Memory traffic of a micro-batch, counted in generated code."""
+    header = ["way to compute", "GB per layer", "GB of cross-entropy", "kernels per layer"]
+    return [[*header, "buffers as large as the logits"]] + [
         [
             way, f"{x['layer']['memory_gb']:.2f}", f"{x['rest']['cross_entropy_gb']:.1f}",
             str(x["layer"]["kernels"]), str(sum(x["buffers_like_logits"].values())),

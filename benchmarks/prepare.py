@@ -1,8 +1,8 @@
-"""Parquet → shards: `rekindle prepare` against the lecture's way of doing it, on the same files.
+"""Parquet → shards: compare `rekindle prepare` with the lecture's script on the same files.
 
     python -m benchmarks.prepare --parquet DIR [--out benchmarks/results/prepare.json]
 
-Both are timed as whole commands in fresh processes, in turn, and must give the same tokens.
+Both are timed as complete commands in fresh processes, in turn, and must give the same tokens.
 """
 
 import argparse
@@ -25,8 +25,8 @@ SHARD_TOKENS = 100_000_000
 RESULT = Path(__file__).parent / "results" / "prepare.json"
 
 
-# The lecture's script (fineweb.py in build-nanogpt), written anew: a pool of half the cores, one
-# document a task, tiktoken, a buffer of one shard. It reads local Parquet instead of the hub.
+# A reimplementation of the lecture's script (fineweb.py in build-nanogpt): a pool of half the
+# cores, one document per task, tiktoken, a buffer of one shard. It reads local Parquet files.
 
 
 def documents(paths: list[Path]) -> Iterator[str]:
@@ -40,7 +40,7 @@ def documents(paths: list[Path]) -> Iterator[str]:
 def tokenize(text: str) -> np.ndarray:
     from rekindle.data.tokenizer import get_tokenizer
 
-    tokenizer = get_tokenizer("gpt2")  # made once a process; `encode` is tiktoken's encode_ordinary
+    tokenizer = get_tokenizer("gpt2")  # cached per process; `encode` is tiktoken's encode_ordinary
     tokens = np.array([tokenizer.end_of_text, *tokenizer.encode(text)])
     assert (tokens >= 0).all()
     assert (tokens < 2**16).all()
@@ -48,7 +48,7 @@ def tokenize(text: str) -> np.ndarray:
 
 
 def lecture(folder: Path, out: Path) -> None:
-    """Shards of exactly 100M tokens, one split after the other."""
+    """Write shards of exactly 100M tokens, one split after the other."""
     out.mkdir(parents=True)
     with multiprocessing.Pool(max(1, (os.cpu_count() or 1) // 2)) as pool:
         for split, paths in split_files(folder).items():
@@ -77,7 +77,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def timed(command: list[str]) -> dict[str, float]:
-    """Run a command to its end: wall seconds, processor seconds, and the largest process's RSS."""
+    """Run a command: wall-clock seconds, CPU seconds, and the peak RSS of its largest process."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -94,7 +94,7 @@ def timed(command: list[str]) -> dict[str, float]:
 
 
 def split_tokens(out: Path, split: str) -> np.ndarray:
-    """All tokens of one split, from shards of either kind."""
+    """All tokens of one split, from shards of either format: (count,) uint16."""
     from rekindle.data import shards
 
     files = sorted(out.glob(f"{split}_*"))
@@ -103,7 +103,7 @@ def split_tokens(out: Path, split: str) -> np.ndarray:
 
 
 def compare(folder: Path, rounds: int, reference_rounds: int) -> dict[str, Any]:
-    """Time both in turn and check that their tokens are the same."""
+    """Time both commands in turn and check that they give the same tokens."""
     ours: list[dict[str, float]] = []
     theirs: list[dict[str, float]] = []
     module = [sys.executable, "-m"]
@@ -120,10 +120,10 @@ def compare(folder: Path, rounds: int, reference_rounds: int) -> dict[str, Any]:
                 print(f"lecture:  {theirs[-1]}", flush=True)
         counts = {}
         for split in ("train", "val"):
-            mine = split_tokens(Path(temporary, "ours-0"), split)
-            if not np.array_equal(mine, split_tokens(Path(temporary, "lecture-0"), split)):
+            tokens = split_tokens(Path(temporary, "ours-0"), split)
+            if not np.array_equal(tokens, split_tokens(Path(temporary, "lecture-0"), split)):
                 raise SystemExit(f"the tokens of the split {split} differ")
-            counts[split] = len(mine)
+            counts[split] = len(tokens)
     return summary(ours, theirs, counts)
 
 
@@ -145,12 +145,18 @@ def summary(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="rekindle prepare against the lecture's way")
+    parser = argparse.ArgumentParser(
+        description="compare rekindle prepare with the lecture's script"
+    )
     parser.add_argument("--parquet", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--out", type=Path, default=RESULT, help="where the figures go (JSON)")
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=5, help="runs of rekindle")
-    parser.add_argument("--reference-rounds", type=int, default=2, help="runs of the lecture's way")
-    parser.add_argument("--lecture", type=Path, metavar="DIR", help="only run the lecture's way")
+    parser.add_argument(
+        "--reference-rounds", type=int, default=2, help="runs of the lecture's script"
+    )
+    parser.add_argument(
+        "--lecture", type=Path, metavar="DIR", help="only run the lecture's script, into DIR"
+    )
     arguments = parser.parse_args()
     if arguments.lecture:
         lecture(arguments.parquet, arguments.lecture)

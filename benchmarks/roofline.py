@@ -1,12 +1,12 @@
-"""Predicted time of a training step on cards that nobody here has: predictions, no measurements.
+"""Predict the time of a training step on an H200 and an H100. Nothing here is measured.
 
     python -m benchmarks.roofline           # write results/predictions.json
     python -m benchmarks.roofline --check   # exit status 1 if that file is not what this computes
 
-Time is bytes over bandwidth for what only moves memory (`benchmarks.traffic` counts the bytes),
-operations over a rate for each shape of matmul, and the same for attention. What the rates rest on
-stands beside them. They are committed before anyone measures, so that a measurement can contradict
-them; a figure that a measurement has corrected says so.
+Memory-bound kernels take bytes / bandwidth (`benchmarks.traffic` counts the bytes); matmuls take
+operations / rate, with a rate for each shape; attention likewise has a rate. The sources of the
+rates are given below. The predictions are committed before any measurement, so that a measurement
+can contradict them. A figure that was corrected after a measurement is marked.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from rekindle.model.gpt2_config import SIZES, GPT2Config
 
 RESULTS = Path(__file__).parent / "results"
 OUT = RESULTS / "predictions.json"
-Matmul = tuple[int, int, int, bool]  # M, K, N, and whether our kernel computes GELU at its end
+Matmul = tuple[int, int, int, bool]  # M, K, N, and whether our kernel fuses GELU into it
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a card sustains."""
+    """Sustained rates of a card."""
 
     memory: float  # bytes/s of kernels that only move memory
     matmul: float  # FLOP/s of bf16 matmuls as K grows
@@ -38,45 +38,46 @@ class Rates:
     sms: int = 132
 
 
-# H200: a bf16 matmul of 8192³ alone reaches 770-798 TFLOP/s on such cards (assumed: 740 within a
-# step, at the limit of power), and real kernels 3.65 of the data sheet's 4.8 TB/s. H100 SXM: the
-# same chip and power; of its 3.35 TB/s the same share. Assumed as well: cuDNN's attention, and the
-# MLP kernel, which is not persistent, at between 475 and 540.
+# H200: a single bf16 matmul of 8192³ reaches 770-798 TFLOP/s (assumed: 740 within a step, at the
+# power limit), and real kernels 3.65 of the data sheet's 4.8 TB/s. H100 SXM: the same chip and
+# power, and the same fraction of its 3.35 TB/s. Also assumed: the rate of cuDNN's attention, and
+# that of the MLP kernel, which is not persistent, at between 475 and 540.
 CARDS = {
     "H200": Rates(memory=3.65e12, matmul=740e12, attention=280e12, mlp_kernel=510e12),
     "H100": Rates(memory=2.55e12, matmul=740e12, attention=280e12, mlp_kernel=510e12),
 }
 SPREAD = {"memory": 0.07, "matmul": 0.05, "attention": 0.1, "mlp_kernel": 0.06}  # of the rates
-FILL = 128  # assumed: a matmul's first loads and last stores cost as much as so much more of K
-SPLIT = 0.9  # assumed: of the rate, where K is split because the tiles are fewer than the SMs
-GAP_S = 1.5e-6  # assumed: between two kernels that wait for each other
-WAIT_S = 2.4e-3  # assumed: once a step, for the loss and until the queue of launches is full again
-# AdamW reads weight, gradient and two moments and writes three of them; the norm reads the gradient
-# and zeroing writes it. Each a float32.
+FILL = 128  # assumed: the first loads and last stores of a matmul cost as much as 128 more of K
+SPLIT = 0.9  # assumed: fraction of the rate if K is split, for lack of tiles to fill the SMs
+GAP_S = 1.5e-6  # assumed: between two dependent kernels
+WAIT_S = 2.4e-3  # assumed: once per step, for the loss and until the launch queue has refilled
+# AdamW reads weight, gradient and two moments and writes three of them; the norm reads the
+# gradient, zeroing writes it. All are float32.
 OPTIMIZER_BYTES = 4 * (4 + 3 + 1 + 1)
-# A gradient of a micro-batch is added to the sum: two reads, a write.
+# The gradient of a micro-batch is added to the sum: two reads and a write.
 ACCUMULATE_BYTES = 12
 
-# Hand estimates of what is not built, in ms of an H200's micro-batch. To be pulled after a profile
-# on a card, in its order.
+# Hand estimates of optimizations that are not built yet, in ms per micro-batch on an H200. A
+# profile on a card will decide on their order.
 LEVERS = {
-    "persistent MLP kernel, fed by TMA": "4.8",
-    "matmul selection shape by shape": "0 to 4",
-    "one bf16 copy of the weights a step": "1.4",
-    "backward of LayerNorm with its neighbours' bias sums": "0.65",
-    "cross-entropy with one reduction a row": "0.5",
+    "persistent MLP kernel with TMA loads": "4.8",
+    "matmul kernel selected per shape": "0 to 4",
+    "one bf16 copy of the weights per step": "1.4",
+    "LayerNorm backward fused with the bias sums next to it": "0.65",
+    "cross-entropy with one reduction per row": "0.5",
     "no wait for the loss before AdamW": "0.3",
 }
 
 
 def matmuls(config: GPT2Config, N: int, mlp_kernel: bool) -> Counter[Matmul]:
-    """Every matmul of forward and backward pass over N positions: (M, K, N, GELU) → how often."""
+    """Every matmul of forward and backward pass over N positions: (M, K, N, GELU) → count."""
     C, V, L = config.n_embd, config.padded_vocab_size, config.n_layer
     found: Counter[Matmul] = Counter()
     for fan_in, fan_out, times in (
         (C, 3 * C, L), (C, C, L), (C, 4 * C, L), (4 * C, C, L), (C, V, 1),
     ):  # fmt: skip
-        # GELU is at the end of the first one's forward, its derivative of the second's backward.
+        # GELU is fused into the first one's forward pass, its derivative into the second's
+        # backward.
         found[N, fan_in, fan_out, mlp_kernel and fan_out == 4 * C] += times
         found[N, fan_out, fan_in, mlp_kernel and fan_in == 4 * C] += times
         found[fan_out, N, fan_in, False] += times
@@ -84,7 +85,7 @@ def matmuls(config: GPT2Config, N: int, mlp_kernel: bool) -> Counter[Matmul]:
 
 
 def matmul_rate(card: Rates, M: int, K: int, N: int, gelu: bool) -> float:
-    """FLOP/s: tiles of 128 × 256 in whole waves over the SMs, each with its fill and drain."""
+    """FLOP/s: tiles of 128 × 256 in full waves over the SMs, each with its fill and drain."""
     if gelu:
         return card.mlp_kernel
     tiles = math.ceil(M / 128) * math.ceil(N / 256)
@@ -93,7 +94,8 @@ def matmul_rate(card: Rates, M: int, K: int, N: int, gelu: bool) -> float:
 
 
 def attention_flops(config: GPT2Config, tokens: int, T: int) -> float:
-    """Causal attention of all layers: two matmuls forward and five backward over half of T × T."""
+    """FLOPs of causal attention in all layers: two matmuls forward and five backward over half of
+    T × T."""
     return 7 * 2 * tokens * T / 2 * config.n_embd * config.n_layer
 
 
@@ -107,8 +109,8 @@ def micro_batch(
 ) -> dict[str, float]:
     """Seconds of forward and backward pass over `rows` windows, by part.
 
-    `traffic` is what was counted for 124M at 64 rows. Its bytes grow with the rows and the width;
-    those of the weights, which grow otherwise, are below a tenth of them.
+    `traffic` holds the bytes counted for 124M at 64 rows. They are scaled by rows and width. The
+    bytes of the weights scale differently, but are less than a tenth of the total.
     """
     found, base = traffic["ways"][way], SIZES["gpt2"]
     tokens = rows * T
@@ -117,7 +119,7 @@ def micro_batch(
     layer, rest = found["layer"], found["rest"]
     moved = scale * width * (config.n_layer * layer["memory_gb"] + rest["memory_gb"]) * 1e9
     logits = 2 * tokens * config.padded_vocab_size  # bytes
-    # The kernel reads them from memory once and writes them once: a row stays in L2 between.
+    # Our kernel reads and writes them in memory once each: between, a row stays in L2.
     loss = scale * rest["cross_entropy_gb"] * 1e9 if "kernel" not in way else 2 * logits
     launched = config.n_layer * layer["kernels"] + rest["kernels"]
     return {
@@ -135,12 +137,12 @@ def micro_batch(
 
 
 def update(card: Rates, config: GPT2Config) -> float:
-    """Seconds once a step: AdamW, clipping, and the wait for the loss."""
+    """Seconds of the work done once per step: AdamW, clipping, and the wait for the loss."""
     return OPTIMIZER_BYTES * parameters(config) / card.memory + WAIT_S
 
 
 def step(card: Rates, way: str, traffic: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a micro-batch of the lecture's step, by part; a step has eight of them."""
+    """Seconds of one of the eight micro-batches of the lecture's step, by part."""
     config = SIZES["gpt2"].for_training()
     return {
         **micro_batch(card, way, traffic, config, rows=64),
@@ -149,13 +151,13 @@ def step(card: Rates, way: str, traffic: dict[str, Any]) -> dict[str, float]:
 
 
 def changed(card: Rates, sign: int) -> Rates:
-    """The card if every rate was wrong by its spread in the same direction."""
+    """The card with every rate changed by its spread, in the direction of `sign`."""
     rates = {name: getattr(card, name) * (1 + sign * by) for name, by in SPREAD.items()}
     return Rates(**rates, sms=card.sms)
 
 
 def predict(traffic: dict[str, Any]) -> dict[str, Any]:
-    """For each card and way: milliseconds by part, and tokens/s with their range."""
+    """For each card and way to compute: milliseconds by part, and tokens/s with their range."""
     tokens = traffic["rows"]
 
     def rate(card: Rates, way: str) -> int:
@@ -195,7 +197,7 @@ def predict(traffic: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="predict a training step on an H200 and an H100")
     parser.add_argument("--check", action="store_true", help="compare with the committed file")
-    parser.add_argument("--out", type=Path, default=OUT, help="where they go (JSON)")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write")
     o = parser.parse_args()
     predicted = predict(json.loads((RESULTS / "traffic.json").read_text()))
     if o.check:

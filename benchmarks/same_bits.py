@@ -1,11 +1,11 @@
-"""Whether two versions of the code train to the same bits: the check of a refactoring.
+"""Check that two versions of the code train to the same bits, as a refactoring should.
 
     python -m benchmarks.same_bits BEFORE AFTER [--only NAME ...]
 
 BEFORE and AFTER are checkouts (folders) or revisions of this repository. Each version prepares the
 same text and trains the same small models through its own command line, on the CPU, with one thread
 per process. Every checkpoint and every logged step is then compared: tensors byte by byte, numbers
-exactly. The exit status is 1 if anything differs. The tables below hold what has been renamed.
+exactly. The exit status is 1 if anything differs. The tables below list names that have changed.
 """
 
 import argparse
@@ -35,11 +35,11 @@ PATIENCE = 600  # seconds for one command
 FLAGS = {
     "--batch.micro": "--micro-batch",
     "--optim.spike": "--spike",
-}  # a version has the one that its --help lists
+}  # which one a version has, is read from its --help
 TENSORS: dict[str, str] = {}  # prefixes in *.safetensors
 KINDS = {"return": "rollback"}  # of records in metrics.jsonl
 KEYS = {"norm": "grad_norm"}  # of records and of checkpoint.json
-# What is compared of each kind of record, beside its step, and of checkpoint.json.
+# Compared keys: of each kind of record, besides its step, and of checkpoint.json.
 LOGGED = {
     "train": ("loss", "lr", "grad_norm", "skipped"),
     "validation": ("loss", "bits_per_byte"),
@@ -56,13 +56,13 @@ TINY = f"""demo --device cpu --no-compile --precision fp32 --hellaswag none --mo
 
 @dataclass(frozen=True)
 class Kind:
-    """A training run that both versions make."""
+    """A training run that both versions execute."""
 
     flags: str
     ranks: int = 1
-    stop: bool = False  # by SIGTERM, then resume
-    lose: bool = False  # the newest checkpoint, before it resumes
-    fork: bool = False  # from the run "float32"
+    stop: bool = False  # stop it with SIGTERM, then resume
+    lose: bool = False  # delete the newest checkpoint before it resumes
+    fork: bool = False  # fork the run "float32"
 
 
 RUNS = {
@@ -77,11 +77,11 @@ RUNS = {
     "guard": Kind("--steps 64 --batch.order sequential --optim.spike 1"),
 }
 USUAL, OTHER = "aeinorst ", "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # characters of the text
-STRANGE = (*range(40, 43), *range(47, 60))  # batches of other text: few, then enough to roll back
+STRANGE = (*range(40, 43), *range(47, 60))  # batches of unusual text: few, then enough to roll back
 
 
 class FailedError(Exception):
-    """A version did not do what the comparison needs, or uses a name that no table here has."""
+    """A version failed, or uses a name that is in none of the tables above."""
 
 
 @dataclass
@@ -90,14 +90,15 @@ class Side:
 
     checkout: Path
     folder: Path
-    flags: dict[str, str] = field(default_factory=dict)  # that are called differently here
+    flags: dict[str, str] = field(default_factory=dict)  # old name -> the name in this version
 
     def call(self, *arguments: object, log: Path | None = None) -> str:
-        """Run Python; return what it printed. With `log`, a run's, send SIGTERM after a while."""
+        """Run Python; return its output. With `log`, the log of a run, send SIGTERM once the run
+        has logged some steps."""
         env = {**os.environ, **THREADS, "PYTHONPATH": str(self.checkout)}
         env["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "compiled")
-        command, said = [sys.executable, *map(str, arguments)], self.folder / "printed.txt"
-        with open(said, "w") as file:
+        command, output = [sys.executable, *map(str, arguments)], self.folder / "printed.txt"
+        with open(output, "w") as file:
             process = subprocess.Popen(command, cwd=self.folder, env=env, stdout=file, stderr=file)
         deadline = time.monotonic() + PATIENCE
         while process.poll() is None and time.monotonic() < deadline:
@@ -106,21 +107,21 @@ class Side:
             time.sleep(0.01)
         process.terminate()  # torchrun ends its ranks
         if process.wait() != (128 + signal.SIGTERM if log else 0):
-            raise FailedError(f"{' '.join(command)}: {process.returncode}\n{said.read_text()}")
-        return said.read_text()
+            raise FailedError(f"{' '.join(command)}: {process.returncode}\n{output.read_text()}")
+        return output.read_text()
 
     def prepare(self, text: Path) -> None:
         self.folder.mkdir()
         imported = Path(self.call("-c", "import rekindle; print(rekindle.__file__)").strip())
         if not imported.is_relative_to(self.checkout):
-            raise FailedError(f"{self.checkout} is no checkout: {imported} would be measured")
+            raise FailedError(f"{self.checkout} is not a checkout: Python imports {imported}")
         flags = "--tokenizer bytes --val-tokens 2000 --shard-tokens 20000 --out data"
         self.call("-m", "rekindle", "prepare", "--jsonl", text, *flags.split())
         usage = self.call("-m", "rekindle", "train", "--help")
         self.flags = {old: new for old, new in FLAGS.items() if new in usage}
 
     def train(self, name: str) -> Path:
-        """Make the run `name` of `RUNS` from start to end; return its folder."""
+        """Execute the run `name` of `RUNS` from start to end; return its folder."""
         kind, out = RUNS[name], self.folder / name.replace(" ", "-")
         words = f"-m rekindle train {TINY} {kind.flags} --data data --out".split()
         if kind.ranks > 1:
@@ -138,7 +139,8 @@ class Side:
 
 
 def write_text(path: Path) -> None:
-    """Documents of 200 tokens for `prepare`, of other characters in the batches of `STRANGE`."""
+    """Write documents of 200 tokens for `prepare`, with unusual characters in the batches of
+    `STRANGE`."""
     made = random.Random(1)
     with open(path, "w") as file:
         for start in range(0, 80 * BATCH, 200):
@@ -147,7 +149,7 @@ def write_text(path: Path) -> None:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """Everything of a run that is compared, in the order of time, under its newer name."""
+    """Every compared value of a run, in order of time, under its newer name."""
     facts: dict[str, Any] = {"records logged": 0}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record: dict[str, Any] = json.loads(line)
@@ -156,13 +158,15 @@ def read_run(run: Path) -> dict[str, Any]:
         facts |= _chosen(record, LOGGED.get(kind, ()), f"{kind} {record['step']}")
         facts["records logged"] += kind in LOGGED
     for path in sorted(run.glob("checkpoints/step-*")):
-        if int(path.name.removeprefix("step-")) % EVERY == 0:  # else when the signal came says it
+        if (
+            int(path.name.removeprefix("step-")) % EVERY == 0
+        ):  # others depend on when the signal arrived
             facts |= read_checkpoint(path)
     return facts
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors and described numbers of a checkpoint."""
+    """The tensors of a checkpoint and the compared numbers of its checkpoint.json."""
     tensors = {}
     for file in ("model", "optimizer"):
         for name, tensor in load_file(path / f"{file}.safetensors").items():
@@ -177,12 +181,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _chosen(record: dict[str, Any], keys: tuple[str, ...], where: str) -> dict[str, Any]:
     record = {KEYS.get(key, key): value for key, value in record.items()}
     if missing := [key for key in keys if key not in record]:
-        raise FailedError(f"{where} has no {missing[0]}, but {list(record)}: add it to KEYS")
+        raise FailedError(f"{where} has no {missing[0]}, only {list(record)}: add it to KEYS")
     return {f"{where}: {key}": record[key] for key in keys}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
-    """What differs, in the order of time; of tensors, by how much at most."""
+    """A line for each difference, in order of time; for tensors, with the largest difference."""
     for name in before | after:
         a, b = before.get(name), after.get(name)
         if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
@@ -196,7 +200,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def checkout(what: str, folder: Path) -> Iterator[Path]:
-    """The checkout `what` names: itself, or a worktree of that revision in `folder` meanwhile."""
+    """The checkout that `what` names: a folder, or a temporary worktree of a revision in
+    `folder`."""
     if Path(what).is_dir():
         yield Path(what).resolve()
         return
@@ -209,7 +214,7 @@ def checkout(what: str, folder: Path) -> Iterator[Path]:
 
 
 def compare(sides: tuple[Side, Side], names: list[str], text: Path) -> bool:
-    """Print a line for each run; return whether all of them are equal."""
+    """Print a line for each run; return whether all runs are equal."""
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda side: side.prepare(text), sides))
         data = [sorted((side.folder / "data").glob("*.bin")) for side in sides]
@@ -218,22 +223,24 @@ def compare(sides: tuple[Side, Side], names: list[str], text: Path) -> bool:
         for name in names:
             before, after = pool.map(lambda side: read_run(side.train(name)), sides)  # noqa: B023
             if name == "guard" and not any("rollback" in fact for fact in before):
-                raise FailedError("guard: the run did not roll back, which is what it is for")
+                raise FailedError("guard: the run did not roll back, so it tests nothing")
             found = list(differences(before, after))
             tensors = sum(isinstance(value, torch.Tensor) for value in before.values())
-            said = f"{len(found)} of {len(before)} differ, first {found[0]}" if found else "equal"
-            print(f"{name:16} {tensors:4} tensors  {said}", flush=True)
+            outcome = (
+                f"{len(found)} of {len(before)} differ, first {found[0]}" if found else "equal"
+            )
+            print(f"{name:16} {tensors:4} tensors  {outcome}", flush=True)
             same.append(not found)
     return all(same)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="compare the bits that two versions train to")
+    parser = argparse.ArgumentParser(description="check that two versions train to the same bits")
     parser.add_argument("before", help="a checkout or a revision")
-    parser.add_argument("after", help="another one")
+    parser.add_argument("after", help="another checkout or revision")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN")
     o = parser.parse_args()
-    names = [name for name in RUNS if name in ("float32", *o.only)]  # others fork from that one
+    names = [name for name in RUNS if name in ("float32", *o.only)]  # the others may fork from it
     print(f"torch {torch.__version__}, CPU, {THREADS}", flush=True)
     with (
         tempfile.TemporaryDirectory() as temporary,

@@ -1,11 +1,11 @@
-"""Predicted training on 1 to 1,024 H100s: predictions, no measurements.
+"""Predict training on 1 to 1,024 H100s. Nothing here is measured.
 
-    python -m benchmarks.scaling           # write results/scaling.json, its table and its picture
-    python -m benchmarks.scaling --check   # exit status 1 if those are not what this computes
+    python -m benchmarks.scaling           # write results/scaling.json, its tables and its chart
+    python -m benchmarks.scaling --check   # exit status 1 if they are not up to date
 
-A step is the micro-batches of `benchmarks.roofline`, one all-reduce of the gradients, and AdamW;
-now and then an evaluation, a checkpoint, and a host that dies. Every number that is not computed
-stands in `ASSUMED` with its source.
+A step consists of the micro-batches of `benchmarks.roofline`, one all-reduce of the gradients, and
+AdamW. Evaluations, checkpoints and lost hosts are added. Every number that is not computed is
+listed in `ASSUMED` with its source.
 """
 
 import argparse
@@ -27,31 +27,33 @@ RESULTS = ROOT / "benchmarks" / "results"
 OUT, DOCS, PICTURE = RESULTS / "scaling.json", ROOT / "docs/scaling.md", ROOT / "docs/scaling.png"
 MODELS = ("gpt2-124m", "gpt2-medium", "gpt2-large", "gpt2-xl")
 RANKS = tuple(2**i for i in range(11))
-HOST = 8  # GPUs
-MOST_ROWS = 64  # in a micro-batch; more gain nothing
+HOST = 8  # GPUs per host
+MOST_ROWS = 64  # per micro-batch; more rows gain nothing
 TRAFFIC = RESULTS / "traffic.json"
 WAY = "autocast"  # what `rekindle train` does by default
 
 ASSUMED = {
-    "nvlink": (360e9, "bytes/s of a rank in an all-reduce within a host: 80 % of NVLink's 450 GB/s "
-                      "each way (data sheet); the share is assumed"),
-    "nic": (45e9, "bytes/s of a rank between hosts: 90 % of 400 Gb/s for each GPU, as in a host "
-                  "with eight such cards (data sheet); the share is assumed"),
-    "hop": (10e-6, "seconds of latency of a hop: assumed"),
-    "launch": (6e-6, "seconds the host takes to launch a kernel of a compiled graph: assumed"),
-    "memory": (72e9, "bytes of an H100 that may be filled: 90 % of 80 GB (data sheet)"),
-    "saved": (36, "bytes a channel, layer and token keeps for the backward pass: counted by hand"),
-    "copy": (25e9, "bytes/s from the GPU into pinned memory: half of PCIe 5.0's 16 lanes, assumed"),
-    "restart": (120.0, "seconds from a host's death to the first step: assumed; starting with a "
-                       "warm cache alone took 11.3 s on a CPU (results/startup.json)"),
-    "deaths": (1.0, "hosts lost a day: the question asked"),
-    "forward": (1 / 3, "of a training step's time for the forward pass alone: a third of the "
+    "nvlink": (360e9, "bytes/s of a rank in an all-reduce within a host: 80 % of NVLink's 450 "
+                      "GB/s in each direction (data sheet); the 80 % are assumed"),
+    "nic": (45e9, "bytes/s of a rank between hosts: 90 % of 400 Gb/s per GPU, as in a host with "
+                  "eight such network cards (data sheet); the 90 % are assumed"),
+    "hop": (10e-6, "seconds of latency per hop: assumed"),
+    "launch": (6e-6, "seconds for the host to launch a kernel of a compiled graph: assumed"),
+    "memory": (72e9, "usable bytes of an H100: 90 % of 80 GB (data sheet)"),
+    "saved": (36, "bytes kept for the backward pass per channel, layer and token: counted by "
+                  "hand"),
+    "copy": (25e9, "bytes/s from the GPU to pinned memory: assumed, half of 16 lanes of PCIe "
+                   "5.0"),
+    "restart": (120.0, "seconds from the loss of a host to the first step: assumed; the start "
+                       "alone, with a warm cache, took 11.3 s on a CPU (results/startup.json)"),
+    "deaths": (1.0, "hosts lost per day: chosen as the question"),
+    "forward": (1 / 3, "of a training step's time, for the forward pass alone: a third of the "
                        "arithmetic"),
-    "hellaswag": (10_042 * 192, "tokens of HellaSwag: its questions, with a guess at the length of "
-                                "each with its four endings"),
-    "write": (1.49e9, "bytes/s of a checkpoint, hashed, flushed, in the background: measured with "
-                      "2 cores (results/checkpoint.json)"),
-    "reading": (3.75e-3, "seconds to read and permute 524,288 tokens, in a thread beside the step: "
+    "hellaswag": (10_042 * 192, "tokens of HellaSwag: its questions, times a guess at the "
+                                "length of a question with its four endings"),
+    "write": (1.49e9, "bytes/s of a checkpoint in the background, hashed and flushed: measured "
+                      "on 2 cores (results/checkpoint.json)"),
+    "reading": (3.75e-3, "seconds to read and permute 524,288 tokens, in a background thread: "
                          "measured on a CPU (results/batches.json)"),
 }  # fmt: skip
 A = {name: value for name, (value, _) in ASSUMED.items()}
@@ -59,19 +61,21 @@ DAY = 86_400
 
 
 def ring_bytes(size: float, ranks: int) -> float:
-    """Bytes that each rank sends in an all-reduce of `size` bytes: all but its own part, twice.
-    Checked against gloo by `benchmarks.allreduce`."""
+    """Bytes that each rank sends in a ring all-reduce of `size` bytes: everything but its own part,
+    twice. `benchmarks.allreduce` checks this with gloo."""
     return 2 * (ranks - 1) / ranks * size
 
 
 def all_reduce(size: float, ranks: int, nic: float = A["nic"]) -> float:
-    """Seconds: within each host over NVLink, and an eighth of it between hosts from each GPU, which
-    sends `nic` bytes/s."""
+    """Seconds of an all-reduce of `size` bytes: within each host over NVLink, then between hosts,
+    where each of the host's GPUs sends its part at `nic` bytes/s."""
     local = min(ranks, HOST)
     hosts = ranks // local
     inside = ring_bytes(size, local) / A["nvlink"]
     between = ring_bytes(size / local, hosts) / nic
-    hops = 2 * (local - 1) + 2 * math.ceil(math.log2(hosts))  # a ring inside, a tree between
+    hops = 2 * (local - 1) + 2 * math.ceil(
+        math.log2(hosts)
+    )  # a ring within hosts, a tree between them
     return inside + between + hops * A["hop"]
 
 
@@ -82,18 +86,18 @@ def sharded(config: GPT2Config, ranks: int, micro_batches: int) -> float:
 
 
 def rows_that_fit(config: GPT2Config, T: int) -> int:
-    """The largest power of two of windows, at most 64, that fit on a card beside 16 bytes for each
-    parameter (weight, gradient, AdamW's two moments); 0 if none does."""
+    """The largest power of two, at most 64, of windows that fit on a card with 16 bytes for each
+    parameter (weight, gradient, two moments of AdamW); 0 if not even one fits."""
     free = A["memory"] - 16 * roofline.parameters(config)
     kept = A["saved"] * config.n_embd * config.n_layer * T
-    logits = 2 * 2 * config.padded_vocab_size * T  # in bf16, and their gradient
+    logits = 2 * 2 * config.padded_vocab_size * T  # logits and their gradient, in bf16
     rows = int(free // (kept + logits)) if free > 0 else 0
     return min(MOST_ROWS, 1 << (rows.bit_length() - 1)) if rows else 0
 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step on `ranks` GPUs, by what they go to; `None` if the batch does not reach."""
+    """Seconds of a training step, by part."""
 
     compute: float  # forward and backward passes, launches included
     all_reduce: float
@@ -106,7 +110,7 @@ class Step:
 
 
 def predict_step(recipe: Recipe, ranks: int, traffic: dict[str, Any]) -> Step | None:
-    """A step of the recipe's batch on so many H100s; None if that is below a window for each."""
+    """A step of the recipe's batch on `ranks` H100s; None if there are fewer windows than ranks."""
     config, T = recipe.model.for_training(), recipe.batch.length
     if recipe.batch.rows < ranks:
         return None
@@ -116,22 +120,22 @@ def predict_step(recipe: Recipe, ranks: int, traffic: dict[str, Any]) -> Step | 
     parts = roofline.micro_batch(card, WAY, traffic, config, micro, T)
     launched = config.n_layer * ways[WAY]["layer"]["kernels"] + ways[WAY]["rest"]["kernels"]
     once = max(sum(parts.values()), launched * A["launch"])
-    # Compiled, DDP's all-reduces begin when the backward pass ends: nothing overlaps.
+    # With torch.compile, DDP's all-reduces start when the backward pass ends: no overlap.
     reduced = all_reduce(4 * roofline.parameters(config), ranks) if ranks > 1 else 0.0
     update = roofline.update(card, config)
     return Step(own // micro * once, reduced, update, recipe.batch.tokens)
 
 
 def run_costs(recipe: Recipe, step: Step, ranks: int) -> dict[str, float]:
-    """What evaluating, saving and dying hosts cost, as shares of the time, and the interval between
-    checkpoints at which saving and repeating together cost least."""
+    """The cost of evaluations, checkpoints and lost hosts, as fractions of the time, and the
+    interval between checkpoints at which saving plus repeating work costs least."""
     interval = recipe.checkpoint_every * step.seconds
     stall = 12 * roofline.parameters(recipe.model.for_training()) / A["copy"]
     tokens = recipe.eval_tokens + A["hellaswag"]
     evaluation = A["forward"] * step.compute * tokens / recipe.batch.tokens
     between_deaths = DAY / A["deaths"]
     best = math.sqrt(2 * stall * between_deaths)  # Young 1974
-    # A death costs what was done since the checkpoint, half an interval, and the restart.
+    # A lost host costs the work since the checkpoint (half an interval) and the restart.
     return {
         "evaluation": evaluation / (recipe.eval_every * step.seconds),
         "checkpoints": stall / interval,
@@ -146,7 +150,7 @@ def run_costs(recipe: Recipe, step: Step, ranks: int) -> dict[str, float]:
 
 
 def predict(traffic: dict[str, Any]) -> dict[str, Any]:
-    """For each model and number of ranks: a step's milliseconds, tokens/s, and a run's costs."""
+    """For each model and number of ranks: milliseconds of a step, tokens/s, and costs of a run."""
     models: dict[str, Any] = {}
     for name in MODELS:
         recipe = get_recipe(name)
@@ -197,7 +201,7 @@ def _gain(steps: dict[int, Step | None], n: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="predict training on 1 to 1,024 H100s")
-    parser.add_argument("--check", action="store_true", help="compare with what is committed")
+    parser.add_argument("--check", action="store_true", help="compare with the committed files")
     o = parser.parse_args()
     predicted = json.loads(json.dumps(predict(json.loads(TRAFFIC.read_text()))))
     text = DOCS.read_text()
@@ -207,7 +211,7 @@ def main() -> None:
         if different := differences(committed, predicted):
             sys.exit("\n".join(different))
         if scaling_page.with_table(text, predicted) != text:
-            sys.exit("docs/scaling.md is not what was predicted: python -m benchmarks.scaling")
+            sys.exit("docs/scaling.md is out of date: run python -m benchmarks.scaling")
         return
     write_result(OUT, {**environment("torch"), **predicted})
     DOCS.write_text(scaling_page.with_table(text, predicted))

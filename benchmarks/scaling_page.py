@@ -1,4 +1,4 @@
-"""How `benchmarks.scaling` shows its predictions: the tables and the picture of docs/scaling.md."""
+"""The tables and the chart of docs/scaling.md, from the predictions of `benchmarks.scaling`."""
 
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def table(predicted: dict[str, Any]) -> str:
         for model in models.values():
             x = model["ranks"].get(str(n))
             if x is None:
-                cells.append("less than a window each")
+                cells.append("fewer windows than GPUs")
                 continue
             ms = x["compute_ms"] + x["all_reduce_ms"] + x["update_ms"]
             rate = x["tokens_per_s"]
@@ -32,20 +32,32 @@ def table(predicted: dict[str, Any]) -> str:
 
 
 ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "windows of a micro-batch": lambda m: str(m["rows_that_fit"]),
-    "doubling the GPUs gains 1.5 × or more up to": lambda m: f"{m['pays_up_to']:,}",
-    "all-reduce on 8, ms": lambda m: f"{m['ranks']['8']['all_reduce_ms']:.1f}",
-    "all-reduce on 64, ms": lambda m: f"{m['ranks']['64']['all_reduce_ms']:.1f}",
-    "the same with one 400 Gb/s card a host": lambda m: f"{m['one_card_a_host_ms_on_64']:.0f}",
-    "communication on 8 with `--shard`, ms": lambda m: f"{m['sharded_ms_on_8']:,.0f}",
-    "on 64, of the time: evaluation": lambda m: f"{m['ranks']['64']['evaluation']:.1%}",
-    "on 64: checkpoints every 250 steps": lambda m: f"{m['ranks']['64']['checkpoints']:.2%}",
-    "on 64: a host lost a day, with these": lambda m: f"{m['ranks']['64']['deaths']:.2%}",
-    "on 64: seconds between checkpoints": lambda m: f"{m['ranks']['64']['interval_s']:,.0f}",
-    "seconds to write one in the background": lambda m: f"{m['ranks']['64']['write_s']:.1f}",
+    "windows per micro-batch": lambda m: str(m["rows_that_fit"]),
+    "doubling to this many GPUs still gains 1.5 × or more": lambda m: f"{m['pays_up_to']:,}",
+    "all-reduce on 8 GPUs, ms": lambda m: f"{m['ranks']['8']['all_reduce_ms']:.1f}",
+    "all-reduce on 64 GPUs, ms": lambda m: f"{m['ranks']['64']['all_reduce_ms']:.1f}",
+    "the same with one 400 Gb/s card per host, ms": lambda m: (
+        f"{m['one_card_a_host_ms_on_64']:.0f}"
+    ),
+    "communication on 8 GPUs with `--shard`, ms": lambda m: f"{m['sharded_ms_on_8']:,.0f}",
+    "on 64 GPUs: time for evaluation": lambda m: f"{m['ranks']['64']['evaluation']:.1%}",
+    "on 64 GPUs: time for checkpoints every 250 steps": lambda m: (
+        f"{m['ranks']['64']['checkpoints']:.2%}"
+    ),
+    "on 64 GPUs: time lost with one host lost per day": lambda m: (
+        f"{m['ranks']['64']['deaths']:.2%}"
+    ),
+    "on 64 GPUs: seconds between checkpoints": lambda m: f"{m['ranks']['64']['interval_s']:,.0f}",
+    "seconds to write a checkpoint in the background": lambda m: (
+        f"{m['ranks']['64']['write_s']:.1f}"
+    ),
     "best seconds between checkpoints": lambda m: f"{m['ranks']['64']['best_interval_s']:,.0f}",
-    "checkpoints at the best interval": lambda m: f"{m['ranks']['64']['best_checkpoints']:.2%}",
-    "a host lost a day, at the best interval": lambda m: f"{m['ranks']['64']['best_deaths']:.2%}",
+    "time for checkpoints at the best interval": lambda m: (
+        f"{m['ranks']['64']['best_checkpoints']:.2%}"
+    ),
+    "time lost at the best interval, one host per day": lambda m: (
+        f"{m['ranks']['64']['best_deaths']:.2%}"
+    ),
 }
 
 
@@ -54,13 +66,13 @@ def _header(first: str, models: dict[str, Any]) -> list[str]:
 
 
 def with_table(text: str, predicted: dict[str, Any]) -> str:
-    """The page with its tables between the two marks made anew."""
+    """The page with the tables between its two marks replaced."""
     marks = r"(<!-- predicted by benchmarks.scaling -->\n).*?(<!-- end -->)"
     return re.sub(marks, lambda m: f"{m[1]}\n{table(predicted)}\n\n{m[2]}", text, flags=re.S)
 
 
 def draw(predicted: dict[str, Any], path: Path) -> None:
-    """Tokens/s over GPUs, and where a step of 124M goes."""
+    """Plot tokens/s over GPUs, and the parts of a step of the 124M model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -88,7 +100,7 @@ def draw(predicted: dict[str, Any], path: Path) -> None:
         right.bar([*ranks], share, bottom=bottom, label=label)
         bottom = [b + s for b, s in zip(bottom, share, strict=True)]
     right.set(xlabel="H100s", ylabel="% of a step")
-    right.set_title("gpt2-124m: where a step goes, predicted", fontsize=10)
+    right.set_title("gpt2-124m: parts of a step, predicted", fontsize=10)
     right.legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=90)

@@ -1,10 +1,10 @@
-"""A small model on a CPU: `rekindle train`'s step against a plain eager loop of the same model.
+"""A small model on a CPU: compare the step of `rekindle train` with a plain eager loop.
 
     python -m benchmarks.small [--out benchmarks/results/small.json]
 
-Every arm is a process of its own, on the same tokens (Python's manual, as bytes), in turn; the
-repeats show the noise. The plain loop is what a tutorial writes: float32, fused attention, AdamW
-and clipping parameter by parameter, nothing compiled.
+All arms train the same model on the same tokens (Python's documentation, as bytes), each in its own
+process, in turn; repeats show the noise. The plain loop is what a tutorial would write: float32,
+fused attention, AdamW and clipping parameter by parameter, not compiled.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from rekindle.recipes import Batch, Recipe, Schedule
 from rekindle.trainer import Trainer, build
 
 RESULT = Path(__file__).parent / "results" / "small.json"
-# rows, T, steps of warm-up, timed steps; 4 layers, 128 wide, 4 heads
+# rows, T, warm-up steps, timed steps; the model has 4 layers, 128 wide, 4 heads
 SHAPES = {"tutorial": (12, 64, 50, 200), "demo": (32, 128, 15, 50)}
 ARMS = {  # precision, compiled; None: the plain loop
     "plain eager loop": None,
@@ -43,7 +43,7 @@ ARMS = {  # precision, compiled; None: the plain loop
 
 
 def arm(name: str, shape: str, data: Path) -> dict[str, Any]:
-    """Take the steps of one arm in this process."""
+    """Run the steps of one arm in this process."""
     rows, T, warmup, steps = SHAPES[shape]
     how = ARMS[name]
     precision, compile = how or ("fp32", False)
@@ -71,14 +71,14 @@ def arm(name: str, shape: str, data: Path) -> dict[str, Any]:
     return {
         "ms_per_step": timed,
         "tokens_per_s": round(rows * T / timed["median"] * 1e3),
-        "first_step_s": round(seconds[0], 2),  # compilation is in it
+        "first_step_s": round(seconds[0], 2),  # includes compilation
         "precision": trainer.device.precision,
         "loss": round(loss, 4),
     }
 
 
 def plain_loop(trainer: Trainer) -> Callable[[], float]:
-    """The same model and batches, trained as one would write it down in a notebook."""
+    """The same model and batches, trained as in a tutorial. Returns the step: it gives the loss."""
     torch.use_deterministic_algorithms(False)
     torch.manual_seed(trainer.recipe.seed)
     model = GPT2(GPT2Config.from_dict(dataclasses.asdict(trainer.model.config)))
@@ -134,8 +134,8 @@ def _summary(runs: dict[str, list[dict[str, Any]]], rows: int, T: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="small models on a CPU")
-    parser.add_argument("--out", type=Path, default=RESULT, help="where the figures go (JSON)")
+    parser = argparse.ArgumentParser(description="time small models on a CPU")
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--shape", choices=SHAPES, help=argparse.SUPPRESS)

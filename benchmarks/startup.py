@@ -1,10 +1,10 @@
-"""How long until something happens: import, --help, and the first step of a run that goes on.
+"""Time to start: the import, --help, and the first step of a new and of a resumed run.
 
     python -m benchmarks.startup [--out benchmarks/results/startup.json]
 
-Whole commands in fresh processes, with Python's bytecode kept from one to the next. The run is
-`gpt2-10m` on Python's manual: begun with an empty cache of compiled graphs, then gone on with.
-Beside them, `import torch` alone.
+Complete commands in fresh processes that share Python's bytecode cache. The run is `gpt2-10m` on
+Python's documentation: it starts with an empty cache of compiled graphs, and is then resumed.
+`import torch` alone is timed for comparison.
 """
 
 import argparse
@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def timed(arguments: list[str], until: str = "", **environ: str) -> float:
-    """Seconds until the command ends, or until it prints a line that holds `until`."""
+    """Seconds until the command ends, or until it prints a line that contains `until`."""
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, bufsize=1,
@@ -67,8 +67,8 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="how long until something happens")
-    parser.add_argument("--out", type=Path, default=RESULT, help="where the figures go (JSON)")
+    parser = argparse.ArgumentParser(description="time to start")
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=7)
     o = parser.parse_args()
     machine = environment("torch")

@@ -1,9 +1,9 @@
-"""benchmarks/README.md, made from the JSON in benchmarks/results/.
+"""Generate benchmarks/README.md from the JSON in benchmarks/results/.
 
-    python -m benchmarks.tables           # writes it
-    python -m benchmarks.tables --check   # exit status 1 if it is not what the results say
+    python -m benchmarks.tables           # write the page
+    python -m benchmarks.tables --check   # exit status 1 if the page is out of date
 
-What has no result yet is listed with the command that measures it.
+A benchmark without a result is listed with the command that measures it.
 """
 
 import argparse
@@ -20,15 +20,15 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 INTRO = """# Benchmarks
 
-Each has a command, a reference run beside it in turn where there is one, and a JSON result under
-`results/` with hardware, versions and date. This page is made from those files by
-`python -m benchmarks.tables`. What was tried, and what it gave: [LOG.md](LOG.md).
+Each benchmark is one command. Where there is a reference implementation, both run in turn. Results
+are JSON files under `results/`, with hardware, versions and date; `python -m benchmarks.tables`
+generates this page from them. Experiments and their results: [LOG.md](LOG.md).
 """
 
 
 @dataclass(frozen=True)
 class Table:
-    """One benchmark: its file, its command, and how its result reads."""
+    """One benchmark: its result file, its command, and the rows that show the result."""
 
     title: str
     file: str
@@ -38,7 +38,7 @@ class Table:
 
 
 def page() -> str:
-    """The whole of README.md."""
+    """The text of README.md."""
     return "\n".join([INTRO, *(f"## {t.title}\n\n{_section(t)}" for t in TABLES)])
 
 
@@ -73,19 +73,26 @@ def _prepare(r: dict[str, Any]) -> list[list[str]]:
 
     tokens = sum(r["tokens"].values()) / 1e6
     return [
-        [f"{tokens:.1f}M tokens of English Wikipedia", "seconds, median", "tokens/s", "memory"],
+        [
+            f"{tokens:.1f}M tokens of English Wikipedia",
+            "seconds (median)",
+            "tokens/s",
+            "peak memory",
+        ],
         row("`rekindle prepare --parquet`", "rekindle"),
-        row("the lecture's way, the same tokens", "lecture"),
+        row("the lecture's script, the same tokens", "lecture"),
         [f"**{r['times_faster']} × faster** (target: 10)", "", "", ""],
     ]
 
 
 def _small(r: dict[str, Any]) -> list[list[str]]:
-    rows = [["model: 4 layers, 128 wide", "arm", "tokens/s", "against the plain loop (p10, p90)"]]
+    rows = [
+        ["model: 4 layers, 128 wide", "arm", "tokens/s", "speed-up over the plain loop (p10, p90)"]
+    ]
     for shape in r["shapes"].values():
         for name, arm in shape["arms"].items():
             rate, times = arm["tokens_per_s"], arm["times_plain"]
-            size = f"{shape['rows']} × {shape['length']} tokens a step"
+            size = f"{shape['rows']} × {shape['length']} tokens per step"
             gain = f"{times['median']:.2f} × ({times['p10']:.2f}, {times['p90']:.2f})"
             rows.append([size, name, f"{rate:,}", gain])
     return rows
@@ -97,15 +104,15 @@ def _hellaswag(r: dict[str, Any]) -> list[list[str]]:
 
     lecture, batched = r["times_faster_than_lecture"], r["times_faster_than_row_by_row"]
     return [
-        [f"{r['questions']} questions of four endings", "rows/s", "packed is faster"],
-        row("a question at a time, as the lecture", "lecture", lecture),
-        row("row by row in batches, head on endings only", "row_by_row", batched),
-        row("packed: the context once for its four endings", "packed"),
+        [f"{r['questions']} questions with four endings", "rows/s", "speed-up of packed"],
+        row("one question at a time, as in the lecture", "lecture", lecture),
+        row("batches of rows, logits of the endings only", "row_by_row", batched),
+        row("packed: the context computed once per question", "packed"),
     ]
 
 
 def _generate(r: dict[str, Any]) -> list[list[str]]:
-    rows = [["GPT-2 124M, a prompt of 64 tokens", "batch", "tokens/s", "against transformers"]]
+    rows = [["GPT-2 124M, a prompt of 64 tokens", "batch", "tokens/s", "relative to transformers"]]
     for batch in r["batches"]:
         for name, arm in batch["arms"].items():
             times = arm.get("times_reference", {}).get("tokens_per_s")
@@ -113,7 +120,7 @@ def _generate(r: dict[str, Any]) -> list[list[str]]:
             gain = f"{times:.2f} ×" if times else ""
             rows.append([name, str(batch["batch"]), f"{rate:,.1f}", gain])
     for name, x in r["by_length"].items():
-        text = f"{name}: a token's cost at length 1,000 against that at 64"
+        text = f"{name}: cost of a token at length 1,000 relative to length 64"
         rows.append([text, "1", "", f"{x['ratio']:.2f} ×"])
     return rows
 
@@ -121,12 +128,12 @@ def _generate(r: dict[str, Any]) -> list[list[str]]:
 def _checkpoint(r: dict[str, Any]) -> list[list[str]]:
     times = r["checkpoint"]["times_plain_write"]
     return [
-        [f"{r['bytes'] / 1e9:.2f} GB: 124M parameters and AdamW's moments", "median", "p10", "p90"],
+        [f"{r['bytes'] / 1e9:.2f} GB: 124M parameters with AdamW's state", "median", "p10", "p90"],
         _three("plain write and flush, s", r["plain_write"]["seconds"]),
-        _three("checkpoint in the background, hashed, s", r["checkpoint"]["seconds"]),
-        _three("against the plain write (target: 1.5 at most)", times),
-        _three("how long training stands still, s", r["stall_s"]),
-        _three(f"a training step beside it, {r['step']['rows']} × {r['step']['T']} tokens, s",
+        _three("checkpoint in the background, with hashes, s", r["checkpoint"]["seconds"]),
+        _three("relative to the plain write (target: at most 1.5)", times),
+        _three("pause of training, s", r["stall_s"]),
+        _three(f"step without a checkpoint, {r['step']['rows']} × {r['step']['T']} tokens, s",
                r["step"]["seconds"]),
     ]  # fmt: skip
 
@@ -137,11 +144,15 @@ def _three(name: str, q: dict[str, float]) -> list[str]:
 
 def _startup(r: dict[str, Any]) -> list[list[str]]:
     rows = [_three(name, x["seconds"]) for name, x in r["figures"].items()]
-    return [["seconds until it is done", "median", "p10", "p90"], *rows]
+    return [["seconds to completion", "median", "p10", "p90"], *rows]
 
 
 def _batches(r: dict[str, Any]) -> list[list[str]]:
-    header = [f"{r['tokens_per_step']:,} tokens", "ms, median", "of a step at 700,000 tokens/s"]
+    header = [
+        f"{r['tokens_per_step']:,} tokens",
+        "ms (median)",
+        "fraction of a step at 700,000 tokens/s",
+    ]
     rows = [
         [name, f"{x['ms_per_step']['median']:.2f}", f"{x['share_of_step']:.2%}"]
         for name, x in r["orders"].items()
@@ -164,7 +175,7 @@ def _ladder(r: dict[str, Any]) -> list[list[str]]:
 
 
 def _gpu_step(r: dict[str, Any]) -> list[list[str]]:
-    header = ["arm", "tokens/s", "spread of repeats", "against `lecture`"]
+    header = ["arm", "tokens/s", "spread of repeats", "relative to `lecture`"]
     rows = [
         [name, f"{x['tokens_per_s']:,}", f"{x['spread']:.1%}", f"{x['times_lecture'] or 0:.3f} ×"]
         for name, x in r["arms"].items()
@@ -191,15 +202,15 @@ def _gpu_sizes(r: dict[str, Any]) -> list[list[str]]:
         for x in r["runs"]
         if not x.get("out_of_memory")
     ]  # fmt: skip
-    return [["recipe", "recomputing", "rows at once", "tokens/s", "memory"], *rows]
+    return [["recipe", "recompute", "micro-batch", "tokens/s", "memory"], *rows]
 
 
 def _gpu_hellaswag(r: dict[str, Any]) -> list[list[str]]:
     return [
         [f"{r['questions']:,} questions", "seconds"],
         ["after warm-up (target: 2)", f"{r['seconds']['median']:.2f}"],
-        ["the first pass, compiling", f"{r['first_pass_s']:.1f}"],
-        ["tokenizing and packing, once a run", f"{r['packing_s']:.1f}"],
+        ["first pass, with compilation", f"{r['first_pass_s']:.1f}"],
+        ["tokenizing and packing, once per run", f"{r['packing_s']:.1f}"],
     ]
 
 
@@ -208,8 +219,11 @@ def _gpu_rehearsal(r: dict[str, Any]) -> list[list[str]]:
     return [
         [f"{r['recipe']}, {r['wall_s']:.0f} s, killed after {r['killed_after_s']:.0f} s", ""],
         ["goodput, tokens/s", f"{r['goodput_tokens_per_s']:,}"],
-        ["forecast of the whole run, hours", f"{f['median']} (p10 {f['p10']}, p90 {f['p90']})"],
-        ["its cost, dollars", str(r["forecast"]["dollars"] or "give --dollars-per-hour")],
+        ["forecast of the full run, hours", f"{f['median']} (p10 {f['p10']}, p90 {f['p90']})"],
+        [
+            "cost of the full run, dollars",
+            str(r["forecast"]["dollars"] or "set --dollars-per-hour"),
+        ],
     ]
 
 
@@ -217,52 +231,57 @@ GPU = "python -m benchmarks.gpu"
 TABLES = (
     Table("Preparing: Parquet → shards", "prepare.json",
           "python -m benchmarks.prepare --parquet DIR",
-          "Whole commands, from process start to the last byte on disk, against the lecture's way "
-          "(a pool of processes, tiktoken, a document at a time), written anew.", _prepare),
+          "Complete commands, from process start to the last byte on disk, compared with a "
+          "reimplementation of the lecture's script (a pool of processes, tiktoken, one document "
+          "at a time).", _prepare),
     Table("Batches", "batches.json", "python -m benchmarks.batches --data DIR",
-          "Reading, permuting and converting the lecture's step, which happens in a thread while "
-          "the step before is computed (target: below 1 % of it).", _batches),
+          "Reading, permuting and converting the batch of the lecture's step. In training a "
+          "thread does this while the previous step runs (target: less than 1 % of a step).",
+          _batches),
     Table("Small models on a CPU", "small.json", "python -m benchmarks.small",
-          "What `rekindle train` and `make demo` do against a plain eager loop in float32 (target: "
-          "1.5 ×). Every arm in fresh processes, in turn.", _small),
+          "The training step of `rekindle train` and `make demo`, compared with a plain eager "
+          "loop in float32 (target: 1.5 ×). All arms run in fresh processes, in turn.", _small),
     Table("HellaSwag on a CPU", "hellaswag-cpu.json", "python -m benchmarks.hellaswag --file FILE",
-          "GPT-2 124M, float32 (target: 1.8 × the lecture's way).", _hellaswag),
+          "GPT-2 124M, float32 (target: 1.8 × the lecture's evaluation).", _hellaswag),
     Table("Generation on a CPU", "generate-cpu.json", "python -m benchmarks.generate",
-          "Greedy text with the key-value cache, against `transformers` in float32 (targets at "
-          "batch 1 and 32: float32 1.05 and 1.15 ×, bf16 1.8 and 2.5 ×; length 1,000: 1.25 ×).",
-          _generate),
+          "Greedy generation with the KV cache, compared with `transformers` in float32 (targets "
+          "at batch 1 and 32: float32 1.05 and 1.15 ×, bf16 1.8 and 2.5 ×; at length 1,000: 1.25 "
+          "×).", _generate),
     Table("Checkpoints", "checkpoint.json", "python -m benchmarks.checkpoint",
-          "SHA-256 of every file, flushed, renamed; written while training goes on.", _checkpoint),
-    Table("Starting", "startup.json", "python -m benchmarks.startup",
-          "Whole commands (targets: 0.5 s for import and help, 15 s for a resumed run's first "
-          "step).", _startup),
+          "Every file is hashed (SHA-256), flushed and renamed, while training continues.",
+          _checkpoint),
+    Table("Start time", "startup.json", "python -m benchmarks.startup",
+          "Complete commands (targets: 0.5 s for import and help, 15 s for the first step of a "
+          "resumed run).", _startup),
     Table("The ladder on a CPU", "ladder-cpu.json", "rekindle ladder --device cpu --steps 6",
           "The same model, weights and tokens on every rung.", _ladder),
-    Table("What a training step moves on an H200", "traffic.json",
+    Table("Memory traffic of a training step on an H200", "traffic.json",
           "python -m benchmarks.traffic",
-          "Counted in the code that Inductor generates for a card that is not there, a micro-batch "
-          "of 64 × 1,024 tokens: GB of all kernels but matmuls and attention, each reading and "
-          "writing its buffers once. What our own loss kernel moves is not in it.",
-          predicted.traffic),
+          "Counted in the code that Inductor generates for an H200 on a machine without a GPU, "
+          "for a micro-batch of 64 × 1,024 tokens: GB of all kernels except matmuls and "
+          "attention, each reading and writing its buffers once. The traffic of our own loss "
+          "kernel is not included.", predicted.traffic),
     Table("Predicted training step", "predictions.json", "python -m benchmarks.roofline",
-          "**Predictions**, made before any measurement, from the table above and assumed rates.",
-          predicted.steps),
-    Table("Predicted gains of what is not built", "predictions.json",
+          "**Predictions**, computed from the table above and assumed rates before any "
+          "measurement.", predicted.steps),
+    Table("Predicted gains of optimizations that are not built", "predictions.json",
           "python -m benchmarks.roofline",
-          "**Hand estimates** on an H200, before any measurement; to be built after a profile on a "
-          "card.", predicted.levers),
+          "**Hand estimates** for an H200, made before any measurement. A profile on a card will "
+          "decide what is built.", predicted.levers),
     Table("Training step on a GPU", "gpu-step.json", f"{GPU} step --data DIR",
-          "GPT-2 124M, 524,288 tokens a step, beside the lecture's final configuration (targets on "
-          "one H200: 600,000 tokens/s and 1.06 × `lecture`).", _gpu_step),
+          "GPT-2 124M, 524,288 tokens per step, compared with the lecture's final configuration "
+          "(targets on one H200: 600,000 tokens/s and 1.06 × `lecture`).", _gpu_step),
     Table("Correctness gate on a GPU", "gpu-gate.json", f"{GPU} gate --data DIR",
-          "Ten steps against float64 with ten planted bugs; losses after whole cool-downs, paired "
-          "by document (equivalent: within 0.004).", _gpu_gate),
+          "Ten steps compared with float64, and with ten planted bugs; losses after full "
+          "schedules, compared document by document (equivalent: within 0.004).", _gpu_gate),
     Table("Sizes on a GPU", "gpu-sizes.json", f"{GPU} sizes --data DIR",
-          "Micro-batches that fit, with and without recomputing activations.", _gpu_sizes),
+          "The largest micro-batches that fit, with and without recomputing activations.",
+          _gpu_sizes),
     Table("HellaSwag on a GPU", "gpu-hellaswag.json", f"{GPU} hellaswag --file FILE",
           "All questions, GPT-2 124M, compiled.", _gpu_hellaswag),
     Table("Generation on a GPU", "gpu-generate.json", f"{GPU} generate",
-          "One compiled step over a cache of fixed length, against `transformers`.", _generate),
+          "One compiled step over a cache of fixed length, compared with `transformers`.",
+          _generate),
     Table("Dress rehearsal on a GPU", "gpu-rehearsal.json", f"{GPU} rehearsal --data DIR",
           "The 10-billion-token command for 7.5 minutes, killed once at a random second.",
           _gpu_rehearsal),
@@ -270,15 +289,13 @@ TABLES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="make benchmarks/README.md from the results")
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser = argparse.ArgumentParser(description="generate benchmarks/README.md from the results")
+    parser.add_argument("--check", action="store_true", help="only check whether it is up to date")
     o = parser.parse_args()
     readme = FOLDER / "README.md"
     if o.check:
         if readme.read_text() != page():
-            sys.exit(
-                "benchmarks/README.md is not what the results say: python -m benchmarks.tables"
-            )
+            sys.exit("benchmarks/README.md is out of date: run python -m benchmarks.tables")
         return
     readme.write_text(page())
 

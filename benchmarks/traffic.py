@@ -1,13 +1,13 @@
-"""What Inductor generates for a training step on an H200, on a machine without a GPU:
+"""Count the memory traffic of a training step on an H200, on a machine without a GPU:
 
     python -m benchmarks.traffic           # count, check, write results/traffic.json
     python -m benchmarks.traffic --check   # exit status 1 if anything differs from that file
 
-For each way to compute, forward and backward pass of a micro-batch of GPT-2 124M with one layer and
-with two are compiled as far as the generated code. Their difference is a layer, and what is left is
-the rest of the step: GB that the kernels move, kernels launched, matmuls by shape. A kernel counts
-as reading and writing each of its buffers once, which is the least that it can do. How the code is
-generated: `benchmarks.generated`.
+For each way to compute, Inductor generates the code of the forward and backward pass of GPT-2 124M
+with one layer and with two, for one micro-batch (see `benchmarks.generated`). The difference is one
+layer, the remainder is the rest of the step. Counted are GB moved by kernels, kernels launched, and
+matmuls by shape. Each kernel is counted as reading and writing each of its buffers once, the least
+it can do.
 """
 
 import argparse
@@ -44,7 +44,7 @@ WAYS = {
     "bf16 + loss kernel": dataclasses.replace(BF16, loss_kernel=True),
     "bf16 + kernels": dataclasses.replace(BF16, loss_kernel=True, mlp_kernel=True),
 }
-# Matmuls inside our own operators, as (M, K, N), and whether GELU is computed at their end.
+# Matmuls inside our own operators, as (M, K, N), and whether GELU is fused into them.
 INSIDE = {
     "rekindle.mlp.default": [((N, C, 4 * C), True), ((N, 4 * C, C), False)],
     "rekindle.mlp_dpre.default": [((N, C, 4 * C), True)],
@@ -55,7 +55,7 @@ CALL = re.compile(r"^ +(?:\w+ = )?(?:triton_\w+\.run|extern_kernels\.\w+|torch\.
 
 
 def count(graph: Any, code: str) -> Counter[str]:
-    """Bytes by kind, kernels launched, matmuls by shape, and buffers of the size of the logits."""
+    """Bytes by kind, kernels launched, matmuls by shape, and buffers as large as the logits."""
     from torch._inductor.virtualized import V as VIRTUALIZED
 
     counted: Counter[str] = Counter()
@@ -67,7 +67,7 @@ def count(graph: Any, code: str) -> Counter[str]:
             counted[f"{kind}_bytes"] += sum(moved.values())
             for shape, gelu in _matmuls(node):
                 counted[f"matmul {' × '.join(map(str, shape))}{' with GELU' if gelu else ''}"] += 1
-            # The logits of our own operator, which are allocated inside it.
+            # Our own operator allocates its logits internally.
             counted["logits bfloat16"] += _name(node) == "rekindle.linear_cross_entropy.default"
     counted["kernels"] += sum(bool(CALL.match(line)) for line in code.splitlines())
     for shape, dtype in re.findall(r"= empty_strided_cuda\(\(([\d, ]+)\),.*torch\.(\w+)\)", code):
@@ -77,7 +77,8 @@ def count(graph: Any, code: str) -> Counter[str]:
 
 
 def _bytes(graph: Any, name: str, accessed: int) -> int:
-    """Inductor's count ends at 10⁹ elements for what it has fused; a larger buffer counts whole."""
+    """Bytes of a buffer that a kernel accesses. Inductor stops counting at 10⁹ elements for fused
+    kernels, so a larger buffer counts in full."""
     size = _elements(graph, name)
     if size <= 10**9:
         return accessed
@@ -87,12 +88,12 @@ def _bytes(graph: Any, name: str, accessed: int) -> int:
 def _elements(graph: Any, name: str) -> int:
     try:
         return math.prod(int(n) for n in graph.get_buffer(name).get_size())
-    except (AttributeError, NotImplementedError, RuntimeError):  # what has no one size
+    except (AttributeError, NotImplementedError, RuntimeError):  # a buffer without a single size
         return 0
 
 
 def _name(node: Any) -> str:
-    """Of the operator that Inductor leaves to a library or to us, else nothing."""
+    """The name of the operator if Inductor calls a library or our own kernel, else empty."""
     return str(getattr(getattr(node, "node", None), "op_overload", None) or "")
 
 
@@ -116,7 +117,8 @@ def _matmuls(node: Any) -> list[tuple[tuple[int, int, int], bool]]:
 
 
 def measure() -> dict[str, Any]:
-    """Of each way: a layer, the rest of the step, and the buffers as large as the logits."""
+    """For each way to compute: a layer, the rest of the step, and buffers as large as the
+    logits."""
     traced = {
         (way, layers): parts(dataclasses.replace(CONFIG, n_layer=layers), compute, B, T)
         for way, compute in WAYS.items()
@@ -148,47 +150,49 @@ def _layer_and_rest(one: Counter[str], two: Counter[str]) -> dict[str, Any]:
 
 
 def violations(ways: dict[str, Any]) -> list[str]:
-    """What breaks a rule that holds for any version of torch."""
+    """The rules that are broken, a line each. The rules hold for any version of torch."""
     broken = []
     for way, found in ways.items():
         buffers = found["buffers_like_logits"]
-        # Logits, and their gradient; the loss kernel writes the one over the other.
+        # Logits and their gradient; the loss kernel overwrites the logits with the gradient.
         allowed = 1 if WAYS[way].loss_kernel else 2
         if wide := [dtype for dtype in buffers if dtype != "bfloat16"]:
             broken.append(f"{way}: a buffer as large as the logits in {', '.join(wide)}")
         if (have := buffers.get("bfloat16", 0)) != allowed:
             broken.append(f"{way}: {have} buffers as large as the logits, not {allowed}")
         if WAYS[way].loss_kernel and found["rest"]["cross_entropy_gb"]:
-            broken.append(f"{way}: a generated kernel reads the logits once more")
+            broken.append(f"{way}: a generated kernel reads the logits again")
     return broken
 
 
-def complaints(committed: dict[str, Any], ways: dict[str, Any]) -> list[str]:
-    """Rules that are broken and, if torch is the same, differences from the committed figures:
-    another version fuses otherwise."""
+def problems(committed: dict[str, Any], ways: dict[str, Any]) -> list[str]:
+    """Broken rules and, if the version of torch is the same, differences from the committed
+    figures. Another version fuses differently."""
     same = committed["versions"]["torch"] == version("torch")
     return violations(ways) + (differences(committed["ways"], ways) if same else [])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="count what a training step moves, without a GPU")
+    parser = argparse.ArgumentParser(
+        description="count the memory traffic of a training step without a GPU"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the committed figures")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the figures go (JSON)")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write")
     o = parser.parse_args()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a card that is there would be asked
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that a real card is not queried
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         ways = measure()
     if o.check:
-        broken = complaints(json.loads(OUT.read_text()), ways)
+        broken = problems(json.loads(OUT.read_text()), ways)
     else:
         broken = violations(ways)
         write_result(o.out, {**environment("torch", "triton"), "rows": N, "ways": ways})
     for way, found in ways.items():
         layer = found["layer"]
-        print(f"{way:20} {layer['memory_gb']:.2f} GB and {layer['kernels']} kernels a layer")
+        print(f"{way:20} {layer['memory_gb']:.2f} GB and {layer['kernels']} kernels per layer")
     if broken:
         sys.exit("\n".join(broken))
 

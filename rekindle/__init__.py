@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rekindle.sampling import generate
     from rekindle.trainer import Trainer, build
 
-# Where each name is; `GPT2` comes from `rekindle.loading`, which gives it `from_pretrained`.
-_HOMES = {
+# The module of each public name; `rekindle.loading` adds `from_pretrained` to `GPT2`.
+_MODULES = {
     "GPT2": "loading",
     "GPT2Config": "model.gpt2_config",
     "Machine": "machine",
@@ -46,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a module when its name is asked for: `rekindle --help` does not wait for torch."""
-    if name in _HOMES:
-        return getattr(import_module(f"rekindle.{_HOMES[name]}"), name)
+    """Import a module on first use, so that `rekindle --help` does not have to import torch."""
+    if name in _MODULES:
+        return getattr(import_module(f"rekindle.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'rekindle' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The exceptions that the command line turns into a line and an exit status."""
+"""The exceptions that the command line turns into a one-line message and an exit status."""
 
 LONGEST = 900  # characters
 
@@ -6,25 +6,25 @@ LONGEST = 900  # characters
 class UserError(Exception):
     """What is wrong, where, and what to do. The command line prints it and exits with status 2.
 
-    It is one line, and no long one, whatever a file that it quotes from holds.
+    The message is joined into one line and truncated, since it may quote the content of a file.
     """
 
-    def __init__(self, said: str) -> None:
-        said = " ".join(said.splitlines())
-        super().__init__(said if len(said) < LONGEST else f"{said[:LONGEST]} ...")
+    def __init__(self, message: str) -> None:
+        message = " ".join(message.splitlines())
+        super().__init__(message if len(message) < LONGEST else f"{message[:LONGEST]} ...")
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and all it has done is saved. The exit status is 128 and the
-    signal's number, as a shell has it."""
+    """The run stopped because of a signal, after saving its progress. The exit status is 128 plus
+    the signal number, the convention of shells."""
 
-    def __init__(self, signal: int, said: str) -> None:
-        super().__init__(said)
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
         self.status = 128 + signal
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's, a GPU's, or of PyTorch on a CPU."""
+    """Whether an error means out of memory: in Python, on a GPU, or in PyTorch on a CPU."""
     name = type(error).__name__
     return (
         isinstance(error, MemoryError)

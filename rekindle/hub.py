@@ -1,6 +1,6 @@
-"""Files of the Hugging Face hub: one by its name, or all of a folder at one revision.
+"""Files on the Hugging Face hub: one by name, or all files of a folder at one revision.
 
-`HF_ENDPOINT` names another server, as it does for the hub's own client.
+`HF_ENDPOINT` selects another server, as it does for the `huggingface_hub` client.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ T = TypeVar("T")
 def download(
     repo: str, file: str, *, instead: str, kind: str = "model", revision: str = "main"
 ) -> Path:
-    """The local path of `file` in a repository of the hub, from the client's cache or the network.
+    """The local path of `file` in a repository on the hub, from the client's cache or the network.
 
-    `kind` is model or dataset. Raises `UserError` that names the file and says with `instead` how
-    to do without the network.
+    `kind` is model or dataset. Raises `UserError` that names the file, with `instead` as the advice
+    on how to continue without network access.
     """
     from huggingface_hub import hf_hub_download
 
@@ -33,16 +33,16 @@ def download(
 
 
 class StoppedError(Exception):
-    """Nobody waits for this download any more."""
+    """Raised inside a download to cancel it."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub, as the hub describes it."""
+    """A file on the hub, with the size and hash that the hub lists."""
 
     path: str
     size: int
-    sha256: str | None  # None for small files, of which the hub states only a git hash
+    sha256: str | None  # None for small files, for which the hub lists only a git hash
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Listing:
     revision: str
     licence: str
     files: tuple[RemoteFile, ...]
-    instead: str  # how to do without the hub, for whoever cannot reach it
+    instead: str  # advice on how to continue without access to the hub
 
     @property
     def fingerprint(self) -> str:
@@ -64,9 +64,9 @@ class Listing:
 def list_files(
     repository: str, folder: str, suffix: str, revision: str | None, instead: str
 ) -> Listing:
-    """All files below `folder` that end in `suffix`, sorted; at the newest revision if None.
+    """All files below `folder` that end in `suffix`, sorted. `revision` None means the newest.
 
-    Raises `UserError` when there is no such repository, no such file, or no network.
+    Raises `UserError` if there is no such repository, no such file, or no network access.
     """
     from huggingface_hub.hf_api import HfApi, RepoFile
 
@@ -96,16 +96,17 @@ def list_files(
 
 
 def fetch(listing: Listing, file: RemoteFile, folder: Path, count: Callable[[int], None]) -> Path:
-    """Download one file below `folder`, unless it is there, and check it.
+    """Download one file into `folder`, unless it exists, and check it.
 
-    `count` is told of bytes as they arrive; what it raises ends the download. Raises `UserError`
-    when the file does not arrive or is not what the hub said it would be.
+    `count` is called with the number of bytes of each chunk received; an exception that it raises
+    ends the download. Raises `UserError` if the download fails or the file does not match the
+    hub's listing.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import tqdm
 
     class Counter(tqdm):
-        """Stands where the hub's client wants a progress bar."""
+        """Counts bytes in place of the progress bar of the hub's client."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **(kwargs | {"disable": True}))
@@ -131,44 +132,44 @@ def fetch(listing: Listing, file: RemoteFile, folder: Path, count: Callable[[int
     ):
         path.unlink()
         raise UserError(
-            f"{what} arrived damaged (its size or SHA-256 is not what the hub states) and was "
-            "removed: run the same command again"
+            f"{what} was damaged in download (its size or SHA-256 differs from the hub's listing) "
+            "and has been removed: run the same command again"
         )
     return path
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what killed downloads left: the hub's client never continues them."""
+    """Remove partial downloads of killed processes: the hub's client never resumes them."""
     for path in folder.rglob("*.incomplete"):
         path.unlink(missing_ok=True)
 
 
 def _endpoint() -> str:
-    """The hub's address; read at each call, so that a mirror can be set at any time."""
+    """The hub's address, read at each call, so that a mirror can be set at any time."""
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
 def _licence(card: Any) -> str:
-    """The licence a dataset card states."""
+    """The licence in a dataset card."""
     stated = getattr(card, "license", None) or "unknown"
     return stated if isinstance(stated, str) else ", ".join(map(str, stated))
 
 
 def _from_hub(what: str, repository: str, instead: str, ask: Callable[[], T]) -> T:
-    """Call the hub's client, and say in one line what was wanted when it fails."""
+    """Call the hub's client and turn its errors into a one-line `UserError`."""
     from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # one line of ours instead of one for each retry
+    logging.set_verbosity_error()  # our one line replaces a warning for each retry
     try:
         return ask()
     except RepositoryNotFoundError:
         raise UserError(
             f"there is no {repository} on the hub ({_endpoint()}), or it is not public: "
-            "check the name owner/name, or log in with `hf auth login`"
+            "check the name (owner/name), or log in with `hf auth login`"
         ) from None
     except StoppedError:
         raise
-    except Exception as error:  # the client's kinds of errors change between its versions
+    except Exception as error:  # the client's error types differ between its versions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"could not get {what} from {_endpoint()} ({reason}): {instead}") from None

@@ -1,4 +1,4 @@
-"""RUN_OR_MODEL: whatever a person may name, as a model ready to evaluate or to speak."""
+"""Loads the model behind a RUN_OR_MODEL argument: a run, a checkpoint, a folder, or a hub name."""
 
 import warnings
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ from rekindle.runtime.device import Device, choose_compute
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on its device, its tokenizer, and where it came from."""
+    """A model on its device, with its tokenizer and origin."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     name: str
-    run: Description | None = None  # the checkpoint's description, if it is one of ours
-    note: str = ""  # what else the name fits, and which of them was taken
+    run: Description | None = None  # the checkpoint's description, if it came from a run
+    note: str = ""  # if the name is ambiguous: the other match, and which one was used
 
 
 def load(name: str, device: Device) -> Loaded:
     """Load a run folder (its newest checkpoint), a checkpoint, a folder in Hugging Face's layout,
-    or a model of the hub. Raises `UserError` that says what `name` is not."""
+    or a model from the hub. Raises `UserError` if `name` is none of these."""
     loaded = _load(name)
     cast(nn.Module, loaded.model).to(device.torch)
     loaded.model.use(choose_compute(device, loaded.model.config.block_size))
@@ -40,11 +40,11 @@ def load(name: str, device: Device) -> Loaded:
 
 
 def from_pretrained(name_or_folder: str | Path) -> GPT2:
-    """The model alone, float32 and on the CPU, of anything that `load` takes; the tokenizer may be
-    unknown. This is `GPT2.from_pretrained`.
+    """The model alone, in float32 on the CPU, from anything that `load` accepts; its tokenizer may
+    be unknown. This is `GPT2.from_pretrained`.
 
-    The model of a run keeps the padding rows of its embedding. Warns where two fit the name, and
-    raises `UserError` that says what `name_or_folder` is not.
+    A model from a run keeps the padding rows of its embedding. Warns if the name is ambiguous, and
+    raises `UserError` if it cannot be loaded.
     """
     named = names.find(str(name_or_folder))
     if named.note:
@@ -64,7 +64,7 @@ def _load(name: str) -> Loaded:
 
 
 def _load_published(named: Named) -> Loaded:
-    """A model in Hugging Face's layout, of which no tokenizer but GPT-2's can be used."""
+    """A model in Hugging Face's layout. Only GPT-2's own tokenizer is supported."""
     tokenizer = get_tokenizer("gpt2")
     if named.folder is not None:
         check_tokenizer(named.folder)
@@ -73,14 +73,14 @@ def _load_published(named: Named) -> Loaded:
     if rows != tokenizer.vocab_size:
         more = rows - tokenizer.vocab_size
         advice = (
-            f"the {more} more may be padding, and cannot be cut yet" if more > 0
-            else "it belongs to another tokenizer, which cannot be used yet"
+            f"the {more} extra rows may be padding, which is not supported yet" if more > 0
+            else "it needs another tokenizer, which is not supported yet"
         )  # fmt: skip
         raise UserError(
-            f"{named.name} has an embedding of {rows} rows, GPT-2's tokenizer "
+            f"the embedding of {named.name} has {rows} rows, but GPT-2's tokenizer has "
             f"{tokenizer.vocab_size} ids: {advice}"
         )
-    return Loaded(model, tokenizer, storage.spelled(named.name), note=named.note)
+    return Loaded(model, tokenizer, storage.printable(named.name), note=named.note)
 
 
 def _load_ours(named: Named) -> Loaded:
@@ -88,17 +88,18 @@ def _load_ours(named: Named) -> Loaded:
     saved = names.newest(named.folder)
     described = saved.description.tokenizer
     if described is None:
-        raise UserError(f"{saved.path} was trained on arrays: it does not say which tokenizer")
+        raise UserError(f"{saved.path} was trained on arrays: its tokenizer is not recorded")
     tokenizer = get_tokenizer(described["name"])
     if described["sha256"] != tokenizer.sha256:
         raise UserError(
-            f"{saved.path} was trained with another vocabulary than the tokenizer "
-            f"{tokenizer.name} has (SHA-256 {described['sha256'][:12]}, not "
+            f"{saved.path} was trained with a different version of the tokenizer "
+            f"{tokenizer.name} (SHA-256 {described['sha256'][:12]}, not "
             f"{tokenizer.sha256[:12]}): use the version of Rekindle that trained it"
         )
     if saved.config.vocab_size != tokenizer.vocab_size:
         raise UserError(
-            f"{saved.path} has {saved.config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}"
+            f"{saved.path} has {saved.config.vocab_size} ids, but its tokenizer has "
+            f"{tokenizer.vocab_size}"
         )
-    name = storage.spelled(saved.path)
+    name = storage.printable(saved.path)
     return Loaded(names.model_of(saved), tokenizer, name, saved.description, named.note)

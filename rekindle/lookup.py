@@ -1,4 +1,4 @@
-"""From the names in recipes and checkpoints to classes, and back."""
+"""Maps the names in recipes and checkpoints to model and optimizer classes, and back."""
 
 from importlib import import_module
 from typing import Any
@@ -8,12 +8,12 @@ from rekindle.optim import OPTIMIZERS, Optimizer, OptimizerConfig
 
 
 def models() -> dict[str, type[LanguageModel]]:
-    """The classes in `MODELS`."""
+    """The model classes by their names in `MODELS`."""
     return {name: _load(path) for name, path in MODELS.items()}
 
 
 def optimizers() -> dict[str, type[Optimizer]]:
-    """The classes in `OPTIMIZERS`."""
+    """The optimizer classes by their names in `OPTIMIZERS`."""
     return {name: _load(path) for name, path in OPTIMIZERS.items()}
 
 
@@ -23,15 +23,15 @@ def _load(path: str) -> Any:
 
 
 def model_for(config: ModelConfig) -> type[LanguageModel]:
-    """The class in `MODELS` that a recipe's configuration belongs to."""
+    """The model class for a recipe's configuration."""
     return next(c for c in models().values() if c.Config is type(config))
 
 
 def optimizer_for(config: OptimizerConfig) -> type[Optimizer]:
-    """The class in `OPTIMIZERS` that a recipe's configuration belongs to."""
+    """The optimizer class for a recipe's configuration."""
     return next(c for c in optimizers().values() if c.Config is type(config))
 
 
-def name_of(found: Any, table: dict[str, Any]) -> str:
-    """The name of a class in `table`; the class's own if it is not there."""
-    return next((name for name, each in table.items() if each is found), found.__name__)
+def name_of(cls: Any, classes: dict[str, Any]) -> str:
+    """The name of `cls` in `classes`, or its `__name__` if it is not there."""
+    return next((name for name, each in classes.items() if each is cls), cls.__name__)

@@ -1,7 +1,7 @@
-"""What a run computes on and how: what was asked (`MachineOptions`), what was decided (`Machine`).
+"""How a run computes: the user's choices (`MachineOptions`) and the final settings (`Machine`).
 
-A recipe says what is computed and a machine how: another machine gives the same result within
-rounding, the same machine the same bits. Imports torch only when something is decided.
+A recipe defines what to compute, a machine how. Another machine gives the same result up to
+rounding; the same machine gives the same bits. torch is imported only inside the functions.
 """
 
 import dataclasses
@@ -15,47 +15,47 @@ if TYPE_CHECKING:
     from rekindle.runtime.device import Device
     from rekindle.runtime.distributed import World
 
-SAME_MEMORY = 0.05  # how much the memory of two machines of one kind may differ, as a fraction
+SAME_MEMORY = 0.05  # relative difference in memory up to which two machines count as the same
+
+
+DEVICE = "auto, cpu, cuda or mps"
+PRECISION = "auto, autocast (matmuls in bf16), bf16 (the residual stream too), tf32 or fp32"
 
 
 @dataclass(frozen=True)
 class MachineOptions:
-    """What was asked of the machine. None: as the run was started, or the best for this machine."""
+    """The user's choices. None: as the run was started, or else the best for this machine."""
 
-    device: str | None = flag(None, "auto, cpu, cuda or mps (default: auto)")
-    precision: str | None = flag(
-        None,
-        "auto, autocast (matmuls in bf16), bf16 (the residual stream too), tf32 or fp32 "
-        "(default: auto)",
-    )
+    device: str | None = flag(None, f"{DEVICE} (default: auto)", "NAME")
+    precision: str | None = flag(None, f"{PRECISION} (default: auto)", "NAME")
     compile: bool | None = flag(None, "torch.compile the model (default: yes, where possible)")
     kernels: bool | None = flag(
-        None, "Triton kernels for head, loss and MLP, for bf16 on a GPU (default: no)"
+        None, "use Triton kernels for head, loss and MLP; needs bf16 on a GPU (default: no)"
     )
     fp8_head: bool | None = flag(
         None,
-        "matmuls of the head in FP8 while training, for the modern model on a GPU of Hopper's "
-        "class; not measured yet (default: no)",
+        "compute the head's matmuls in FP8 while training; needs the modern model and an NVIDIA "
+        "Hopper GPU or newer; not measured yet (default: no)",
     )
     recompute: bool | None = flag(
         None,
         "keep only each block's input for the backward pass (activation checkpointing): less "
-        "memory, slower (default: only where few rows fit without it)",
+        "memory, but slower (default: only if few rows fit without it)",
     )
     deterministic: bool | None = flag(
         None,
-        "the same bits from run to run on a GPU, at some cost of speed; a CPU always computes so "
-        "(default: no)",
+        "bitwise reproducible results on a GPU, at some cost in speed; a CPU is always "
+        "deterministic (default: no)",
     )
     shard: bool | None = flag(
         None,
-        "shard weights, gradients and optimizer state over the ranks, for a model that does not "
-        "fit into one GPU; not compiled, and needs --micro-batch on a GPU (default: no)",
+        "shard weights, gradients and optimizer state over the ranks, for a model too large for "
+        "one GPU; not compiled, and needs --micro-batch on a GPU (default: no)",
     )
     micro_batch: int | None = flag(
-        None, "rows of one forward pass on one rank (default: found for the device)"
+        None, "rows per forward pass on each rank (default: chosen to fit the device)"
     )
-    threads: int | None = flag(None, "CPU threads (default: PyTorch's, one a core)")
+    threads: int | None = flag(None, "CPU threads (default: PyTorch's, one per core)")
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "threads"):
@@ -66,33 +66,33 @@ class MachineOptions:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was decided. Recorded in every checkpoint, and the same on every rank but for the
-    processor's own: its name, memory and threads."""
+    """The final settings, recorded in every checkpoint. All ranks have the same ones, except for
+    the device's name and memory, `threads` and `keep_memory`."""
 
     device: str  # cpu, cuda or mps
     precision: str
     compile: bool
     kernels: bool
     deterministic: bool
-    shard: bool  # where there is more than one rank
-    threads: int = field(metadata={"schema": range(1, 4096)})  # of a CPU
-    recompute: bool | None = None  # None until `trainer.build` has measured
-    micro_batch: int | None = field(  # None until then, too
+    shard: bool  # no effect with one rank
+    threads: int = field(metadata={"schema": range(1, 4096)})  # CPU threads
+    recompute: bool | None = None  # None until `trainer.build` decides
+    micro_batch: int | None = field(  # None until `trainer.build` decides
         default=None, metadata={"schema": (None, range(1, 2**31))}
     )
     fp8_head: bool = False
-    keep_memory: bool = True  # a CPU's freed memory is kept for the next tensors
-    name: str = ""  # what a person calls the device
-    memory: int = 0  # bytes of the device; 0: unknown
+    keep_memory: bool = True  # on a CPU, reuse freed memory instead of returning it to the system
+    name: str = ""  # human-readable name of the device
+    memory: int = 0  # memory of the device in bytes; 0: unknown
 
     def agreed(self) -> dict[str, Any]:
-        """What every rank must have decided alike."""
+        """The settings that must be the same on every rank."""
         own = ("name", "memory", "threads", "keep_memory")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in own}
 
     def open(self, local_rank: int = 0) -> "Device":
-        """The device, set up for this process: threads, precision of matmuls, deterministic
-        algorithms, memory of the CPU's allocator."""
+        """The device, after setting up this process: threads, matmul precision, deterministic
+        algorithms and the CPU's memory allocator."""
         import torch
 
         from rekindle.runtime import device as devices
@@ -112,12 +112,12 @@ def resolve(
     *,
     rows: int | None = None,
 ) -> Machine:
-    """Decide on a machine, from what is asked and from what the run's checkpoint has recorded.
+    """Combine the user's options, the settings recorded in the run's checkpoint, and the defaults.
 
-    A recorded value is kept where this device can do it. The micro-batch size, recomputation and
-    the number of threads depend on the device's memory and cores, so they are kept only if those
-    are the same; and the micro-batch size only if it still divides a global batch of `rows` rows.
-    Raises `UserError` if what was asked cannot be had.
+    A recorded setting is kept if this device supports it. The micro-batch size, recomputation and
+    the number of threads depend on memory and cores, so they are kept only if the device has the
+    same memory (and enough cores); the micro-batch size must also divide a global batch of `rows`
+    rows. Raises `UserError` if an option is not available on this machine.
     """
     import torch
 
@@ -125,15 +125,15 @@ def resolve(
     from rekindle.model import fp8, kernels
     from rekindle.runtime import device as devices
 
-    asked = options or MachineOptions()
+    options = options or MachineOptions()
     rank, ranks = (world.local_rank, world.size) if world else (0, 1)
-    device = devices.get_device(asked.device or "auto", "auto", rank)
+    device = devices.get_device(options.device or "auto", "auto", rank)
     kind, memory = device.torch.type, devices.memory_of(device.torch)
     same = recorded is not None and _same_device(recorded, kind, memory)
 
     def decide(name: str, default: Any, *, can: bool = True) -> Any:
-        """What was asked, else what was recorded if it `can` be done here, else the default."""
-        value = getattr(asked, name)
+        """The user's choice, else the recorded setting if it `can` be used here, else `default`."""
+        value = getattr(options, name)
         if value is None and recorded is not None and can:
             value = getattr(recorded, name)
         return default if value is None else value
@@ -143,10 +143,10 @@ def resolve(
     shard = decide("shard", False)
     why = "it is sharded" if shard and ranks > 1 else devices.why_not_compile(device.torch)
     no_kernels = kernels.why_not(device.torch, device.product_dtype)
-    if asked.kernels and no_kernels:
-        raise UserError(f"--kernels: {no_kernels}; say --no-kernels")
+    if options.kernels and no_kernels:
+        raise UserError(f"--kernels: {no_kernels}; use --no-kernels")
     no_fp8 = fp8.why_not(device.torch)
-    if asked.fp8_head and no_fp8:
+    if options.fp8_head and no_fp8:
         raise UserError(f"--fp8-head: {no_fp8}; leave it out")
     micro_batch = recorded.micro_batch if recorded else None
     divides = bool(micro_batch) and not (rows and rows % (micro_batch * ranks))
@@ -168,16 +168,16 @@ def resolve(
 
 
 def _same_device(recorded: Machine, kind: str, memory: int) -> bool:
-    """Whether the device has the memory that the run was started with. Checkpoints of version 0.1
-    may not say; then it is assumed."""
+    """Whether this device is of the recorded kind with the same memory. Checkpoints from version
+    0.1 may not record these; they are then assumed to match."""
     if recorded.device not in ("", kind):
         return False
     return not recorded.memory or abs(memory / recorded.memory - 1) < SAME_MEMORY
 
 
 def changes(recorded: Machine, now: Machine, options: MachineOptions) -> str:
-    """One line on what this machine does differently than the run was started, beyond what was
-    asked; empty if nothing."""
+    """One line that lists settings which differ from the recorded ones without the user having
+    asked for it; empty if there are none."""
     found = [
         f"{name.replace('_', '-')} {getattr(now, name)} instead of {before}"
         for name in (item.name for item in dataclasses.fields(MachineOptions))

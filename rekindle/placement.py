@@ -1,4 +1,4 @@
-"""Putting a model on its machine: device, sharding, micro-batch size, compilation, DDP."""
+"""Sets a model up on a machine: device, sharding, micro-batch size, compilation, DDP."""
 
 import dataclasses
 import logging
@@ -20,7 +20,8 @@ from rekindle.runtime.sharding import is_sharded, shard
 
 
 def move(model: LanguageModel, machine: Machine, device: Device, world: World) -> None:
-    """To the device, whole or sharded: from the CPU, as a GPU may not have room for all of it."""
+    """Move `model` from the CPU to the device, or shard it over the ranks' devices. A GPU may not
+    have enough memory for the full model, so it must not be moved there before it is sharded."""
     if machine.shard and world.size > 1:
         shard(model, device.torch, world)
     else:
@@ -28,14 +29,14 @@ def move(model: LanguageModel, machine: Machine, device: Device, world: World) -
 
 
 def data_parallel(model: LanguageModel, compiled: Forward, device: Device, world: World) -> Forward:
-    """The compiled model in DDP, if there are several ranks and each holds all of it: a sharded
-    model averages its gradients itself."""
+    """Wrap the compiled model in DDP if there are several ranks. A sharded model averages its
+    gradients itself and is returned unchanged."""
     if is_sharded(model):
         return compiled
     return distributed.data_parallel(cast(nn.Module, compiled), world, device.torch)
 
 
-def fit(
+def choose_memory_use(
     machine: Machine,
     model: LanguageModel,
     compute: Compute,
@@ -44,10 +45,14 @@ def fit(
     device: Device,
     world: World,
 ) -> Machine:
-    """The machine with what only its memory decides: recomputation and micro-batch size. Raises
-    `UserError` if the model cannot compute as was asked."""
-    if compute.fp8_head and (wrong := fp8.unfit(model, T)):
-        raise UserError(f"--fp8-head: {wrong}; leave it out")
+    """Decide what depends on the device's memory: activation checkpointing and the micro-batch
+    size. Returns `machine` with both filled in.
+
+    `rows`: sequences per global batch; `T`: tokens per sequence. Raises `UserError` if the model's
+    head cannot be computed in FP8, but should be.
+    """
+    if compute.fp8_head and (reason := fp8.unsupported(model, T)):
+        raise UserError(f"--fp8-head: {reason}; leave it out")
     recompute = machine.recompute
     if recompute is None:
         recompute = must_recompute(model, T, device, world)
@@ -59,11 +64,11 @@ def fit(
 def compile_model(
     model: LanguageModel, machine: Machine
 ) -> tuple[Forward, Callable[..., Tensor] | None]:
-    """The model and its body, compiled if the machine says so. They share their parameters with
-    `model`, whose names stay clean."""
+    """The compiled model and its compiled `body`; the model and None if `machine.compile` is
+    False. They share their parameters with `model`, whose parameter names do not change."""
     if not machine.compile:
         return model, None
-    # It warns of a CUDA toolkit without a GPU, which does not matter on a CPU.
+    # It warns about a CUDA toolkit without a GPU, which is irrelevant on a CPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return (
         torch.compile(cast(nn.Module, model), fullgraph=True, dynamic=False),

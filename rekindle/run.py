@@ -1,10 +1,10 @@
-"""A run's folder: what is recorded there, and what it was started with.
+"""A run folder: what identifies the run, and what is written there.
 
-RUN/run.json          recipe, data and fingerprint, written once at the start
-RUN/metrics.jsonl     one object a line, for programs
+RUN/run.json          recipe, data and its fingerprint, written once at the start
+RUN/metrics.jsonl     the log, one JSON object per line
 RUN/checkpoints/      see `rekindle.checkpoint`
 
-`rekindle.resume` decides whether a folder holds a new run, one to resume, or a fork.
+`rekindle.resume` decides whether to start, resume or fork a run.
 """
 
 import dataclasses
@@ -27,26 +27,28 @@ from rekindle.observe.console import Console
 from rekindle.observe.metrics import RECORD
 from rekindle.optim import Optimizer
 from rekindle.recipes import Recipe
-from rekindle.runtime.distributed import PATIENCE, World
+from rekindle.runtime.distributed import TIMEOUT, World
 
-SHARE = "give a folder that all hosts share"
-OF_STEPS = ("train", "rollback", "return")  # records of steps; other kinds come after a step
+SHARED_FOLDER = "use a folder that all hosts share"
+# Log records whose step is counted from 0. The step of all other kinds is the number of steps done.
+STEP_KINDS = ("train", "rollback", "return")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What belongs to this start of a run, and not to its recipe."""
+    """Options that may change each time a run is started or resumed, unlike its recipe."""
 
     machine: MachineOptions = field(default_factory=MachineOptions)
-    # By a task's name: a file, "hub", "none", or "auto", from the hub on a GPU.
+    # Task name -> a file, "hub", "none", or "auto" (from the hub on a GPU, else none).
     tasks: Mapping[str, str] = field(default_factory=dict)
-    timeout: float = PATIENCE  # seconds that a rank may wait for the others; 0: forever
-    fork: Path | None = None  # run or checkpoint whose weights and optimizer state to start from
+    timeout: float = TIMEOUT  # seconds that a rank may wait for the others; 0: no limit
+    log_every: int = 0  # steps between printed lines; 0: one every ten seconds
+    fork: Path | None = None  # run or checkpoint to take weights and optimizer state from
 
 
 @dataclass
 class Run:
-    """A run that can start or resume: `resume.open_run` has checked it."""
+    """A run that `resume.open_run` has checked and that is ready to start or resume."""
 
     folder: Path
     recipe: Recipe
@@ -55,72 +57,78 @@ class Run:
     options: RunOptions
     model_class: type[LanguageModel]
     optimizer_class: type[Optimizer]
-    checkpoint: Checkpoint | None  # where it resumes
-    damaged: dict[Path, str]  # newer checkpoints, to be set aside, and what is wrong with them
+    checkpoint: Checkpoint | None  # the one to resume from
+    damaged: dict[Path, str]  # newer checkpoints to set aside, with what is wrong with each
     forked_from: str | None
 
     @property
     def step(self) -> int:
-        """Optimizer steps already taken."""
+        """Number of optimizer steps already taken."""
         return self.checkpoint.step if self.checkpoint else 0
 
     @property
     def evaluated(self) -> bool:
-        """Whether what follows this step (the validation and so on) has been done."""
+        """Whether the checkpoint to resume from has been evaluated."""
         return bool(self.checkpoint and self.checkpoint.description.evaluated)
 
     @property
     def recorded(self) -> Machine | None:
-        """What the run computed on so far."""
+        """The machine that the checkpoint was trained on."""
         return self.checkpoint.description.machine if self.checkpoint else None
 
     def agree(self, machine: Machine, world: World, device: torch.device) -> None:
-        """Raise `UserError` if another rank was started with anything else than this one."""
-        world.agree(self.step, "the newest whole checkpoint is that of step", SHARE, device)
+        """Raise `UserError` unless all ranks have the same checkpoint, recipe, data and machine."""
+        meaning = "the step of the newest complete checkpoint is"
+        world.agree(self.step, meaning, SHARED_FOLDER, device)
         position = self.checkpoint.description.data_position if self.checkpoint else None
         same = (
             recipes.flatten(self.recipe), self.manifest.fingerprint, position, machine.agreed(),
         )  # fmt: skip
         number = int(hashlib.sha256(repr(same).encode()).hexdigest()[:8], 16)
         advice = "give every rank the same command, and data that was prepared once"
-        world.agree(number, "recipe, data and flags have the checksum", advice, device)
+        world.agree(number, "the checksum of recipe, data and flags is", advice, device)
 
     def begin(self, lock: storage.Lock, console: Console) -> None:
-        """Write the run down if it is new, and tidy its folder; on the main rank."""
+        """Create the folder and run.json if the run is new, and clean up after an earlier process.
+        Call it on the main rank only."""
         storage.make_folder(self.folder)
         new = not lock.held
         lock.take()
         if new and is_begun(self.folder):
             raise UserError(
-                f"another process has begun {self.folder} meanwhile: give the same command "
-                "again, or another --out"
+                f"another process has just started a run in {self.folder}: run the same command "
+                "again, or choose another --out"
             )
         storage.remove_unfinished(self.folder)
-        if not (self.folder / "run.json").exists():
-            versions = {"rekindle": __version__, "torch": torch.__version__}
-            storage.write_json(self.folder / "run.json", {**self.identity(), "versions": versions})
+        self.write_identity()
         checkpoints = self.folder / "checkpoints"
         storage.make_folder(checkpoints)
         storage.remove_unfinished(checkpoints)
         for path, what in self.damaged.items():
-            console.print(f"{what}: it is now {storage.set_aside(path)}")
+            console.print(f"{what}: moved to {storage.set_aside(path)}")
+
+    def write_identity(self) -> None:
+        """Write run.json, unless it exists."""
+        if not (self.folder / "run.json").exists():
+            versions = {"rekindle": __version__, "torch": torch.__version__}
+            storage.write_json(self.folder / "run.json", {**self.identity(), "versions": versions})
 
     def opening(self, ranks: int) -> str:
         """One line on where the run starts or resumes."""
         if not self.checkpoint:
-            return f"run: {self.folder}, {self.recipe.steps:,} steps from the beginning"
+            return f"run: {self.folder} starts at step 0 of {self.recipe.steps}"
         if self.forked_from and not (self.folder / "metrics.jsonl").exists():
             return f"run: {self.folder}, forked at step {self.step} of {self.forked_from}"
         before = self.checkpoint.description.ranks
         note = "" if before == ranks else f" (on {ranks} ranks instead of {before})"
         if self.step >= self.recipe.steps:
-            return f"run: {self.folder} has all its {self.step} steps; --steps takes it further"
+            return f"run: {self.folder} has finished all {self.step} steps; continue with --steps"
         return f"run: {self.folder} resumes at step {self.step} of {self.recipe.steps}{note}"
 
     def identity(self) -> dict[str, Any]:
-        """What makes it this run and no other."""
+        """What identifies this run; the contents of run.json."""
         m = self.manifest
-        path = storage.spelled(os.path.abspath(self.data))
+        path = storage.printable(os.path.abspath(self.data))
         return {
             "recipe": recipes.flatten(self.recipe),
             "data": {"path": path, "fingerprint": m.fingerprint},
@@ -131,21 +139,21 @@ class Run:
     def describe(
         self, trained: Description, *, evaluated: bool, validation: float | None
     ) -> Description:
-        """What a checkpoint of this run says of itself. `trained`: what the trainer says."""
+        """The description of a checkpoint of this run. `trained`: from `Trainer.describe`."""
         return dataclasses.replace(
             trained, **self.identity(), evaluated=evaluated, validation_loss=validation
         )
 
     def open_log(self) -> storage.JsonLines:
-        """The run's log, without what was logged after the checkpoint it resumes from."""
+        """Open the log, dropping the records from after the checkpoint to resume from."""
         return storage.JsonLines(self.folder / "metrics.jsonl", self.is_past, RECORD)
 
     def has_own_checkpoint(self) -> bool:
-        """Whether it resumes from a checkpoint of its own, and not from another run's."""
+        """Whether the run resumes from its own checkpoint, rather than the parent's of a fork."""
         return bool(self.checkpoint and self.checkpoint.path.parent == self.folder / "checkpoints")
 
     def checkpoint_is_unlogged(self) -> bool:
-        """Whether the process was killed after it wrote the checkpoint and before it logged it."""
+        """Whether the process was killed after writing the checkpoint but before logging it."""
         if not self.has_own_checkpoint():
             return False
         log = self.folder / "metrics.jsonl"
@@ -153,33 +161,37 @@ class Run:
         return not any(r["kind"] == "checkpoint" and r["step"] == self.step for r in records)
 
     def is_past(self, record: dict[str, Any]) -> bool:
-        """Whether a record describes what the checkpoint already contains."""
+        """Whether a log record is from before the checkpoint, so that it is kept on resuming."""
         done = self.step
-        if record["kind"] == "checkpoint" or (record["kind"] not in OF_STEPS and self.evaluated):
+        if record["kind"] == "checkpoint" or (record["kind"] not in STEP_KINDS and self.evaluated):
             done += 1
-        return record["step"] < done  # a step is numbered from 0, what comes after it from 1
+        return record["step"] < done
 
     def amend(self, **changes: Any) -> None:
-        """Change the description of the checkpoint it resumes from, if it is this run's."""
+        """Change the description of the checkpoint to resume from, if it is this run's own."""
         if self.has_own_checkpoint():
             assert self.checkpoint
             self.checkpoint = checkpoint.amend(self.checkpoint, **changes)
 
     def find_rollback(self, world: World, device: torch.device) -> bool:
-        """Resume from the newest checkpoint that was saved before the steps that are now skipped;
-        False if there is none. On every rank; the last checkpoint must be whole."""
+        """Set `checkpoint` to the newest one saved before the current series of skipped steps, and
+        remove the later ones. Returns False if there is none.
+
+        Call it on every rank, once the last checkpoint has been written.
+        """
         later, found = [], None
         for path in reversed(checkpoint.list_checkpoints(self.folder / "checkpoints")):
             try:
                 found = checkpoint.load(path, self.model_class)
-            except DamagedError:  # to be set aside by the next start
+            except DamagedError:  # the next start sets it aside
                 continue
             if not found.description.guard["skipped"]:
                 break
             later.append(path)
             found = None
         step = found.step if found else -1
-        world.agree(step, "the checkpoint to roll back to is that of step", SHARE, device)
+        meaning = "the step of the checkpoint to roll back to is"
+        world.agree(step, meaning, SHARED_FOLDER, device)
         if not found:
             return False
         self.checkpoint = found
@@ -189,5 +201,5 @@ class Run:
 
 
 def is_begun(out: Path) -> bool:
-    """Whether there is a run in `out`, whole or not."""
+    """Whether the folder `out` contains a run, even if run.json is missing."""
     return (out / "run.json").exists() or bool(checkpoint.list_checkpoints(out / "checkpoints"))

@@ -1,4 +1,4 @@
-"""Checks that a value read from a JSON file has the types that its readers rely on."""
+"""Check that a value read from a JSON file has the expected types."""
 
 import dataclasses
 import math
@@ -8,15 +8,15 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-LARGEST = 2**53  # whole numbers up to here are the same in every JSON reader
+LARGEST = 2**53  # integers up to this are exact in every JSON reader
 
 
 def mismatch(value: Any, schema: Any, where: str = "") -> str:
-    """Describe the first part of `value` that does not match `schema`; empty if all of it does.
+    """Describe the first part of `value` that does not match `schema`; empty if everything matches.
 
     A schema is `str`, `bool`, `dict`, `int` (not negative), `float` (any finite number), a `range`
     of integers, `None`, `object` (anything), a tuple of alternatives, a list with the schema of
-    every item, or a dict with the schema of each required key; a key that ends in "?" is optional.
+    its items, or a dict with the schema of each required key; a key that ends in "?" is optional.
     """
     if isinstance(schema, tuple):
         found = [mismatch(value, one, where) for one in schema]
@@ -68,7 +68,7 @@ def schema_of(cls: type) -> dict[str, Any]:
 
 
 def _schema_of_type(kind: Any) -> Any:
-    if isinstance(kind, types.UnionType):  # of a type and None, which comes last
+    if isinstance(kind, types.UnionType):  # `X | None`: X last, so that `mismatch` reports it
         return tuple(_schema_of_type(each) for each in reversed(typing.get_args(kind)))
     if kind is types.NoneType:
         return None

@@ -1,4 +1,4 @@
-"""Starting a run: everything is checked, then built, and only then is the folder written to."""
+"""Starts a run: checks everything, builds it, and only then writes to the run folder."""
 
 import dataclasses
 import time
@@ -16,13 +16,14 @@ from rekindle.data.tokenizer import Tokenizer, get_tokenizer
 from rekindle.evaluate import evaluator, tasks
 from rekindle.evaluate.evaluator import Evaluator
 from rekindle.evaluate.scoring import Packed, pack
-from rekindle.evaluate.tasks import Task
+from rekindle.evaluate.tasks import Item, Task
 from rekindle.flags import flags_of
 from rekindle.model import LanguageModel
-from rekindle.observe.console import Console
+from rekindle.observe.console import Console, counted
 from rekindle.observe.json_lines import JsonLinesLogger
 from rekindle.observe.metrics import Logger, Metrics
 from rekindle.optim import Optimizer
+from rekindle.plan import plan
 from rekindle.recipes import Recipe
 from rekindle.resume import open_run
 from rekindle.run import Run, RunOptions, is_begun
@@ -37,10 +38,17 @@ from rekindle.storage import Lock
 from rekindle.train import train
 from rekindle.trainer import Trainer, build, scheduled_rate
 
+# Advice for when steps become much slower, by kind of device.
+IF_SLOW = {
+    "cpu": ": other work on this machine may be using its cores; if that lasts, stop with Ctrl-C "
+    "and resume with fewer --threads",
+    "cuda": ": other work may be using this GPU, or it may be too hot (see `nvidia-smi`)",
+}
+
 
 @dataclass(frozen=True)
 class Parts:
-    """What Python may add to a run beyond the tables that the command line knows."""
+    """Parts of a run that can only be given from Python, not by name on the command line."""
 
     model: type[LanguageModel] | None = None  # the class of the recipe's `model`
     optimizer: type[Optimizer] | None = None  # the class of the recipe's `optim`
@@ -52,10 +60,10 @@ class Parts:
 def train_run(
     recipe: Recipe, data: Path, out: Path, options: RunOptions, parts: Parts | None = None
 ) -> Run:
-    """Train `recipe` on the shards in `data` into the run folder `out`, from where it stopped.
+    """Train `recipe` on the shards in `data`, in the run folder `out`; resume if it has a run.
 
-    Raises `UserError` for what the user can mend, before anything is written, and `Stopped`, once
-    all is saved, if a signal asked to stop.
+    Raises `UserError` for a mistake of the user before anything is written, and `Stopped` after
+    saving a checkpoint if a signal requested a stop.
     """
     began = time.perf_counter()
     with (
@@ -69,16 +77,30 @@ def train_run(
     return session.run
 
 
-def start(
-    recipe: Recipe, data: Path, out: Path, options: RunOptions, lock: Lock, parts: Parts
-) -> Session:
-    """Check everything a user can get wrong, build the trainer, fresh or as the newest checkpoint
-    has it, and only then write to the run's folder."""
+@dataclass
+class Opened:
+    """A run that has been checked and built, before anything is written."""
+
+    run: Run
+    trainer: Trainer
+    manifest: shards.Manifest
+    unchanged: shards.Unchanged
+    tokenizer: Tokenizer
+    work: list[tuple[Task, list[Item]]]  # tasks to evaluate, with their items
+    watch: Watchdog
+    console: Console
+
+
+def open_trainer(
+    recipe: Recipe, data: Path, out: Path, options: RunOptions, lock: Lock | None, parts: Parts
+) -> Opened:
+    """Check everything a user can get wrong, and build the trainer, restored from the newest
+    checkpoint if there is one. `lock` is taken if the run exists."""
     world = distributed.get_world()
     console = Console(quiet=not world.is_main)
     manifest = shards.read_manifest(data)
-    if world.is_main:
-        lock.take(create=is_begun(out))  # before anything is read that another may change
+    if world.is_main and lock:
+        lock.take(create=is_begun(out))  # before reading anything that another process may change
     run = open_run(recipe, manifest, data, out, options, parts.model, parts.optimizer)
     recipe = run.recipe
     machine = machines.resolve(options.machine, run.recorded, world, rows=recipe.batch.rows)
@@ -104,24 +126,49 @@ def start(
     )
     if run.checkpoint:
         trainer.restore(run.checkpoint)
-        run.checkpoint.model.clear()  # or its file stays open, even once the checkpoint is removed
+        run.checkpoint.model.clear()  # closes the file, so that the checkpoint can be removed later
     _introduce(run, trainer, console)
-    for line in _warnings(run, tokenizer):
+    for line in _warnings(run, tokenizer, world.size):
         console.print(f"note: {line}")
+    return Opened(run, trainer, manifest, unchanged, tokenizer, work, watch, console)
+
+
+def start(
+    recipe: Recipe, data: Path, out: Path, options: RunOptions, lock: Lock, parts: Parts
+) -> Session:
+    """Open the run, then write to its folder."""
+    opened = open_trainer(recipe, data, out, options, lock, parts)
+    run, trainer, console = opened.run, opened.trainer, opened.console
+    recipe, world, model = run.recipe, trainer.world, trainer.model
     if world.is_main:
         run.begin(lock, console)
     console.print(run.opening(world.size))
     metrics = _open_metrics(run, trainer, console, parts.loggers)
     keep = Keep(recipe.keep_checkpoints, recipe.keep_best, recipe.keep_every)
-    model, optimizer = trainer.model, trainer.optimizer
-    saver = Saver(out / "checkpoints", keep, model, optimizer, metrics, world)
-    compiled = trainer.machine.compile
+    saver = Saver(out / "checkpoints", keep, model, trainer.optimizer, metrics, world)
     packed = pack(
-        work, model.config.block_size, device, world, compiled=compiled, sharded=is_sharded(model)
+        opened.work,
+        model.config.block_size,
+        trainer.device,
+        world,
+        compiled=trainer.machine.compile,
+        sharded=is_sharded(model),
     )
-    validation = shards.open_split(data, manifest, "val")
-    evaluate = _make_evaluator(trainer, validation, packed, tokenizer, metrics)
-    return Session(run, trainer, unchanged, metrics, saver, evaluate, watch, console)
+    validation = shards.open_split(data, opened.manifest, "val")
+    evaluate = _make_evaluator(trainer, validation, packed, opened.tokenizer, metrics)
+    return Session(run, trainer, opened.unchanged, metrics, saver, evaluate, opened.watch, console)
+
+
+def dry_run(
+    recipe: Recipe, data: Path, out: Path, options: RunOptions, parts: Parts | None = None
+) -> None:
+    """Check and build everything as `train_run` does, print what it would do, and write nothing."""
+    opened = open_trainer(recipe, data, out, options, None, parts or Parts())
+    for line in plan(opened.run, opened.trainer, opened.manifest):
+        opened.console.print(line)
+    opened.trainer.close()
+    opened.trainer.world.close()
+    opened.watch.close()
 
 
 def _make_evaluator(
@@ -148,18 +195,16 @@ def _make_evaluator(
 
 
 def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
-    """Say what is trained and on what."""
+    """Print the model and the device."""
     machine, device, p = trainer.machine, trainer.device, trainer.partition
     asked = run.options.machine
     if not machine.compile:
-        why = "as the run was started" if run.recorded and not run.recorded.compile else None
-        why = "as asked" if asked.compile is False else why
+        why = "as when the run was started" if run.recorded and not run.recorded.compile else None
+        why = "--no-compile was given" if asked.compile is False else why
         why = "the model is sharded" if is_sharded(trainer.model) else why
-        console.print(
-            f"running without torch.compile: {devices.why_not_compile(device.torch) or why}"
-        )
+        console.print(f"not compiled: {devices.why_not_compile(device.torch) or why}")
     if run.recorded and (changed := machines.changes(run.recorded, machine, asked)):
-        console.print(f"this machine is not the one the run was started on: {changed}")
+        console.print(f"this machine differs from the one the run was started on: {changed}")
     m = run.recipe.model
     sizes = ", ".join(f"{flag.name} {flag.default}" for flag in flags_of(m))
     console.print(
@@ -169,24 +214,29 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
     traits = {
         "compiled": machine.compile,
         "kernels": machine.kernels,
-        "head in FP8": machine.fp8_head,
+        "FP8 head": machine.fp8_head,
         "recomputing": machine.recompute,
         "sharded": is_sharded(trainer.model),
     }
     console.print(
         f"device: {p.ranks} x {device.name}, {device.precision}"
         f"{''.join(f', {name}' for name, on in traits.items() if on)}; "
-        f"{run.recipe.batch.tokens:,} tokens a step = {p.micro_batch} rows x "
-        f"{run.recipe.batch.length} x {p.accumulation} micro-steps x {p.ranks} ranks"
+        f"{run.recipe.batch.tokens:,} tokens per step = {counted(p.micro_batch, 'row')} × "
+        f"{run.recipe.batch.length:,} tokens × {counted(p.accumulation, 'accumulation step')} × "
+        f"{counted(p.ranks, 'rank')}"
     )
 
 
-def _warnings(run: Run, tokenizer: Tokenizer) -> list[str]:
-    """What this command says that its user may not mean, a line each."""
+def _warnings(run: Run, tokenizer: Tokenizer, world_size: int) -> list[str]:
+    """Likely mistakes in this command, a line each."""
     recipe, found = run.recipe, recipes.warnings(run.recipe)
     tokens, room = len(tokenizer.encode(recipe.prompt)), recipe.model.block_size
     if tokens >= room:
-        found.append(f"--prompt has {tokens} tokens, and the context {room}: no samples are logged")
+        found.append(
+            f"--prompt has {tokens} tokens, but the context length is {room}: no samples are logged"
+        )
+    if run.options.machine.shard and world_size == 1:
+        found.append("--shard has no effect on a single rank")
     before = run.checkpoint.description.recipe.get("steps") if run.checkpoint else None
     if before and before != recipe.steps and not run.forked_from and run.step < recipe.steps:
         was, now = (
@@ -194,8 +244,8 @@ def _warnings(run: Run, tokenizer: Tokenizer) -> list[str]:
             for steps, step in ((before, max(0, run.step - 1)), (recipe.steps, run.step))
         )
         found.append(
-            f"--steps was {before} and is now {recipe.steps}, so the learning rate schedule is "
-            f"another: {was:.2e} at step {run.step - 1}, {now:.2e} at step {run.step}"
+            f"--steps was {before} and is now {recipe.steps}, which changes the learning rate "
+            f"schedule: {was:.2e} at step {run.step - 1}, {now:.2e} at step {run.step}"
         )
     return found
 
@@ -203,7 +253,7 @@ def _warnings(run: Run, tokenizer: Tokenizer) -> list[str]:
 def _open_metrics(
     run: Run, trainer: Trainer, console: Console, loggers: Sequence[Logger]
 ) -> Metrics:
-    """The run's metrics, on the main rank with the loggers that write them."""
+    """The run's metrics. Only the main rank has loggers."""
     main = trainer.world.is_main
     own = [JsonLinesLogger(run.open_log(), console.print)] if main else []
     peak = trainer.device.peak_flops
@@ -214,6 +264,8 @@ def _open_metrics(
         tokens_per_step=run.recipe.batch.tokens,
         flops_per_token=trainer.model.flops_per_token(run.recipe.batch.length),
         peak_flops=peak * trainer.world.size if peak else None,
+        log_every=run.options.log_every,
+        if_slow=IF_SLOW.get(trainer.device.torch.type, ""),
     )
     if main and run.checkpoint_is_unlogged():
         metrics.record("checkpoint", run.step)
@@ -221,7 +273,7 @@ def _open_metrics(
 
 
 def _verify_data(data: Path, manifest: shards.Manifest, world: World, console: Console) -> None:
-    """Read every shard once before the first step, on one process of each machine."""
+    """Check the hash of every shard before the first step, in one process per machine."""
     began = time.perf_counter()
     if world.local_rank == 0:
         shards.verify(data, manifest)

@@ -1,8 +1,8 @@
-"""Training: the step on one screen, and the loop around it.
+"""Training: one optimizer step (`train_step`) and the loop around it (`train`).
 
-Start reading at `train_step`. What happens now and then (evaluate, save, stop) is a plain
-`if due(...)` in `train`; there are no callbacks. `trainer.build` makes what the step works on, and
-`session.train_run` opens the run's folder around the loop.
+Start reading here, at `train_step`. Periodic work (evaluating, saving, stopping) is a plain
+`if due(...)` in `train`; there are no callbacks. `trainer.build` creates the model, optimizer and
+batches that a step needs; `start.train_run` opens the run folder and calls `train`.
 """
 
 import time
@@ -23,15 +23,18 @@ from rekindle.runtime.distributed import World, gradient_sync
 if TYPE_CHECKING:
     from rekindle.session import Session
 
-ROLL_BACK_AFTER = 10  # skipped steps in a row
-COMPARE_EVERY = 100  # steps between two comparisons of the ranks' weights
+ROLL_BACK_AFTER = 10  # consecutive skipped steps
+COMPARE_EVERY = 100  # steps between checks that all ranks hold the same weights
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step saw, over all ranks. Reading a number waits for the device."""
+    """Loss and gradient norm of one optimizer step, over all ranks.
 
-    numbers: Tensor  # (3,) float32: loss, norm of the gradient before clipping, 1 if skipped
+    The numbers stay on the device; the first property that reads them waits for it.
+    """
+
+    numbers: Tensor  # (3,) float32: loss, grad norm before clipping, 1 if the step was skipped
     lr: float
 
     @cached_property
@@ -48,7 +51,7 @@ class StepResult:
 
     @property
     def skipped(self) -> bool:
-        """Whether the weights stayed as they were."""
+        """Whether the step left weights and optimizer state unchanged."""
         return bool(self._read[2])
 
 
@@ -57,24 +60,27 @@ def train_step(
     parameters: Sequence[nn.Parameter],
     optimizer: Optimizer,
     x: Tensor,  # (accumulation, micro_batch, T) token ids of this rank
-    y: Tensor,  # the same, one token on
+    y: Tensor,  # targets: x shifted by one token
     *,
     lr: float,
-    grad_clip: float,  # 0: no clipping
-    limit: float,  # largest loss with which the weights are updated
+    grad_clip: float,  # maximum gradient norm; 0 disables clipping
+    limit: float,  # skip the step if the loss is above this
     device: Device,
     world: World,
 ) -> StepResult:
-    """One update of the weights from one global batch; skipped as a whole if loss or gradient are
-    not finite, or the loss is above `limit`. Nothing here waits for a GPU."""
+    """Take one optimizer step on one global batch.
+
+    Skips the update if the loss or the gradient norm is not finite, or if the loss is above
+    `limit`. The decision is made on the device, so nothing here waits for a GPU.
+    """
     zero_gradients(parameters)
     loss = torch.zeros((), device=x.device)
     for i, (micro_x, micro_y) in enumerate(zip(x, y, strict=True)):
-        with gradient_sync(forward, world, now=i == len(x) - 1):  # once a step, in the last pass
+        with gradient_sync(forward, world, now=i == len(x) - 1):  # all-reduce only in the last pass
             with device.autocast():
                 _, micro_loss = forward(micro_x, micro_y)
             assert micro_loss is not None
-            (micro_loss / len(x)).backward()  # adds to the gradients of the micro-batches before
+            (micro_loss / len(x)).backward()  # accumulates gradients over the micro-batches
         loss += micro_loss.detach() / len(x)
     world.mean_(loss)
 
@@ -88,25 +94,27 @@ def train_step(
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether what comes every `every` steps comes now; it always comes at the last one."""
+    """Whether periodic work is due after `step` steps: every `every` steps (0: never), and always
+    after the `last` step."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def train(session: "Session") -> None:
-    """Train until the recipe's last step, evaluating and saving on the way.
+    """Train to the recipe's last step, evaluating and saving checkpoints along the way.
 
-    Raises `UserError` for what the user can mend, and `Stopped`, once all is saved, if a signal
-    asked to stop.
+    Raises `UserError` for a problem that the user can fix. If a signal requests a stop, saves a
+    checkpoint and raises `Stopped`.
     """
     trainer, recipe, guard = session.trainer, session.trainer.recipe, session.trainer.guard
     session.warm_up()
     start = trainer.step
+    # Evaluate the untrained weights, or a checkpoint that a stop signal left unevaluated.
     if not session.evaluated and (start == 0 or due(start, recipe.eval_every, recipe.steps)):
         session.evaluate_saved()
     while trainer.step < recipe.steps:
-        began, waited = time.perf_counter(), trainer.data_wait_s
+        start_time, waited = time.perf_counter(), trainer.data_wait_s
         result = trainer.train_step()
-        session.log(result, time.perf_counter() - began, trainer.data_wait_s - waited)
+        session.log(result, time.perf_counter() - start_time, trainer.data_wait_s - waited)
         step = trainer.step
         if guard.skipped == ROLL_BACK_AFTER:
             session.roll_back()
@@ -119,7 +127,8 @@ def train(session: "Session") -> None:
             session.evaluate()
         if step == recipe.steps:
             session.check_end(result.loss)
-        applied = not guard.skipped or step == recipe.steps
-        if due(step, recipe.checkpoint_every, recipe.steps) and applied:
+        # No checkpoint after a skipped step: a rollback needs one from before the skipped steps.
+        may_save = not guard.skipped or step == recipe.steps
+        if due(step, recipe.checkpoint_every, recipe.steps) and may_save:
             session.save(evaluated=evaluated)
     session.saver.finish()

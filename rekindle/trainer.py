@@ -1,4 +1,4 @@
-"""Training without a folder: `build` makes all that one process holds while it trains."""
+"""Training from Python, without a run folder: `build` returns a `Trainer`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from rekindle.optim import Optimizer
 from rekindle.optim.schedule import learning_rate
 from rekindle.recipes import Recipe
 from rekindle.runtime import distributed, replicas
+from rekindle.runtime.compiling import repair_cache
 from rekindle.runtime.device import Device, choose_compute
 from rekindle.runtime.distributed import World
 from rekindle.runtime.guard import Guard
@@ -31,28 +32,29 @@ from rekindle.train import StepResult, train_step
 
 @dataclass
 class Trainer:
-    """A model in training. Use it as a context: it reads batches in a thread.
+    """A model with its optimizer and data. Use it as a context manager: a thread prefetches
+    batches.
 
-    `train_step` takes the next step, `save` and `restore` write and read checkpoints; evaluation,
-    logging and stopping are the caller's. Under torchrun every rank calls the same methods.
+    `train_step` takes the next step; `save` and `restore` write and read checkpoints. The caller
+    evaluates, logs and decides when to stop. Under torchrun, every rank must call the same methods.
     """
 
     recipe: Recipe
-    machine: Machine  # as decided: micro-batch size and recomputation are found
+    machine: Machine  # final: micro-batch size and recomputation are decided
     device: Device
     world: World
-    model: LanguageModel  # its parameters have the names that are saved
+    model: LanguageModel  # not wrapped, so its parameter names are those in a checkpoint
     model_class: type[LanguageModel]
-    compiled: Forward  # the model as evaluation calls it: compiled, or the model itself
-    compiled_body: Callable[..., Tensor] | None  # its body; None if it is not compiled
-    forward: Forward  # the model as training calls it: in DDP if there are several ranks
+    compiled: Forward  # what evaluation calls: the compiled model, or the model itself
+    compiled_body: Callable[..., Tensor] | None  # the compiled `model.body`; None if not compiled
+    forward: Forward  # what training calls: `compiled`, wrapped in DDP if there are several ranks
     optimizer: Optimizer
-    guard: Guard  # decides which steps are skipped
+    guard: Guard  # decides which steps to skip
     batches: Batches
-    partition: Partition
-    check: Callable[[], None] = lambda: None  # called before and after a batch is read
+    partition: Partition  # this rank's part of each batch
+    check: Callable[[], None] = lambda: None  # called before and after each read of the data
     step: int = 0  # optimizer steps taken
-    batch: int = 0  # number of the next batch; after a rollback it is ahead of `step`
+    batch: int = 0  # index of the next batch; ahead of `step` after a rollback
     warmed_up: WarmUp | None = None
     _prefetcher: Prefetcher | None = field(default=None, repr=False)
     _waited_before: float = field(default=0.0, repr=False)
@@ -68,19 +70,21 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """Stop reading batches. The trainer can still be saved."""
+        """Stop prefetching batches. The trainer can still be saved."""
         if self._prefetcher:
             self._prefetcher.close()
             self._waited_before += self._prefetcher.waited
             self._prefetcher = None
 
     def train_step(self) -> StepResult:
-        """Take the next step of the recipe's schedule, on the next batch.
+        """Take the next step of the recipe's schedule on the next batch.
 
-        Raises `UserError` if all steps are taken, the data cannot be read, or a rank is lost.
+        Raises `UserError` if no steps are left, the data cannot be read, or a rank is lost.
         """
         if self.step >= self.recipe.steps:
-            raise UserError(f"all {self.recipe.steps} steps of the recipe are taken: give it more")
+            raise UserError(
+                f"all {self.recipe.steps} steps of the recipe are done: use a recipe with more"
+            )
         if not self.warmed_up:
             self.warm_up()
         self.at(f"the data of step {self.step}")
@@ -104,24 +108,25 @@ class Trainer:
         return result
 
     def warm_up(self) -> WarmUp:
-        """Compile, and let DDP settle, on the first micro-batch of the next step; `train_step`
-        does it if nobody has. Changes no weights."""
+        """Compile the model and let DDP build its buckets, using the first micro-batch of the next
+        step. Changes no weights. `train_step` calls this if the caller has not."""
         self.at("the warm-up")
         self._start_reading()
         x, y = (
             torch.from_numpy(tokens[0].copy()).to(self.device.torch)
             for tokens in self._read_batch(self.batch)
         )
+        repair_cache()
         self.warmed_up = warm_up(self.forward, self.parameters, x, y, self.device, self.world)
         return self.warmed_up
 
     def at(self, location: str) -> None:
-        """Where this rank is, for a watchdog to report."""
+        """Record where this rank is, for the watchdog to report."""
         self.world.location.at(location)
 
     @property
     def data_wait_s(self) -> float:
-        """Seconds that steps have waited for their batches."""
+        """Total seconds that training steps have waited for data."""
         return self._waited_before + (self._prefetcher.waited if self._prefetcher else 0.0)
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
@@ -135,17 +140,17 @@ class Trainer:
         return self._prefetcher
 
     def _read_batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        self.check()  # reading past the end of a file cut short would end the process
+        self.check()  # reading past the end of a truncated memory-mapped file kills the process
         x, y = self.batches.batch(number, self.partition)
         self.check()
         return x, y
 
     def compare_ranks(self) -> None:
-        """Raise `UserError` on every rank if one no longer has the weights of the others."""
+        """Raise `UserError` on every rank if the ranks' weights or optimizer states differ."""
         replicas.compare(self.model, self.optimizer, self.world, self.step)
 
     def describe(self) -> Description:
-        """What a checkpoint of this moment says of itself; a run adds its data."""
+        """The description of a checkpoint taken now; a run adds its data and tokenizer."""
         return Description(
             step=self.step,
             recipe=recipes.flatten(self.recipe),
@@ -160,10 +165,10 @@ class Trainer:
         )
 
     def save(self, folder: Path | str) -> Path:
-        """Write a checkpoint of this moment into a new folder `folder`/step-NNNNNN, whole or not at
-        all; return its path. It blocks: a run's `Saver` writes while training goes on.
+        """Write a checkpoint to a new folder, `folder`/step-NNNNNN, and return its path.
 
-        Raises `UserError` if weights or optimizer state are not finite.
+        The write is atomic and blocks until it is done; in a run, a `Saver` writes in the
+        background instead. Raises `UserError` if a weight or the optimizer state is not finite.
         """
         replicas.check_finite(self.model, self.optimizer, self.world, self.step)
         return checkpoint.save(
@@ -171,10 +176,11 @@ class Trainer:
         )
 
     def restore(self, saved: Checkpoint | Path | str, *, batch: int | None = None) -> None:
-        """Return to a checkpoint: weights, optimizer state, guard and position. The next batch is
-        the one after it, or `batch`: with another one, the batches in between are stepped over.
+        """Load weights, optimizer state, guard and position from a checkpoint.
 
-        Raises `UserError` if it is damaged, or holds another model or optimizer.
+        Training continues with the batch after the checkpoint, or with batch number `batch`: a
+        rollback skips the batches in between. Raises `UserError` if the checkpoint is damaged or
+        belongs to a different model or optimizer.
         """
         self.close()
         if not isinstance(saved, Checkpoint):
@@ -189,7 +195,7 @@ class Trainer:
 
 
 def scheduled_rate(recipe: Recipe, step: int) -> float:
-    """The learning rate of a recipe at the step with this number."""
+    """The recipe's learning rate at `step`, counted from 0."""
     schedule = recipe.schedule
     return learning_rate(
         step,
@@ -212,16 +218,18 @@ def build(
     compute: Compute | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Trainer:
-    """A `Trainer` at step 0 of `recipe`, on the training tokens in `data`: arrays of token ids, of
-    which each is a shard.
+    """A `Trainer` at step 0 of `recipe`.
 
-    `machine`: from `resolve`; by default the best of what is here. `ranks`: by default what
-    torchrun says. `model`, `optimizer`: the classes of the recipe's configurations, if they are not
-    in `MODELS` and `OPTIMIZERS`. `compute`: another way to compute than the machine's. `check` is
-    called before and after a batch is read, and may raise.
+    - `data`: the training tokens, one 1-D array of token ids per shard.
+    - `machine`: the result of `resolve`; by default the best available device.
+    - `ranks`: by default, as set by torchrun.
+    - `model`, `optimizer`: classes for the recipe's configurations, if these are not in `MODELS`
+      and `OPTIMIZERS`.
+    - `compute`: overrides how the model computes; by default it follows from `machine`.
+    - `check`: called before and after each read of the data; may raise.
 
-    Sets threads, the precision of matmuls and deterministic algorithms for the whole process.
-    Raises `UserError` if the recipe does not fit the data or the machine.
+    Sets the number of threads, the matmul precision and deterministic algorithms for the whole
+    process. Raises `UserError` if the recipe does not suit the data or the machine.
     """
     recipes.check(recipe)
     world = ranks or distributed.get_world()
@@ -236,12 +244,12 @@ def build(
         device, b.length, kernels=machine.kernels, fp8_head=machine.fp8_head
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)  # on the CPU, so that every rank has the same weights
+        torch.manual_seed(recipe.seed)  # initialized on the CPU: the same weights on every rank
         module = (model or lookup.model_for(recipe.model))(recipe.model).use(compute)
-    model_class = type(module)  # sharding gives it one of its own
+    model_class = type(module)  # before sharding, which replaces the class
     placement.move(module, machine, device, world)
     optim = (optimizer or lookup.optimizer_for(recipe.optim))(module, recipe.optim)
-    machine = placement.fit(machine, module, compute, b.rows, b.length, device, world)
+    machine = placement.choose_memory_use(machine, module, compute, b.rows, b.length, device, world)
     assert machine.micro_batch
     partition = Partition.of(b.rows, machine.micro_batch, world.rank, world.size)
     compiled, body = placement.compile_model(module, machine)

@@ -1,5 +1,5 @@
-"""What many tests share: tokens on disk, a model of a few thousand weights, and the command line
-called in this process, because importing torch takes seconds."""
+"""Shared fixtures: tokens on disk, a model of a few thousand weights, and the command line called
+in this process, because importing torch takes seconds."""
 
 import dataclasses
 import hashlib
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Before NumPy and torch read them. Tiny models gain nothing from threads, and `make test` runs two
-# of these processes; a test that needs two threads sets them.
+# Set before NumPy and torch read them. Tiny models gain nothing from threads, and `make test` runs
+# two of these processes; a test that needs two threads sets them.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
-# Inductor compiles here, and not in a pool whose processes must import torch first.
+# Inductor compiles in this process, because the processes of a pool would have to import torch.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import numpy as np
@@ -28,14 +28,14 @@ from rekindle.optim.adamw_config import AdamWConfig
 from rekindle.recipes import Batch, Recipe, Schedule
 
 ROOT = Path(__file__).parents[1]
-# Not the user's cache, and of this checkout alone: kernels name the torch they were made for.
+# Not the user's cache but one of this checkout: kernels are specific to a version of torch.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "compiled"))
 
 # What differs between two equal runs.
-CLOCKS = {"seconds", "tokens_per_s", "mfu", "data_wait_s", "stall_s"}
+CLOCKS = {"time", "seconds", "tokens_per_s", "mfu", "data_wait_s", "stall_s"}
 
-# The files that take longest, the longest first: what is left for the end is short, and both
-# processes finish at about the same time.
+# The slowest test files, slowest first: short ones remain for the end, so that both processes
+# finish at about the same time.
 LONGEST = (
     "distributed/test_lost.py",
     "distributed/test_sharding.py",
@@ -53,16 +53,16 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files, and give slow tests ten minutes each."""
-    place = {ROOT / "tests" / file: place for place, file in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path, len(place)))
+    """Start with the slowest files, and give slow tests ten minutes each."""
+    order = {ROOT / "tests" / file: number for number, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(600))
 
 
 class Outcome(NamedTuple):
-    """What a command left: its exit status and what it printed."""
+    """A command's exit status and output."""
 
     status: int
     out: str
@@ -70,8 +70,8 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def _torch_as_it_was() -> Iterator[None]:
-    """A run sets torch's threads and determinism for its process, which here is everybody's."""
+def _restore_torch_settings() -> Iterator[None]:
+    """Undo the thread count and determinism that a run sets: tests share one process."""
     torch = sys.modules.get("torch")
     before = torch and (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
     yield
@@ -84,7 +84,7 @@ def _torch_as_it_was() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """A tiny model gains nothing from more, and loses much if the other cores are busy."""
+    """Use one thread: a tiny model gains nothing from more, and is slow if other cores are busy."""
     import torch
 
     before = torch.get_num_threads()
@@ -94,7 +94,7 @@ def one_thread() -> Iterator[None]:
 
 
 def make_tokens(count: int, seed: int) -> np.ndarray:
-    """Bytes in documents of about 60, with enough order in them to be learnt: (count,) uint16."""
+    """Tokens of documents of about 60 bytes that a model can learn to predict: (count,) uint16."""
     random = np.random.default_rng(seed)
     tokens = (np.cumsum(random.integers(0, 4, count)) % 96 + 32).astype(np.uint16)
     tokens[0] = ByteTokenizer.end_of_text
@@ -105,7 +105,7 @@ def make_tokens(count: int, seed: int) -> np.ndarray:
 def write_shards(
     folder: Path, train: Sequence[int], val: Sequence[int], *, seed: int = 0, **manifest: Any
 ) -> Manifest:
-    """Write shards of so many tokens and their manifest, of the byte tokenizer unless told else."""
+    """Write shards with these numbers of tokens, and their manifest, by default for bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for split, sizes in (("train", train), ("val", val)):
@@ -121,9 +121,9 @@ def write_shards(
         "source": {"name": "generated"},
         **manifest,
     }
-    made = Manifest(**described, shards=tuple(entries))
-    made.write(folder)
-    return made
+    result = Manifest(**described, shards=tuple(entries))
+    result.write(folder)
+    return result
 
 
 @pytest.fixture(name="write_shards")
@@ -134,7 +134,7 @@ def _write_shards() -> Callable[..., Manifest]:
 
 @pytest.fixture(scope="session")
 def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards that nobody may change: 75 training windows of 16 (an epoch ends inside the 10th
+    """Shards that tests must not change: 75 training windows of 16 (an epoch ends inside the 10th
     batch of 8) and 300 validation targets."""
     folder = tmp_path_factory.mktemp("shards")
     write_shards(folder, [700, 520], [201, 101])
@@ -143,7 +143,7 @@ def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> Recipe:
-    """A recipe that takes milliseconds a step: 8 windows of 16 tokens, two layers, 16 wide."""
+    """A recipe with steps of milliseconds: 8 windows of 16 tokens, two layers, 16 wide."""
     from rekindle.model.gpt2_config import GPT2Config
 
     return Recipe(
@@ -159,13 +159,14 @@ def tiny() -> Recipe:
         eval_every=4,
         checkpoint_every=4,
         keep_checkpoints=0,
+        tokenizer="bytes",
         prompt="abc",
     )
 
 
 @pytest.fixture(scope="session")
 def tiny_flags(tiny: Recipe) -> list[str]:
-    """The flags that make the recipe `demo` the tiny one."""
+    """The flags that turn the recipe `demo` into the tiny one."""
     pairs = [(flag.spelling, str(flag.default)) for flag in flags_of(tiny)]
     return [text for pair in pairs for text in pair]
 
@@ -198,7 +199,7 @@ def train(
 
 
 def updates(checkpoint: Path) -> int:
-    """How many steps of a checkpoint's run changed its weights."""
+    """The number of updates (steps that were not skipped) in a checkpoint."""
     from safetensors import safe_open
 
     with safe_open(checkpoint / "optimizer.safetensors", "np") as file:
@@ -213,15 +214,16 @@ def train_command(data: Path, out: Path, flags: Sequence[str]) -> list[str]:
 
 @pytest.fixture
 def command(shard_set: Path, tiny_flags: list[str]) -> Callable[[Path], list[str]]:
-    """The arguments with which `train` trains into a folder, for a process of its own."""
+    """`command(out)`: the arguments that `train` uses, for a separate process."""
     return lambda out: train_command(shard_set, out, tiny_flags)
 
 
 @pytest.fixture
 def refuses(rekindle: Callable[..., Outcome], tmp_path: Path) -> Callable[..., str]:
-    """`refuses(arguments, "words", ...)`: the command ends as a user's mistake should end.
+    """`refuses(arguments, "words", ...)`: check that the command fails as a user's mistake should.
 
-    One line that holds the words, exit status 2, and nothing written or changed under `tmp_path`.
+    It prints one line that contains the words, exits with status 2, and writes or changes nothing
+    under `tmp_path`.
     """
 
     def call(arguments: Sequence[object], *words: str) -> str:
@@ -240,7 +242,7 @@ def refuses(rekindle: Callable[..., Outcome], tmp_path: Path) -> Callable[..., s
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file and folder under `folder`, with a hash of what is in it."""
+    """Every file and folder under `folder`, with a hash of its content."""
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
         if p.is_file()
@@ -251,7 +253,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`python("-m", "rekindle", ...)`: a process of its own, with one thread."""
+    """`python("-m", "rekindle", ...)`: run a separate process with one thread."""
 
     def call(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -266,14 +268,14 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
         try:
             out, err = process.communicate(timeout=600)
         finally:
-            process.terminate()  # asked to end, torchrun ends its processes too; killed, it cannot
+            process.terminate()  # not kill(), so that torchrun can end its processes too
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return call
 
 
 def describe(step: int, model: Any) -> Any:
-    """The least that a checkpoint of `model` (a GPT2Config) says of itself."""
+    """A minimal description for a checkpoint of `model` (a GPT2Config)."""
     from rekindle.checkpoint import Description
     from rekindle.machine import Machine
 
@@ -295,13 +297,13 @@ def describe(step: int, model: Any) -> Any:
 
 @pytest.fixture(name="describe")
 def _describe() -> Callable[..., Any]:
-    """`describe(step, model)`: what a checkpoint says of itself."""
+    """`describe(step, model)`: a minimal checkpoint description."""
     return describe
 
 
 @pytest.fixture
 def records() -> Callable[..., list[dict[str, Any]]]:
-    """`records(run, "train")`: what a run logged of that kind (or of all), times apart."""
+    """`records(run, "train")`: a run's log records of these kinds (or all), without times."""
 
     def call(run: Path, *kinds: str) -> list[dict[str, Any]]:
         logged = storage.read_json_lines(run / "metrics.jsonl")

@@ -1,7 +1,7 @@
-"""Bugs to plant, one at a time: `tests.mutate` plants them and runs the tests.
+"""The bugs that `tests.mutate` plants one at a time.
 
-`HAND` holds bugs that the tests once let live, `wiring` ignores one field of a recipe, and
-`generated` makes small changes all over the package from its syntax tree.
+`HAND` holds bugs that the tests once missed, `wiring` ignores one field of a recipe, and
+`generated` makes small changes all over the package, from its syntax tree.
 """
 
 import ast
@@ -17,36 +17,36 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-SEED = 1337  # of the generated bugs that are planted
+SEED = 1337  # selects the generated bugs that are planted
 
-# Name → why no test can notice it.
+# Bugs that no test can notice, and why.
 EXPLAINED: dict[str, str] = {
     "loading.load: cast(nn.Module, loaded.model).to(device.torch) => pass": "no move on a CPU",
-    "runtime.device.keep_freed_memory: 2 => 3 in 2 ** 25": "only an older C library gets there",
-    "runtime.device.keep_freed_memory: 25 => 26 in 2 ** 25": "only an older C library gets there",
-    "runtime.device.keep_freed_memory: 30 => 31 in 2 ** 30": "no test takes a block of 1 GiB",
-    "runtime.micro_batch.: 16 => 17 in 1 / 16": "a measured number that any near it would do for",
+    "runtime.device.keep_freed_memory: 2 => 3 in 2 ** 25": "reached only with an older C library",
+    "runtime.device.keep_freed_memory: 25 => 26 in 2 ** 25": "reached only with an older C library",
+    "runtime.device.keep_freed_memory: 30 => 31 in 2 ** 30": "no test allocates a block of 1 GiB",
+    "runtime.micro_batch.: 16 => 17 in 1 / 16": "a measured number; nearby values work as well",
     "checkpoint.format.: 2 => 3 in 2 ** 31": "a bound far above any length",
-    "data.sources.jsonl.: 256 => 257 in 256 << 20": "a limit that any near it would do for",
+    "data.sources.jsonl.: 256 => 257 in 256 << 20": "a limit; nearby values work as well",
     "cli.commands.train: recipes.check(recipe) => pass": "`open_run` checks too, after torch",
     "sampling.decoding._generate: torch.compiler.cudagraph_mark_step_begin() => pass": "CUDA only",
     "checkpoint.writer.Snapshot.take: self._copied.record() => pass": "a GPU's copies only",
-    "data.sources.local.LocalSource.close: sha256.cancel() => pass": "it only saves time",
-    "data.layout.Lecture._add_part: self._done(encoded, 0, part.ends) => pass": "the next part, "
-    "or the next document, moves the cursor as well",
-    "data.batches.Prefetcher._put: 0.1 => 0.2": "how often it looks whether to stop",
+    "data.sources.local.LocalSource.close: sha256.cancel() => pass": "only saves time",
+    "data.layout.Lecture._add_part: self._done(encoded, 0, part.ends) => pass": "the next part "
+    "or document moves the cursor as well",
+    "data.batches.Prefetcher._put: 0.1 => 0.2": "how often it checks whether to stop",
     "evaluate.loss.validation_loss: True => False #2": "on a CPU no copy is asynchronous",
     "data.sources.hub.HubSource._wait: not coming.done() => coming.done()": "a progress line",
     "data.sources.jsonl._buffered: 1 => 2 in 1 << 20": "the size of a buffer",
     "storage.files.remove_unfinished: True => False #2": "only if another removes a file meanwhile",
-    "data.prepare._Preparation.__init__: 0 => 1 #2": "one token more in a line that rounds it",
+    "data.prepare._Preparation.__init__: 0 => 1 #2": "one more token in a line that rounds it",
 }
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A bug: `text` returns the whole module with it. `function` is the qualified name of the
-    function that it is in, empty for the body of the module."""
+    """A bug: `text` returns the complete module with the bug. `function` is the qualified name of
+    its function, empty at module level."""
 
     name: str
     file: str
@@ -55,10 +55,10 @@ class Mutant:
 
 
 class MovedError(Exception):
-    """A bug written by hand whose place is not in the package any more."""
+    """Raised if the code that a hand-written bug changes is not found in the package."""
 
 
-# name, module, qualified name of the function, what stands there now, what to put there
+# name, module, qualified name of the function, code now, code with the bug
 HAND = [
     ("clip of 1.0", "trainer", "Trainer.train_step",
      "grad_clip=self.recipe.grad_clip", "grad_clip=1.0"),
@@ -92,19 +92,21 @@ HAND = [
 
 
 def by_hand(root: Path) -> Iterator[Mutant]:
-    """Raises `MovedError` unless each snippet stands exactly once in its function."""
+    """Raises `MovedError` unless each snippet occurs exactly once in its function."""
     for name, module, function, old, new in HAND:
         file = f"rekindle/{module.replace('.', '/')}.py"
         text = (root / file).read_text() if (root / file).exists() else ""
         start, end = _span(text, function)
         if text[start:end].count(old) != 1:
-            raise MovedError(f"{name}: {old!r} stands not once in {function} of {file}: move it")
+            raise MovedError(
+                f"{name}: {old!r} does not occur exactly once in {function} of {file}: update it"
+            )
         changed = text[:start] + text[start:end].replace(old, new) + text[end:]
         yield Mutant(f"by hand: {name}", file, function, partial(str, changed))
 
 
 def _span(text: str, function: str) -> tuple[int, int]:
-    """Where a function begins and ends in its module, in characters."""
+    """Start and end of a function in its module, in characters; (0, 0) if it is missing."""
     for node, name in _functions(ast.parse(text)):
         if name == function:
             lines = text.splitlines(keepends=True)
@@ -123,7 +125,7 @@ def _functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[ast.stmt, str]
             yield from _functions(node, inner)
 
 
-# Every field of a recipe: recorded as it was given, but read as its default wherever it is used.
+# Ignored fields: a field of a recipe keeps its value in records, but reads as its default in use.
 
 _FIELDS = """
 import dataclasses, json
@@ -163,7 +165,7 @@ def _longer(path: Path, text: str) -> str:
 
 
 def wiring(root: Path) -> Iterator[Mutant]:
-    """One for each field with a default; `name` and `about` are read by nothing but people."""
+    """One bug for each field with a default, so all but `name` and `about`."""
     found = subprocess.run(
         [sys.executable, "-c", _FIELDS], cwd=root, capture_output=True, text=True, check=True
     )
@@ -173,19 +175,19 @@ def wiring(root: Path) -> Iterator[Mutant]:
         yield Mutant(f"ignored: {dotted}", file, "", partial(_longer, root / file, deaf))
 
 
-# From the syntax tree. The draw ranks every possible bug by a hash of its name, so that a change of
-# the package changes the draw only where it changes the code.
+# Bugs from the syntax tree. All possible bugs are ranked by a hash of their names, so that a change
+# of the package changes the selection only where it changes the code.
 
-LEFT_OUT = {  # not run on two CPU cores, only by tests of many processes, or text for people
+LEFT_OUT = {  # needs a GPU, is only run by multi-process tests, or is text for people
     "rekindle/__main__.py", "rekindle/demo.py", "rekindle/ladder.py",
     "rekindle/model/kernels/common.py", "rekindle/model/kernels/cross_entropy.py",
     "rekindle/model/kernels/mlp.py",
     "rekindle/observe/report.py", "rekindle/interop/verify.py", "rekindle/runtime/distributed.py",
     "rekindle/runtime/replicas.py", "rekindle/runtime/sharding.py", "rekindle/runtime/watchdog.py",
 }  # fmt: skip
-PATHS = re.compile("out|folder|path|parent|root", re.IGNORECASE)  # whose / is no division
+PATHS = re.compile("out|folder|path|parent|root", re.IGNORECASE)  # whose / is not a division
 EITHER_WAY = {"max", "min", "isinstance", "cast", "next", "zip", "map", "getattr", "hasattr"}
-TALK = {"say", "print", "_print", "progress", "add_argument", "update", "_add", "at"}
+TALK = {"say", "report", "print", "_print", "progress", "add_argument", "update", "_add", "at"}
 COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -198,7 +200,7 @@ ARITHMETIC = {
 
 @dataclass
 class _Site:
-    """A place where `new` may stand instead of `old`: the attribute or item `slot` of `holder`."""
+    """A node `old` that can be replaced by `new`: the attribute or item `slot` of `holder`."""
 
     function: str
     holder: ast.AST | list
@@ -226,7 +228,7 @@ def _short(node: ast.AST) -> str:
 
 
 def generated(root: Path, count: int) -> Iterator[Mutant]:
-    """The first `count` of all bugs that could be made, in the draw's order."""
+    """The first `count` of all possible bugs, by rank."""
     drawn = []
     for path in sorted((root / "rekindle").rglob("*.py")):
         file = path.relative_to(root).as_posix()
@@ -254,7 +256,7 @@ def _with_bug(path: Path, number: int) -> str:
 
 
 def _sites(node: ast.AST, function: str = "", inner: str = "") -> Iterator[_Site]:
-    """All places below `node`, in one order; `inner` is the prefix of names defined here."""
+    """All sites below `node`, in a fixed order; `inner` is the prefix of names defined here."""
     if isinstance(node, ast.FunctionDef):
         function, inner = f"{inner}{node.name}", f"{inner}{node.name}.<locals>."
     elif isinstance(node, ast.ClassDef):
@@ -274,7 +276,7 @@ def _sites(node: ast.AST, function: str = "", inner: str = "") -> Iterator[_Site
 
 
 def _is_talk(node: ast.AST) -> bool:
-    """Whether it only makes text for people, or checks what cannot happen."""
+    """Whether `node` only produces text for people, or checks what cannot happen."""
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert | ast.Import | ast.ImportFrom):
         return True
     node = node.value if isinstance(node, ast.Expr) else node

@@ -1,13 +1,14 @@
-"""Mutation testing: plants bugs one at a time, and says which of them no test notices.
+"""Mutation testing: plants bugs one at a time, and reports those that no test notices.
 
-    python -m tests.mutate                        all of them, on two cores
-    python -m tests.mutate --sample 12 --seed 7   some of them, for CI
+    python -m tests.mutate                        plant all, on two cores
+    python -m tests.mutate --sample 12 --seed 7   plant a sample, for CI
     python -m tests.mutate --list
     python -m tests.mutate "by hand: clip of 1.0"
 
-Two processes work on a copy of the repository each. A map of which test runs which function is made
-first, and kept until a file changes; a bug then meets only tests that run the function it is in,
-quick and specific ones first. The exit status is 1 if a bug lives that `EXPLAINED` does not name.
+Two processes each work on a copy of the repository. First, a map from tests to the functions that
+they execute is built, and cached until a file changes. A bug is then checked only by tests that
+execute its function, fast and specific ones first. The exit status is 1 if a bug survives that is
+not listed in `EXPLAINED`.
 """
 
 import argparse
@@ -43,22 +44,22 @@ from tests.mutate_processes import (
 )
 
 WORKERS = 2
-GENERATED = 60  # drawn from some thousands
-BUDGET = 30.0  # seconds of tests, as the map has them, that one bug may meet
-SLOW = 20.0  # seconds of a test that is not run here, as are tests of many or compiled processes
-STRICT = "test_wiring"  # compares all that a run does: it comes earlier than its length allows
-PATIENCE = 40.0  # seconds beyond twenty times its usual ones after which a test hangs
-# Imported once, before the package and its tests, which each process imports anew.
+GENERATED = 60  # drawn from several thousand
+BUDGET = 30.0  # seconds of tests per bug, by the times in the map
+SLOW = 20.0  # slower tests are not run; nor are those in LEFT_OUT
+STRICT = "test_wiring"  # compares complete runs: is tried early although it is slow
+PATIENCE = 40.0  # a test hangs if it takes this many seconds more than 20 times its usual time
+# Imported once in advance. Each process imports the package and its tests itself.
 HEAVY = ("torch", "torch._dynamo", "numpy", "pyarrow.parquet", "hypothesis", "tiktoken",
          "safetensors.torch", "transformers.models.gpt2.modeling_gpt2")  # fmt: skip
 
 
-class Ended(NamedTuple):
-    """How the tests that a bug met ended: the test that noticed it, or an empty string."""
+class Result(NamedTuple):
+    """The test that noticed a bug (or an empty string), and how long and how many tests it took."""
 
-    by: str
+    noticed_by: str
     seconds: float
-    met: int
+    tests: int
 
 
 FOLDER = Path()  # this worker's
@@ -72,7 +73,8 @@ def begin_worker(parent: str) -> None:
 
 
 def map_file(job: tuple[str, Path]) -> tuple[Path, Seen]:
-    """What each test in a file runs, and where to keep that; tests that fail are left out."""
+    """The functions that each test in a file executes, and the cache file for them. Tests that fail
+    are omitted."""
     folder, found = FOLDER, FOLDER.with_name("map.json")
     tracer = TRACER.format(package=f"{folder}/rekindle/")
     (folder / "sitecustomize.py").write_text(tracer)
@@ -88,8 +90,8 @@ def map_file(job: tuple[str, Path]) -> tuple[Path, Seen]:
     log = folder.with_name("map.log")
     pid, pipe = forked(work, log)
     try:
-        with open(pipe) as told:
-            failed = [line.split()[1] for line in told if line.startswith("failed")]
+        with open(pipe) as lines:
+            failed = [line.split()[1] for line in lines if line.startswith("failed")]
         os.waitpid(pid, 0)
     finally:
         end(pid)
@@ -97,13 +99,13 @@ def map_file(job: tuple[str, Path]) -> tuple[Path, Seen]:
     assert found.exists(), log.read_text()[-2000:]
     seen: Seen = json.loads(found.read_text())
     for name in set(failed):
-        print(f"left out, for it fails without a bug: {name}", flush=True)
+        print(f"omitted because it fails without a bug: {name}", flush=True)
         del seen[name]
     return job[1], seen
 
 
-def plant(job: tuple[Mutant, list[str], dict[str, float]]) -> tuple[Mutant, Ended]:
-    """Plant one bug, run these tests until one notices it, and take the bug out again."""
+def plant(job: tuple[Mutant, list[str], dict[str, float]]) -> tuple[Mutant, Result]:
+    """Plant one bug, run the tests until one notices it, and remove the bug again."""
     mutant, tests, usual = job
     path, began = FOLDER / mutant.file, time.perf_counter()
     before = path.read_text()
@@ -113,51 +115,51 @@ def plant(job: tuple[Mutant, list[str], dict[str, float]]) -> tuple[Mutant, Ende
         lambda pipe: pytest_in(FOLDER, files, Chosen(tests, pipe), "-x"), FOLDER.with_name("log")
     )
     try:
-        by, met = watch(pid, pipe, usual) if tests else ("", 0)
+        noticed_by, count = watch(pid, pipe, usual) if tests else ("", 0)
     finally:
         end(pid)
         os.close(pipe)
         set_text(path, before)
-    return mutant, Ended(by, time.perf_counter() - began, met)
+    return mutant, Result(noticed_by, time.perf_counter() - began, count)
 
 
 def watch(pid: int, pipe: int, usual: dict[str, float]) -> tuple[str, int]:
-    """Which test notices the bug first, and how many were begun."""
-    at, met, allowed, rest = "the import", 0, 60.0, b""
+    """The first test that notices the bug, and the number of tests that were started."""
+    at, count, allowed, rest = "the import", 0, 60.0, b""
     while True:
         if not select.select([pipe], [], [], allowed)[0]:
             end(pid)
             os.waitpid(pid, 0)
-            return f"{at} (it hangs)", met
+            return f"{at} (it hangs)", count
         chunk = os.read(pipe, 1 << 16)
         if not chunk:
             break
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             kind, _, at = line.decode().partition(" ")
-            met += kind == "start"
-            if kind == "failed":  # time for fixtures to tidy up: some have mounted a disk
+            count += kind == "start"
+            if kind == "failed":  # wait for fixtures to clean up: some mount a disk
                 while select.select([pipe], [], [], PATIENCE)[0] and os.read(pipe, 1 << 16):
                     pass
                 end(pid)
                 os.waitpid(pid, 0)
-                return at, met
+                return at, count
             allowed = PATIENCE + 20 * usual.get(at, 1.0)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return ("" if status == 0 else f"{at} (exit status {status})"), met
+    return ("" if status == 0 else f"{at} (exit status {status})"), count
 
 
 def set_text(path: Path, text: str) -> None:
     path.write_text(text)
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
-        compiled.unlink()  # it is told from the source by size and seconds, which may be the same
+        compiled.unlink()  # Python compares size and seconds only, which may be the same
 
 
-# Which tests a bug meets
+# Which tests to run for a bug
 
 
 def make_map(pool: Any) -> Seen:
-    """The map, of each test file from pytest's cache if neither it nor the package has changed."""
+    """The map; cached in pytest's folder per test file until that file or the package changes."""
     package, seen, missing = _digest((ROOT / "rekindle").rglob("*.py")), Seen(), []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         name = path.relative_to(ROOT).as_posix()
@@ -177,18 +179,18 @@ def make_map(pool: Any) -> Seen:
 
 
 def _digest(files: Iterable[Path]) -> str:
-    whole = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
-    return whole.hexdigest()[:12]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
+    return digest.hexdigest()[:12]
 
 
 def choose_tests(mutant: Mutant, seen: Seen) -> list[str]:
-    """Those that run the function, or one of the module if the bug is in no function; first those
-    that are quick, specific, or in a file that imports the module; as many as the budget allows."""
-    place, module = f"{mutant.file}:{mutant.function}", f"{mutant.file}:"
+    """The tests that execute the bug's function, or any of the module if it is outside functions.
+    Fast and specific tests, and files that import the module, come first, up to the budget."""
+    location, module = f"{mutant.file}:{mutant.function}", f"{mutant.file}:"
 
     def runs(functions: list[str]) -> bool:
         if mutant.function:
-            return any(f == place for f in functions)
+            return any(f == location for f in functions)
         return any(f.startswith(module) for f in functions)
 
     def cost(name: str) -> float:
@@ -208,7 +210,7 @@ def choose_tests(mutant: Mutant, seen: Seen) -> list[str]:
 
 @cache
 def _imports(test: str, file: str) -> bool:
-    """Whether a file of tests imports the module `file` of the package."""
+    """Whether a test file imports the module `file` of the package."""
     parent, _, name = file.removesuffix(".py").replace("/", ".").rpartition(".")
     text = (ROOT / test).read_text()
     return f"{parent}.{name} import" in text or f"from {parent} import {name}" in text
@@ -216,10 +218,10 @@ def _imports(test: str, file: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__)
-    parser.add_argument("name", nargs="?", help="plant this bug alone")
-    parser.add_argument("--list", action="store_true", help="name all bugs, and plant none")
-    parser.add_argument("--sample", type=int, metavar="N", help="plant N of them")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("name", nargs="?", help="plant only this bug")
+    parser.add_argument("--list", action="store_true", help="list all bugs without planting them")
+    parser.add_argument("--sample", type=int, metavar="N", help="plant a sample of N bugs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
     options = parser.parse_args()
     try:
         mutants = [*by_hand(ROOT), *wiring(ROOT), *generated(ROOT, GENERATED)]
@@ -231,13 +233,13 @@ def main() -> int:
     if options.sample:
         mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
     if options.list or not mutants:
-        print("\n".join(m.name for m in mutants) or "there is no such bug: see --list")
+        print("\n".join(m.name for m in mutants) or "no such bug: see --list")
         return 0 if mutants else 2
     return run(mutants)
 
 
 def run(mutants: list[Mutant]) -> int:
-    """Plant all of `mutants`, and say what became of them."""
+    """Plant all of `mutants` and print the results; return the exit status."""
     began = time.perf_counter()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(ROOT / ".cache" / "compiled")  # the copies share it
@@ -251,20 +253,21 @@ def run(mutants: list[Mutant]) -> int:
     ):
         seen = make_map(pool)
         mapped = time.perf_counter() - began
-        print(f"{len(seen)} tests, {mapped:.0f} s for the map", flush=True)
+        print(f"{len(seen)} tests, {mapped:.0f} s to build the map", flush=True)
         usual = {name: entry["seconds"] for name, entry in seen.items()}
-        texts = [(m, choose_tests(m, seen), usual) for m in mutants]
-        for mutant, ended in pool.imap_unordered(plant, texts):
-            fate = f"noticed by {ended.by}" if ended.by else f"LIVES after {ended.met} tests"
-            print(f"{ended.seconds:5.1f} s | {mutant.name} | {fate}", flush=True)
-            if not ended.by:
+        jobs = [(m, choose_tests(m, seen), usual) for m in mutants]
+        for mutant, result in pool.imap_unordered(plant, jobs):
+            name = result.noticed_by
+            outcome = f"noticed by {name}" if name else f"SURVIVES {result.tests} tests"
+            print(f"{result.seconds:5.1f} s | {mutant.name} | {outcome}", flush=True)
+            if not name:
                 survivors.append(mutant.name)
-        # Idle workers end by themselves. One that is killed while it goes to sleep would not.
+        # Let idle workers end: killing one while it waits for work could block the pool.
         pool.close()
         pool.join()
     print(f"{len(mutants)} bugs in {time.perf_counter() - began - mapped:.0f} s")
     for name in survivors:
-        print(f"lives: {name}: {EXPLAINED.get(name, 'no test notices it')}")
+        print(f"survives: {name}: {EXPLAINED.get(name, 'no test notices it')}")
     return int(any(name not in EXPLAINED for name in survivors))
 
 

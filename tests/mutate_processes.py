@@ -1,5 +1,5 @@
-"""What `tests.mutate` runs in processes of their own: pytest on a copy of the repository, with a
-plugin that chooses tests and tells of them, or one that notes what each test executes."""
+"""The processes of `tests.mutate`: pytest on a copy of the repository, with a plugin that selects
+and reports tests, or one that records the functions that each test executes."""
 
 import contextlib
 import os
@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Tests that are not run: they take long, or many processes.
+# Tests that are not run, because they are slow or start many processes.
 LEFT_OUT = ("distributed/", "parity/", "kernels", "kills", "killed", "compile", "fuzz",
             "embedded_text", "cost", "benchmark", "ladder", "launch", "memory_does_not",
             "whole_road")  # fmt: skip
 
-# Test → {"seconds": of the processor, "functions": ["file:qualified.name", ...]}
+# Test → {"seconds": processor time, "functions": ["file:qualified.name", ...]}
 Seen = dict[str, dict[str, Any]]
 
-# A copy of this is the `sitecustomize` of every process that tests start. It writes the name of a
-# function once to each file that it is told of.
+# Installed as `sitecustomize` in every process that tests start. Appends the name of each executed
+# function once to the file in REKINDLE_TRACE.
 TRACER = """
 import os, sys, threading
 PACKAGE = {package!r}
@@ -42,31 +42,31 @@ if "REKINDLE_TRACE" in os.environ:
 
 
 class Chosen:
-    """Part of pytest: runs these tests in this order, and tells of each on `pipe`."""
+    """pytest plugin: runs these tests in this order, and reports each of them on `pipe`."""
 
     def __init__(self, tests: list[str] | None, pipe: int) -> None:
         self.tests, self.pipe = tests, pipe
 
-    def tell(self, kind: str, text: str) -> None:
+    def report(self, kind: str, text: str) -> None:
         os.write(self.pipe, f"{kind} {text}\n".encode())
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if self.tests is None:
             items[:] = [i for i in items if not any(word in i.nodeid for word in LEFT_OUT)]
             return
-        place = {name: number for number, name in enumerate(self.tests)}
-        items[:] = sorted((i for i in items if i.nodeid in place), key=lambda i: place[i.nodeid])
+        order = {name: number for number, name in enumerate(self.tests)}
+        items[:] = sorted((i for i in items if i.nodeid in order), key=lambda i: order[i.nodeid])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.tell("start", nodeid)
+        self.report("start", nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.tell("failed", report.nodeid)
+            self.report("failed", report.nodeid)
 
 
 class Mapper(Chosen):
-    """Also notes what each test runs, in `folder`, also in the processes that it starts."""
+    """Also records the functions that each test and its child processes execute."""
 
     def __init__(self, pipe: int, folder: Path) -> None:
         super().__init__(None, pipe)
@@ -74,7 +74,7 @@ class Mapper(Chosen):
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
-        trace = self.folder / f"trace-{len(self.seen)}"  # a new one: see TRACER
+        trace = self.folder / f"trace-{len(self.seen)}"  # a new file for each test: see TRACER
         trace.write_text("")
         os.environ["REKINDLE_TRACE"] = str(trace)
         began = sum(os.times()[:4])
@@ -99,8 +99,8 @@ def make_copy(folder: Path) -> None:
 
 
 def pytest_in(folder: Path, files: Iterable[str], plugin: Chosen, *flags: str) -> int:
-    """Run tests in this process, which ends with it: the package comes from the copy in `folder`,
-    here and in processes that tests start."""
+    """Run tests in this process, which should exit afterwards. The package is imported from the
+    copy in `folder`, here and in child processes."""
     os.chdir(folder)
     sys.path[:] = [str(folder), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
     os.environ["PYTHONPATH"] = str(folder)
@@ -112,7 +112,7 @@ def pytest_in(folder: Path, files: Iterable[str], plugin: Chosen, *flags: str) -
 
 
 def forked(work: Callable[[int], int], log: Path) -> tuple[int, int]:
-    """Run `work(pipe)` in a process of its own group; return its id and what it tells on."""
+    """Run `work(pipe)` in a process with its own group; return its id and the pipe to read from."""
     reads, writes = os.pipe()
     if pid := os.fork():
         os.close(writes)
@@ -130,6 +130,6 @@ def forked(work: Callable[[int], int], log: Path) -> tuple[int, int]:
 
 
 def end(pid: int) -> None:
-    """End a process and whatever its tests have left."""
+    """Kill a process group: the process and everything that its tests have started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A batch is a pure function of (data, seed, step): every window once an epoch, at any split."""
+"""A batch is a pure function of (data, seed, step), with every window once per epoch."""
 
 import queue
 import threading
@@ -27,15 +27,15 @@ T = 4
 
 
 def numbered_shards(*sizes: int) -> list[np.ndarray]:
-    """Shards in which no two tokens are equal: a token tells where it came from."""
+    """Shards in which all tokens are different, so that a token identifies its position."""
     ends = np.cumsum(sizes)
     pairs = zip(sizes, ends, strict=True)
     return [np.arange(end - size, end, dtype=np.uint16) for size, end in pairs]
 
 
 def make_batches(rows: int = 8, order: str = "shuffled", seed: int = 1, T: int = T) -> Batches:
-    """Batches over 37 windows in three shards, each with a rest that fills no window: the first
-    has 18 x T tokens, but not the one more that an 18th window would need."""
+    """Batches over 37 windows in three shards, each with leftover tokens. The first shard has
+    18 x T tokens, one too few for an 18th window."""
     return Batches(Windows(numbered_shards(72, 51, 34), T), rows, seed, order)
 
 
@@ -43,8 +43,8 @@ def make_batches(rows: int = 8, order: str = "shuffled", seed: int = 1, T: int =
 
 
 @pytest.mark.parametrize("bits", range(2, 12))
-def test_the_network_is_a_permutation_of_all_numbers_of_its_width(bits: int) -> None:
-    """Or walking on until inside might never end: this test comes first."""
+def test_feistel_network_is_a_permutation(bits: int) -> None:
+    """This test comes first: cycle walking might never end otherwise."""
     keys = np.random.default_rng(bits).integers(0, 2**64, batches.ROUNDS, np.uint64)
     out = batches._feistel(np.arange(2**bits, dtype=np.uint64), bits, keys)
     assert np.array_equal(np.sort(out), np.arange(2**bits))
@@ -58,13 +58,13 @@ def test_permute_is_a_permutation(size: int) -> None:
         assert np.array_equal(np.sort(out), np.arange(size))
 
 
-def test_permute_of_a_part_is_a_part_of_the_permutation() -> None:
+def test_permute_of_a_subset_matches_the_full_permutation() -> None:
     whole = permute(np.arange(1000), 1000, b"key")
     some = np.array([999, 3, 500])
     assert np.array_equal(permute(some, 1000, b"key"), whole[some])
 
 
-def test_permute_reaches_far_positions_without_a_list_of_them() -> None:
+def test_permute_needs_no_list_of_positions() -> None:
     size = 10**10
     some = np.unique(np.random.default_rng(0).integers(0, size, 20_000))
     tracemalloc.start()
@@ -74,15 +74,15 @@ def test_permute_reaches_far_positions_without_a_list_of_them() -> None:
     assert len(np.unique(out)) == len(some)
     assert out.min() >= 0
     assert out.max() < size
-    assert peak < 10e6  # a list of all positions would hold 80 GB
+    assert peak < 10e6  # a list of all positions would need 80 GB
 
 
-def test_permute_leaves_no_order() -> None:
+def test_permutation_looks_random() -> None:
     size = 20_000
     out = permute(np.arange(size), size, b"key")
     assert abs(np.corrcoef(np.arange(size), out)[0, 1]) < 0.03  # 1/sqrt(size) is 0.007
     assert abs(np.corrcoef(out[:-1], out[1:])[0, 1]) < 0.03
-    assert np.mean(np.abs(np.diff(out)) == 1) < 0.002  # neighbours stay neighbours by chance only
+    assert np.mean(np.abs(np.diff(out)) == 1) < 0.002  # neighbors rarely stay neighbors
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_permute_leaves_no_order() -> None:
          [4798466807, 3302610088, 2785272099, 1177525689, 329417309, 7587617145]),  # 34
     ],
 )  # fmt: skip
-def test_the_order_of_a_seed_never_changes(size: int, key: str, first: list[int]) -> None:
-    """A resumed run must see the windows that it has not seen, also under a newer version."""
+def test_order_of_a_seed_never_changes(size: int, key: str, first: list[int]) -> None:
+    """A resumed run must read the windows that it has not read yet, even under a newer version."""
     assert permute(np.arange(min(size, 6)), size, key.encode()).tolist() == first
 
 
@@ -111,7 +111,7 @@ def test_seeds_and_epochs_differ() -> None:
         return b.numbers(number).tolist()
 
     orders = [epoch(seed, number) for seed in (1, 2) for number in (0, 1)]
-    orders += [epoch(12, 0), epoch(1, 20)]  # not to be taken for one another
+    orders += [epoch(12, 0), epoch(1, 20)]  # "12 0" and "1 20" must not be confused
     assert len({tuple(order) for order in orders}) == 6
     assert epoch(1, 1) == epoch(1, 1)
 
@@ -121,30 +121,30 @@ def test_seeds_and_epochs_differ() -> None:
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
 @pytest.mark.parametrize("rows", [1, 5, 8, 36, 37])
-def test_every_window_once_an_epoch(rows: int, order: str) -> None:
+def test_every_window_once_per_epoch(rows: int, order: str) -> None:
     b = make_batches(rows, order)
     assert len(b.windows) == 37
-    taken = np.concatenate([b.numbers(step) for step in range(-(-37 * 3 // rows))])
-    for epoch in range(3):  # most of them begin and end inside a batch
-        seen = taken[epoch * 37 : (epoch + 1) * 37]
+    numbers = np.concatenate([b.numbers(step) for step in range(-(-37 * 3 // rows))])
+    for epoch in range(3):  # most epochs start and end inside a batch
+        seen = numbers[epoch * 37 : (epoch + 1) * 37]
         assert sorted(seen) == list(range(37))
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(8, 1), (4, 2), (2, 2), (2, 4), (1, 1), (1, 4)])
-def test_the_global_batch_is_the_same_for_every_split(micro: int, ranks: int) -> None:
+def test_global_batch_is_the_same_for_every_partition(micro: int, ranks: int) -> None:
     b = make_batches()
-    for step in (0, 3, 4, 9):  # step 4 begins in one epoch and ends in the next
+    for step in (0, 3, 4, 9):  # step 4 starts in one epoch and ends in the next
         whole_x, whole_y = b.batch(step, Partition.of(8, 8))
         parts = [b.batch(step, Partition.of(8, micro, rank, ranks)) for rank in range(ranks)]
         for part in parts:
             assert part[0].shape == part[1].shape == (8 // (micro * ranks), micro, T)
-        # (accumulation, ranks, micro, T): micro-step by micro-step, rank by rank
+        # (accumulation, ranks, micro, T): micro-batch by micro-batch, rank by rank
         x, y = (np.stack([p[i] for p in parts], axis=1).reshape(8, T) for i in (0, 1))
         assert np.array_equal(x, whole_x[0])
         assert np.array_equal(y, whole_y[0])
 
 
-def test_a_batch_does_not_depend_on_those_before() -> None:
+def test_batch_does_not_depend_on_earlier_batches() -> None:
     fresh = make_batches().batch(11, Partition.of(8, 4))
     used = make_batches()
     for step in (0, 30, 5, 11, 2):
@@ -160,11 +160,12 @@ def test_no_target_is_skipped_or_repeated_at_a_shard_boundary(order: str) -> Non
     b = Batches(Windows(shards, T), 37, 7, order)
     x, y = b.batch(0, Partition.of(37, 37))
     assert np.array_equal(x[0, :, 1:], y[0, :, :-1])
-    assert np.array_equal(y, x + 1)  # so no window crosses a boundary: there the numbers go on ...
+    assert np.array_equal(y, x + 1)  # the numbers also continue across shard boundaries ...
     starts = np.cumsum([0, 72, 51])
     counts = [(72 - 1) // T * T, (51 - 1) // T * T, (34 - 1) // T * T]
     expected = [np.arange(s + 1, s + 1 + n) for s, n in zip(starts, counts, strict=True)]
-    assert np.array_equal(np.sort(y.ravel()), np.concatenate(expected))  # ... but are never used
+    # ... but those targets are never used: no window crosses a boundary.
+    assert np.array_equal(np.sort(y.ravel()), np.concatenate(expected))
 
 
 def test_windows_never_cross_shards() -> None:
@@ -174,7 +175,7 @@ def test_windows_never_cross_shards() -> None:
 
 
 def lecture_loader(tokens: np.ndarray, B: int, T: int, rank: int, ranks: int) -> Iterator:
-    """The arithmetic of the lecture's `DataLoaderLite`, within its first shard."""
+    """The indexing of the lecture's `DataLoaderLite`, within its first shard."""
     position = B * T * rank
     while position + B * T + 1 <= len(tokens):
         buffer = tokens[position : position + B * T + 1].astype(np.int64)
@@ -183,7 +184,7 @@ def lecture_loader(tokens: np.ndarray, B: int, T: int, rank: int, ranks: int) ->
 
 
 @pytest.mark.parametrize(("B", "ranks", "accumulation"), [(2, 1, 4), (4, 2, 1), (2, 2, 2)])
-def test_the_sequential_order_is_the_lectures(B: int, ranks: int, accumulation: int) -> None:
+def test_sequential_order_matches_the_lecture(B: int, ranks: int, accumulation: int) -> None:
     shards = numbered_shards(70, 51)
     b = Batches(Windows(shards, T), 8, 0, "sequential")
     for rank in range(ranks):
@@ -198,8 +199,8 @@ def test_the_sequential_order_is_the_lectures(B: int, ranks: int, accumulation: 
                 assert np.array_equal(micro_y, expected_y)
 
 
-def test_a_huge_set_costs_no_memory() -> None:
-    shard = np.broadcast_to(np.uint16(7), (10**13,))  # 20 TB of tokens, none of them stored
+def test_huge_dataset_needs_no_memory() -> None:
+    shard = np.broadcast_to(np.uint16(7), (10**13,))  # 20 TB of tokens that take no memory
     tracemalloc.start()
     b = Batches(Windows([shard, shard], 1024), 512, 1337, "shuffled")
     x, _ = b.batch(10**7, Partition.of(512, 16))
@@ -217,7 +218,7 @@ def test_too_little_data() -> None:
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(3, 1), (8, 2), (0, 1), (1, 3), (16, 1)])
-def test_a_batch_that_does_not_divide(micro: int, ranks: int) -> None:
+def test_batch_that_does_not_divide_evenly(micro: int, ranks: int) -> None:
     with pytest.raises(
         UserError, match=rf"8 rows does not divide .* {micro} rows on {ranks} ranks"
     ):
@@ -246,12 +247,12 @@ def test_each_validation_target_once(rows: int, ranks: int, limit: int) -> None:
                         context[target] = tuple(row_x[: i + 1])
     every = [t for s in shards for t in s[1:].tolist()]  # the first of a shard has no context
     assert sorted(scored) == every[:limit]
-    assert len(numbers) == 1  # no rank waits for another in a sum
+    assert len(numbers) == 1  # otherwise ranks would wait for each other in the all-reduce
     for target, before in context.items():
         assert before[-1] == target - 1
         assert list(before) == list(range(target - len(before), target))
         start = max(s[0] for s in shards if s[0] < target)
-        assert len(before) == (target - 1 - start) % T + 1  # whatever the split
+        assert len(before) == (target - 1 - start) % T + 1  # for any rows and ranks
 
 
 def test_no_validation_data_gives_no_batches() -> None:
@@ -265,7 +266,7 @@ def open_prefetcher(make: Callable, first: int = 0, last: int = 100, depth: int 
     return Prefetcher(make, first, last, CPU, depth)
 
 
-def test_prefetched_batches_are_the_batches() -> None:
+def test_prefetched_batches_match_direct_batches() -> None:
     b, split = make_batches(), Partition.of(8, 2)
     prefetcher = open_prefetcher(lambda step: b.batch(step, split), 3, 9)
     for step in range(3, 9):
@@ -276,7 +277,7 @@ def test_prefetched_batches_are_the_batches() -> None:
     prefetcher.close()
 
 
-def test_an_error_of_the_thread_reaches_the_training() -> None:
+def test_error_in_the_prefetch_thread_is_raised_by_next() -> None:
     def make(step: int) -> tuple[np.ndarray, np.ndarray]:
         if step == 2:
             raise UserError("the disk is gone")
@@ -290,7 +291,7 @@ def test_an_error_of_the_thread_reaches_the_training() -> None:
     prefetcher.close()
 
 
-def test_the_prefetcher_stops_on_close() -> None:
+def test_prefetcher_stops_on_close() -> None:
     made = threading.Semaphore(0)
 
     def make(step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -298,14 +299,14 @@ def test_the_prefetcher_stops_on_close() -> None:
         return np.zeros(1), np.zeros(1)
 
     prefetcher = open_prefetcher(make)
-    for _ in range(3):  # two in the queue, and one in the hand of a thread that waits
+    for _ in range(3):  # two in the queue, and one held by the waiting thread
         assert made.acquire(timeout=60)
     prefetcher.close()
     assert not prefetcher._thread.is_alive()
 
 
-def test_the_prefetcher_holds_no_more_than_its_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory stays flat when the training is slower than the data."""
+def test_prefetcher_queue_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory stays constant when training is slower than the data pipeline."""
     full, made = threading.Event(), []
 
     class Queue(queue.Queue):
@@ -322,26 +323,26 @@ def test_the_prefetcher_holds_no_more_than_its_depth(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(batches.queue, "Queue", Queue)
     prefetcher = open_prefetcher(make, depth=3)
-    for taken in range(3):
+    for consumed in range(3):
         full.clear()
         while not full.wait(timeout=0.01):
-            assert prefetcher._thread.is_alive()  # or else it has made all 100
-        assert len(made) == taken + 3 + 1  # those in the queue, and one in the thread's hand
+            assert prefetcher._thread.is_alive()  # otherwise it has prepared all 100
+        assert len(made) == consumed + 3 + 1  # three in the queue, and one held by the thread
         prefetcher.next()
     prefetcher.close()
 
 
 def test_waiting_for_data_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock of the test's own: the first batch takes 5 s, the second is ready."""
-    clock, asked = [100.0], threading.Event()
+    """With a fake clock: the first batch takes 5 s, the second is ready."""
+    clock, waiting = [100.0], threading.Event()
 
     def now() -> float:
-        asked.set()
+        waiting.set()
         return clock[0]
 
     def make(step: int) -> tuple[np.ndarray, np.ndarray]:
         if step == 0:
-            assert asked.wait(timeout=60)  # only once the training waits
+            assert waiting.wait(timeout=60)  # `next` has started to wait
             clock[0] += 5
         return np.zeros(1), np.zeros(1)
 

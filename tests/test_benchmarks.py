@@ -1,5 +1,5 @@
-"""The benchmarks' page says what the results say, and the GPU's commands run to their end (here on
-a CPU, with models of no interest), so that rented time is not spent on finding their mistakes."""
+"""The benchmarks page is up to date, and the GPU commands run to completion. Here they run on a CPU
+with tiny models, so that mistakes are not found in rented GPU time."""
 
 import dataclasses
 import json
@@ -21,11 +21,11 @@ from rekindle.recipes import Recipe
 Bench = Callable[..., dict[str, Any]]
 
 
-def test_the_page_is_what_the_results_say() -> None:
+def test_page_is_up_to_date() -> None:
     assert (tables.FOLDER / "README.md").read_text() == tables.page()
 
 
-def test_what_has_no_result_is_not_measured(
+def test_benchmark_without_a_result_is_listed_as_not_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
@@ -39,7 +39,8 @@ def test_what_has_no_result_is_not_measured(
 def bench(
     monkeypatch: pytest.MonkeyPatch, tiny: Recipe, shard_set: Path, tmp_path: Path, one_thread: None
 ) -> Bench:
-    """`bench("step", ...)`: the command's JSON, which the page must be able to show."""
+    """`bench("step", ...)` runs a command and returns its JSON, after checking that the page shows
+    it."""
     for name in ("gpt2-124m", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         monkeypatch.setitem(recipes.RECIPES, name, dataclasses.replace(tiny, name=name))
     monkeypatch.setattr(ladder, "measure_in_fresh_process", measure)
@@ -95,10 +96,10 @@ def test_hellaswag(bench: Bench, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # 10 s for a benchmark that is run by hand; its statistics are tested below
-def test_a_cool_down_trains_and_scores_documents(
+def test_cool_down_trains_and_scores_documents(
     monkeypatch: pytest.MonkeyPatch, shard_set: Path
 ) -> None:
-    """The real thing, two steps long, in processes of its own."""
+    """The real command with two steps, in its own processes."""
     monkeypatch.delitem(cool_down.ARMS, "bf16")
     saved: list[dict[str, Any]] = []
     options = SimpleNamespace(
@@ -110,10 +111,10 @@ def test_a_cool_down_trains_and_scores_documents(
     assert all(4 < loss < 7 for loss in saved[-1]["loss"].values())
     assert saved[-1]["documents"] == 3
     again = saved[-1]["against_autocast"]["autocast, again"]
-    assert (again["difference_nats"], again["equivalent"]) == (0, True)  # a CPU repeats itself
+    assert (again["difference_nats"], again["equivalent"]) == (0, True)  # a CPU is deterministic
 
 
-def test_a_difference_that_is_not_small_for_certain_is_not_equivalent() -> None:
+def test_equivalent_only_if_the_difference_is_certainly_small() -> None:
     reference = np.linspace(2, 4, 50)
     noise = np.where(np.arange(50) % 2, 0.1, -0.1)
     assert cool_down.paired(reference + 0.003, reference)["equivalent"]
@@ -122,7 +123,7 @@ def test_a_difference_that_is_not_small_for_certain_is_not_equivalent() -> None:
     assert not cool_down.paired(reference + noise, reference)["equivalent"]
 
 
-def test_the_forecast_adds_up() -> None:
+def test_forecast_adds_up_steps_and_pauses() -> None:
     recipe = dataclasses.replace(
         recipes.get_recipe("gpt2-124m"), steps=1000, eval_every=250, checkpoint_every=500
     )

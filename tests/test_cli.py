@@ -1,4 +1,4 @@
-"""The command line: help at once, and one line for each mistake."""
+"""The command line: fast help, and one line for each mistake."""
 
 import json
 import os
@@ -58,13 +58,13 @@ assert not {"matplotlib", "transformers"} & set(sys.modules)
 
 @pytest.fixture
 def data(shard_set: Path, tmp_path: Path) -> Path:
-    """A copy of the shards, to be spoilt."""
+    """A copy of the shards that a test can damage."""
     return Path(shutil.copytree(shard_set, tmp_path / "data"))
 
 
 @pytest.fixture
 def begin(data: Path, tiny_flags: list[str], tmp_path: Path) -> list[str]:
-    """Arguments that train on `data` into a folder that is not there yet."""
+    """Arguments that train on `data` into a new folder."""
     out = ["--out", str(tmp_path / "run"), "--device", "cpu", "--no-compile"]
     return ["train", "demo", "--data", str(data), *out, *tiny_flags]
 
@@ -79,7 +79,7 @@ def run(begin: list[str], tmp_path: Path, rekindle: Callable, one_thread: None) 
 # -- help -----------------------------------------------------------------------------------------
 
 
-def test_help_answers_without_loading_anything(python: Callable, tmp_path: Path) -> None:
+def test_help_imports_nothing_heavy(python: Callable, tmp_path: Path) -> None:
     done = python("-c", HELP, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("LOADED []\n")
@@ -87,7 +87,7 @@ def test_help_answers_without_loading_anything(python: Callable, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_train_names_its_recipes_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_help_lists_recipes_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = capsys.readouterr().out
@@ -95,10 +95,10 @@ def test_train_names_its_recipes_and_flags(capsys: pytest.CaptureFixture[str]) -
         assert name in text
 
 
-def test_a_run_is_found_by_its_checkpoints_though_the_newest_is_damaged(
+def test_run_without_run_json_resumes_from_an_undamaged_checkpoint(
     begin: list[str], tmp_path: Path, rekindle: Callable
 ) -> None:
-    """And though what it was begun with was lost."""
+    """The newest checkpoint is damaged, and run.json is missing."""
     run = tmp_path / "run"
     assert rekindle(*begin, "--steps", 4, "--checkpoint-every", 1).status == 0
     (run / "run.json").unlink()
@@ -106,11 +106,11 @@ def test_a_run_is_found_by_its_checkpoints_though_the_newest_is_damaged(
     (newest / "model.safetensors").write_bytes(b"")
     outcome = rekindle(*begin, "--steps", 4, "--checkpoint-every", 1)
     assert outcome.status == 0, outcome.err
-    assert f"it is now {newest.with_name(f'damaged-{newest.name}')}" in outcome.out
+    assert f"moved to {newest.with_name(f'damaged-{newest.name}')}" in outcome.out
     assert (run / "run.json").is_file()
 
 
-def test_a_name_that_is_no_utf8_harms_nobody(
+def test_folder_name_that_is_not_utf8_works(
     tmp_path: Path, data: Path, begin: list[str], rekindle: Callable
 ) -> None:
     strange = tmp_path / os.fsdecode(b"W\xe9") / "data"
@@ -121,19 +121,19 @@ def test_a_name_that_is_no_utf8_harms_nobody(
     assert storage.read_json(tmp_path / "run" / "run.json")["data"]["path"].endswith("/W\\xe9/data")
 
 
-def test_a_prompt_that_is_no_text_is_told(run: Path, rekindle: Callable) -> None:
+def test_prompt_that_is_not_utf8_is_an_error(run: Path, rekindle: Callable) -> None:
     outcome = rekindle("sample", run, "--prompt", os.fsdecode(b"a\xff"), "--device", "cpu")
     assert outcome.status == 2
     assert outcome.err.startswith(
-        "rekindle: error: --prompt is no UTF-8 (its character 2 is a stray"
+        "rekindle: error: --prompt is not UTF-8 (its character 2 is a stray"
     )
 
 
 @pytest.mark.parametrize("reader", ["closed", "full", "ascii"])
-def test_training_goes_on_though_nobody_can_read_what_it_says(
+def test_training_continues_when_its_output_cannot_be_written(
     tmp_path: Path, begin: list[str], reader: str
 ) -> None:
-    """The pipe is closed, the disk of the log is full, or its letters are few."""
+    """stdout is a closed pipe, a file on a full disk, or cannot encode the text."""
     if reader == "full" and not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     out = (
@@ -157,7 +157,7 @@ def test_training_goes_on_though_nobody_can_read_what_it_says(
 
 
 @pytest.mark.parametrize("home", ["/dev/null", "", "/nowhere"])
-def test_without_a_home_compiled_graphs_go_to_the_temporary_folder(
+def test_without_a_home_folder_compiled_code_is_cached_in_the_temporary_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str
 ) -> None:
     from rekindle import cli
@@ -171,17 +171,17 @@ def test_without_a_home_compiled_graphs_go_to_the_temporary_folder(
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == tmp_path
 
 
-def test_an_error_of_the_disk_is_a_line(tmp_path: Path, run: Path, rekindle: Callable) -> None:
+def test_disk_error_is_one_line(tmp_path: Path, run: Path, rekindle: Callable) -> None:
     outcome = rekindle("report", run, "--picture", tmp_path / "no folder" / "x.png")
     assert outcome.status == 2
     assert outcome.err == (
-        f"rekindle: error: {tmp_path}/no folder/x.png: No such file or directory: mend that and "
-        "give the same command again\n"
+        f"rekindle: error: {tmp_path}/no folder/x.png: No such file or directory: fix that and "
+        "run the same command again\n"
     )
 
 
-def test_importing_does_nothing(python: Callable, tmp_path: Path) -> None:
-    """A process that is spawned imports everything anew, and must not begin anything."""
+def test_importing_has_no_side_effects(python: Callable, tmp_path: Path) -> None:
+    """Spawned processes import every module again, so imports must not start anything."""
     done = python("-c", IMPORTS, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -198,18 +198,18 @@ def test_flags_reach_the_recipe(run: Path) -> None:
 # -- data -----------------------------------------------------------------------------------------
 
 
-def test_no_such_data_folder(begin: list[str], data: Path, refuses: Refuses) -> None:
+def test_missing_data_folder(begin: list[str], data: Path, refuses: Refuses) -> None:
     shutil.rmtree(data)
     refuses(begin, f"there is no data folder {data}", "rekindle prepare")
 
 
-def test_a_data_folder_without_manifest(begin: list[str], data: Path, refuses: Refuses) -> None:
+def test_data_folder_without_manifest(begin: list[str], data: Path, refuses: Refuses) -> None:
     (data / "manifest.json").unlink()
     refuses(begin, f"{data} has no manifest.json")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1, "shards": [{"a": 1}]}'])
-def test_a_damaged_manifest(begin: list[str], data: Path, refuses: Refuses, content: str) -> None:
+def test_damaged_manifest(begin: list[str], data: Path, refuses: Refuses, content: str) -> None:
     (data / "manifest.json").write_text(content)
     refuses(begin, "manifest.json")
 
@@ -258,15 +258,15 @@ def shorter_shard(shard: Path) -> None:
         (spoil_header, "does not start with the header of a token shard"),
         (spoil_version, "does not start with the header of a token shard"),
         (cut_header, "does not start with the header of a token shard"),
-        (cut_short, "damaged or cut short"),
-        (lengthen, "damaged or cut short"),
+        (cut_short, "damaged or truncated"),
+        (lengthen, "damaged or truncated"),
         (flip_bit, "its SHA-256 differs"),
-        (foreign_id, "holds the id 257 beyond the vocabulary of 257 (first at token 0)"),
-        (shorter_shard, "holds 50 tokens, its manifest says"),
+        (foreign_id, "contains the id 257, outside the vocabulary of 257 (first at token 0)"),
+        (shorter_shard, "has 50 tokens, but its manifest says"),
         (Path.unlink, "is missing"),
     ],
 )
-def test_a_damaged_shard(
+def test_damaged_shard(
     begin: list[str], data: Path, refuses: Refuses, name: str,
     spoil: Callable[[Path], None], words: str,
 ) -> None:  # fmt: skip
@@ -275,7 +275,7 @@ def test_a_damaged_shard(
 
 
 def test_fewer_tokens_than_one_step(begin: list[str], refuses: Refuses) -> None:
-    words = "one step needs 1,600 tokens, the training split has 1,200 in whole windows of 16"
+    words = "one step needs 1,600 tokens, but the training split has 1,200 in whole windows of 16"
     refuses([*begin, "--batch.tokens", 1600], words)
 
 
@@ -283,11 +283,11 @@ def test_fewer_tokens_than_one_step(begin: list[str], refuses: Refuses) -> None:
 
 
 @pytest.mark.parametrize("seconds", [-1, "nan"])
-def test_a_timeout_that_is_none(begin: list[str], refuses: Refuses, seconds: object) -> None:
-    refuses([*begin, "--timeout", seconds], "--timeout must be at least 0 seconds")
+def test_invalid_timeout(begin: list[str], refuses: Refuses, seconds: object) -> None:
+    refuses([*begin, "--timeout", seconds], "--timeout must be at least 0")
 
 
-def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
+def test_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
     refuses([begin[0], "gpt2-124", *begin[2:]], "no recipe 'gpt2-124'", "gpt2-124m")
 
 
@@ -299,21 +299,19 @@ def test_an_unknown_recipe(begin: list[str], refuses: Refuses) -> None:
         (["--batch.length", 64], "--batch.length 64 is longer than --model.block-size 32"),
         (["--model.n-head", 3], "--model.n-embd 16 is not a multiple of --model.n-head 3"),
         (["--optim.lr", "nan"], "--optim.lr must be at least 0"),
-        (["--device", "tpu"], "--device is auto, cpu, cuda or mps, not 'tpu'"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or mps, not 'tpu'"),
         (["--precision", "fp8"], "not 'fp8'"),
         (["--precision", "tf32"], "--precision tf32 needs an NVIDIA GPU"),
-        (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
+        (["--hellaswag", "nowhere.jsonl"], "HellaSwag file not found: nowhere.jsonl"),
         (["--fork", "nowhere"], "there is no nowhere"),
         (["--seed", 2**63], "--seed must be below 2^63"),
     ],
 )
-def test_numbers_that_do_not_go_together(
-    begin: list[str], refuses: Refuses, flags: list[Any], words: str
-) -> None:
+def test_invalid_flags(begin: list[str], refuses: Refuses, flags: list[Any], words: str) -> None:
     refuses([*begin, *flags], words)
 
 
-def test_a_mistake_under_torchrun_names_the_rank(
+def test_error_under_torchrun_names_the_rank(
     begin: list[str], rekindle: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -326,29 +324,27 @@ def test_a_mistake_under_torchrun_names_the_rank(
 # -- folders --------------------------------------------------------------------------------------
 
 
-def test_out_is_something_else(begin: list[str], tmp_path: Path, refuses: Refuses) -> None:
+def test_out_that_is_not_a_run_folder(begin: list[str], tmp_path: Path, refuses: Refuses) -> None:
     out = tmp_path / "run"
     out.write_text("a file")
-    refuses(begin, f"{out} exists and is no run")
+    refuses(begin, f"{out} exists but is not a run folder")
     beneath = [str(out / "below") if a == str(out) else a for a in begin]
     refuses(beneath, str(out))
     out.unlink()
     out.mkdir()
     (out / "thesis.txt").write_text("not ours")
-    refuses(begin, f"{out} exists and is no run")
+    refuses(begin, f"{out} exists but is not a run folder")
 
 
-def test_an_empty_folder_is_as_good_as_none(
-    begin: list[str], tmp_path: Path, rekindle: Callable
-) -> None:
+def test_out_may_be_an_empty_folder(begin: list[str], tmp_path: Path, rekindle: Callable) -> None:
     (tmp_path / "run").mkdir()
     assert rekindle(*begin, "--steps", 0).status == 0
 
 
-def test_going_on_with_another_recipe(begin: list[str], run: Path, refuses: Refuses) -> None:
+def test_resuming_with_a_different_recipe(begin: list[str], run: Path, refuses: Refuses) -> None:
     line = refuses([*begin, "--optim.lr", 0.5, "--seed", 3, "--batch.order", "sequential"])
     for words in (
-        "was begun with another recipe",
+        "was started with a different recipe",
         "--optim.lr was 0.01, now 0.5",
         "--seed was 1337, now 3",
         "--batch.order was shuffled, now sequential",
@@ -358,11 +354,11 @@ def test_going_on_with_another_recipe(begin: list[str], run: Path, refuses: Refu
     refuses([begin[0], "gpt2-10m", *begin[2:]], "--name was demo, now gpt2-10m")
 
 
-def test_a_run_older_than_the_lectures_order_resumes(
+def test_run_from_before_the_lecture_order_resumes(
     data: Path, tmp_path: Path, tiny_flags: list[str], rekindle: Callable, refuses: Refuses,
     records: Callable, one_thread: None,
 ) -> None:  # fmt: skip
-    """When `gpt2-124m` was sequential and recorded no micro-batch: the line says what to add."""
+    """Back then `gpt2-124m` was sequential and recorded no micro-batch size."""
     at = tiny_flags.index("--batch.order")
     flags = [*tiny_flags[:at], *tiny_flags[at + 2 :], "--device", "cpu", "--no-compile"]
 
@@ -383,7 +379,7 @@ def test_a_run_older_than_the_lectures_order_resumes(
     assert records(tmp_path / "old", *kinds) == records(tmp_path / "whole", *kinds)
 
 
-def test_the_lectures_order_resumes(
+def test_run_in_lecture_order_resumes(
     begin: list[str], tmp_path: Path, rekindle: Callable, refuses: Refuses, records: Callable,
     one_thread: None,
 ) -> None:  # fmt: skip
@@ -398,16 +394,18 @@ def test_the_lectures_order_resumes(
     assert records(tmp_path / "run", *kinds) == records(tmp_path / "whole", *kinds)
 
 
-def test_going_on_with_other_data(
+def test_resuming_with_different_data(
     begin: list[str], run: Path, data: Path, refuses: Refuses, write_shards: Callable
 ) -> None:
     other = data.with_name("other")
     write_shards(other, [700, 520], [201, 101], seed=5)
     arguments = [str(other) if a == str(data) else a for a in begin]
-    refuses(arguments, "was begun on other data", str(data), read_manifest(other).fingerprint[:12])
+    refuses(
+        arguments, "was started on different data", str(data), read_manifest(other).fingerprint[:12]
+    )
 
 
-def test_the_same_data_may_move(
+def test_data_folder_can_be_moved(
     begin: list[str], run: Path, data: Path, rekindle: Callable
 ) -> None:
     moved = data.rename(data.with_name("moved"))
@@ -419,42 +417,42 @@ def fork(begin: list[str], run: Path) -> list[Any]:
     return [str(run.with_name("fork")) if a == str(run) else a for a in begin] + ["--fork", run]
 
 
-def test_a_fork_of_another_model(begin: list[str], run: Path, refuses: Refuses) -> None:
+def test_fork_with_a_different_model(begin: list[str], run: Path, refuses: Refuses) -> None:
     arguments = [*fork(begin, run), "--model.n-layer", 3, "--model.n-embd", 32]
-    refuses(arguments, "holds another model (n_layer is 2, not 3; n_embd is 16, not 32)")
+    refuses(arguments, "holds a different model (n_layer is 2, not 3; n_embd is 16, not 32)")
 
 
-def test_a_fork_with_another_tokenizer(
+def test_fork_with_a_different_tokenizer(
     begin: list[str], run: Path, data: Path, refuses: Refuses, write_shards: Callable
 ) -> None:
     other = data.with_name("other")
     write_shards(other, [700], [201], tokenizer_sha256="0" * 64)
     arguments = [str(other) if a == str(data) else a for a in fork(begin, run)]
-    refuses(arguments, "was trained with the tokenizer bytes", "the data is made with bytes")
+    refuses(arguments, "was trained with the tokenizer bytes", "the data was prepared with bytes")
     write_shards(other, [700], [201], tokenizer="gpt2", vocab_size=50257)
-    refuses(arguments, "holds another model (vocab_size is 257, not 50257")
+    refuses(arguments, "holds a different model (vocab_size is 257, not 50257")
 
 
-def test_a_fork_of_what_is_no_run(begin: list[str], data: Path, refuses: Refuses) -> None:
-    refuses([*begin, "--fork", data], f"{data} is no run and no checkpoint")
+def test_fork_of_a_folder_that_is_not_a_run(begin: list[str], data: Path, refuses: Refuses) -> None:
+    refuses([*begin, "--fork", data], f"{data} is not a run or a checkpoint")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize("spoil", [Path.unlink, cut_short])
-def test_a_damaged_checkpoint_is_not_used(
+def test_damaged_only_checkpoint_is_an_error(
     begin: list[str], run: Path, refuses: Refuses, name: str, spoil: Callable[[Path], None]
 ) -> None:
-    """The only one, so that the run cannot go on."""
+    """It is the only one, so the run cannot resume."""
     saved = run / "checkpoints" / "step-000004"
     spoil(saved / name)
-    refuses(begin, "no checkpoint in", str(saved), name, "restore one from a copy")
+    refuses(begin, "all checkpoints in", str(saved), name, "restore one from a copy")
     for command in ("sample", "eval"):
-        refuses([command, run], str(saved), name, "name another checkpoint")
+        refuses([command, run], str(saved), name, "another checkpoint")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize("spoil", [Path.unlink, cut_short, flip_bit])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+def test_damaged_checkpoint_is_set_aside_and_the_previous_one_is_used(
     begin: list[str], run: Path, rekindle: Callable, name: str, spoil: Callable[[Path], None]
 ) -> None:
     whole = (run / "checkpoints" / "step-000004" / "model.safetensors").read_bytes()
@@ -465,7 +463,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     outcome = rekindle(*begin, "--steps", 8)
     assert outcome.status == 0, outcome.err
     aside = saved.with_name("damaged-step-000008")
-    assert f"it is now {aside}" in outcome.out
+    assert f"moved to {aside}" in outcome.out
     assert str(saved / name) in outcome.out
     assert "resumes at step 4 of 8" in outcome.out
     assert aside.is_dir()
@@ -495,20 +493,20 @@ def test_eval_with_shards_of_another_tokenizer(
     other = data.with_name("other")
     write_shards(other, [700], [201], tokenizer="gpt2", tokenizer_sha256="1" * 64)
     arguments = ["eval", run, "--data", other, "--device", "cpu"]
-    refuses(arguments, f"{other} was prepared with the tokenizer gpt2", "knows bytes")
+    refuses(arguments, f"{other} was prepared with the tokenizer gpt2", "uses bytes")
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--data", "nowhere"], "there is no data folder nowhere"),
-        (["--hellaswag", "nowhere.jsonl"], "there is no HellaSwag file nowhere.jsonl"),
+        (["--hellaswag", "nowhere.jsonl"], "HellaSwag file not found: nowhere.jsonl"),
         (["--tokens", -5], "--tokens"),
         (["--limit", 0, "--hellaswag", "nowhere.jsonl"], "--limit"),
         (["--device", "tpu"], "not 'tpu'"),
     ],
 )
-def test_eval_of_nothing(run: Path, refuses: Refuses, flags: list[Any], words: str) -> None:
+def test_invalid_flags_of_eval(run: Path, refuses: Refuses, flags: list[Any], words: str) -> None:
     refuses(["eval", run, "--device", "cpu", *flags], words)
 
 
@@ -523,18 +521,18 @@ def test_eval_of_nothing(run: Path, refuses: Refuses, flags: list[Any], words: s
         (["--top-k", -1], "--top-k"),
     ],
 )  # fmt: skip
-def test_samples_that_cannot_be_had(
-    run: Path, refuses: Refuses, flags: list[Any], words: str
-) -> None:
+def test_invalid_flags_of_sample(run: Path, refuses: Refuses, flags: list[Any], words: str) -> None:
     refuses(["sample", run, "--device", "cpu", *flags], words)
 
 
-def test_sample_of_what_is_no_model(tmp_path: Path, refuses: Refuses) -> None:
-    refuses(["sample", tmp_path], "is no run and no checkpoint")
-    refuses(["sample", "gpt-2"], "gpt-2 is no folder and none of the models", "did you mean gpt2")
+def test_sample_of_something_that_is_not_a_model(tmp_path: Path, refuses: Refuses) -> None:
+    refuses(["sample", tmp_path], "is not a run or a checkpoint")
+    refuses(
+        ["sample", "gpt-2"], "gpt-2 is neither a folder nor one of the models", "did you mean gpt2"
+    )
 
 
-def test_sampling_is_not_compiled_where_it_cannot_be(
+def test_sample_with_compile_where_it_is_not_possible(
     run: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rekindle.runtime.device.why_not_compile", lambda device: "no compiler")
@@ -542,14 +540,14 @@ def test_sampling_is_not_compiled_where_it_cannot_be(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
-def test_sample_speaks_in_every_precision(run: Path, rekindle: Callable, precision: str) -> None:
+def test_sample_in_every_precision(run: Path, rekindle: Callable, precision: str) -> None:
     flags = ["--device", "cpu", "--prompt", "ab", "--tokens", 9, "--precision", precision, "--json"]
     outcome = rekindle("sample", run, *flags)
     assert outcome.status == 0, outcome.err
     assert len(json.loads(outcome.out)["samples"]) == 4
 
 
-def test_sample_speaks(run: Path, rekindle: Callable) -> None:
+def test_sample_is_reproducible(run: Path, rekindle: Callable) -> None:
     flags = ["--device", "cpu", "--prompt", "ab", "--tokens", 5, "--num", 2, "--json"]
     outcome = rekindle("sample", run, *flags)
     assert outcome.status == 0
@@ -559,9 +557,9 @@ def test_sample_speaks(run: Path, rekindle: Callable) -> None:
     assert rekindle("sample", run, *flags).out == outcome.out
 
 
-def test_every_flag_of_sample_arrives(run: Path, rekindle: Callable) -> None:
-    """Each differs from its default, and the text is what these numbers give when they are drawn
-    here: the five likeliest at a temperature, without a cache."""
+def test_every_flag_of_sample_has_its_effect(run: Path, rekindle: Callable) -> None:
+    """Every value differs from its default. The expected text is sampled here without a cache: from
+    the five most likely tokens, at a temperature."""
     import torch
 
     from rekindle.loading import load
@@ -590,35 +588,35 @@ def test_every_flag_of_sample_arrives(run: Path, rekindle: Callable) -> None:
     assert json.loads(outcome.out)["samples"] == ["ab"]
 
 
-def test_control_c_before_the_first_step_ends_in_one_line(
+def test_control_c_before_the_first_step_prints_one_line(
     begin: list[str], rekindle: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rekindle import lookup as module
 
     def interrupt(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        for _ in range(1000):  # another thread may take the signal; this one hears of it soon
+        for _ in range(1000):  # another thread may receive the signal first
             time.sleep(0.01)
 
     monkeypatch.setattr(module, "model_for", interrupt)
-    # What a shell starts in the background ignores Control-C, and so would this test.
+    # A process that a shell starts in the background ignores Control-C, and so would this test.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         outcome = rekindle(*begin)
     finally:
         signal.signal(signal.SIGINT, before)
     assert outcome.status == 130
-    assert outcome.err == "\nrekindle: stopped; the same command resumes from what was saved\n"
+    assert outcome.err == "\nrekindle: interrupted; run the same command again to continue\n"
 
 
-def test_the_whole_road(
+def test_demo_from_start_to_finish(
     tmp_path: Path, tiny: Any, rekindle: Callable, monkeypatch: pytest.MonkeyPatch,
     write_shards: Callable, one_thread: None,
 ) -> None:  # fmt: skip
-    """`rekindle demo` but for the text, which other tests prepare."""
+    """`rekindle demo`, except for preparing the text, which other tests cover."""
     from rekindle import demo as module
 
-    # Building its kernels takes most of a minute; model/test_compile.py tests what is compiled.
+    # Compiling takes most of a minute; model/test_compile.py tests compiled code.
     monkeypatch.setattr(
         "rekindle.runtime.device.why_not_compile", lambda device: "not in this test"
     )
@@ -636,4 +634,6 @@ def test_the_whole_road(
     assert "8 steps at" in outcome.out
     assert re.search(r"validation loss \d\.\d{3} → \d\.\d{3} nats per byte", outcome.out)
     assert f"rekindle sample {tmp_path / 'run'}" in outcome.out
+    assert str(tmp_path / "run" / "loss.png") in outcome.out
+    assert (tmp_path / "run" / "loss.png").is_file()
     assert (tmp_path / "run" / "checkpoints" / "step-000008").is_dir()

@@ -1,9 +1,9 @@
-"""What a training step costs, counted instead of timed: operators, bytes allocated, kernels that
-the compiler makes, graph breaks and recompilations. None of these depends on the machine, so that a
-change that makes the step dearer is seen on any.
+"""The cost of a training step, counted instead of timed: operators, bytes allocated, generated
+kernels, graph breaks and recompilations. These do not depend on the machine, so that a change that
+makes the step more expensive is noticed on any machine.
 
-A budget is what the step cost when it was last looked at, and a little for another torch. Whoever
-passes one either finds out why, or raises it here and says so in benchmarks/LOG.md.
+A budget is the cost when it was last measured, plus a margin for other versions of torch. If a
+change exceeds one, find out why, or raise the budget here and explain it in benchmarks/LOG.md.
 """
 
 import math
@@ -30,7 +30,7 @@ ROWS, T = 4, 32
 
 
 class Counter(TorchDispatchMode):
-    """Counts operators that do something, and the bytes of what they newly allocate."""
+    """Counts operators other than views, and the bytes that they newly allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        had = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        made = {
+        inputs = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        outputs = {
             _storage(t): t.untyped_storage().nbytes()
             for t in tree_leaves(out)
             if isinstance(t, Tensor)
         }
-        fresh = {storage: size for storage, size in made.items() if storage not in had}
+        fresh = {storage: size for storage, size in outputs.items() if storage not in inputs}
         if fresh or func._schema.is_mutable:  # a view costs nothing
             self.calls += 1
         self.allocated += sum(fresh.values())
@@ -73,7 +73,7 @@ def make_step(
     tokens = torch.randint(257, (1, ROWS, T + 1))
     x, y = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
 
-    def take() -> None:
+    def run() -> None:
         result = train_step(
             forward,
             parameters,
@@ -88,8 +88,8 @@ def make_step(
         )
         assert not result.skipped
 
-    take()  # AdamW makes its moments in the first step
-    return take
+    run()  # the first step may allocate more
+    return run
 
 
 def count(n_layer: int, precision: str) -> Counter:
@@ -105,7 +105,7 @@ def count(n_layer: int, precision: str) -> Counter:
 def test_operators_of_a_step(precision: str, per_layer: int, rest: int, one_thread: None) -> None:
     one, two = count(1, precision), count(2, precision)
     assert two.calls - one.calls <= per_layer
-    assert 2 * one.calls - two.calls <= rest  # what a step of no layer would take
+    assert 2 * one.calls - two.calls <= rest  # the cost without any layer
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_operators_of_a_step(precision: str, per_layer: int, rest: int, one_thre
 def test_bytes_allocated_by_a_step(
     precision: str, per_layer: float, rest: float, one_thread: None
 ) -> None:
-    """A layer's in units of the residual stream in float32, the rest in units of such logits."""
+    """Per layer in units of the float32 residual stream, the rest in units of float32 logits."""
     one, two = count(1, precision), count(2, precision)
     assert (two.allocated - one.allocated) / (4 * ROWS * T * 32) <= per_layer
     assert (2 * one.allocated - two.allocated) / (4 * ROWS * T * 384) <= rest
@@ -138,9 +138,7 @@ def fresh_compiler() -> Any:
     torch._dynamo.reset()
 
 
-def test_a_compiled_step_is_one_graph_without_breaks(
-    fresh_compiler: None, one_thread: None
-) -> None:
+def test_compiled_step_is_one_graph_without_breaks(fresh_compiler: None, one_thread: None) -> None:
     graphs = []
 
     def count_graphs(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
@@ -157,8 +155,8 @@ def test_a_compiled_step_is_one_graph_without_breaks(
 def test_kernels_of_a_compiled_step(
     fresh_compiler: None, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kernels are generated but not built, which would take half a minute of C++; what they compute
-    is tested in model/test_compile.py."""
+    """Kernels are generated but not built, since compiling C++ takes half a minute. Their results
+    are tested in model/test_compile.py."""
     from torch._inductor import config, metrics
     from torch._inductor.async_compile import AsyncCompile
 
@@ -172,7 +170,7 @@ def test_kernels_of_a_compiled_step(
     metrics.reset()
     model = GPT2(make_config(n_layer=1))
     tokens = torch.zeros(ROWS, T, dtype=torch.long)
-    with config.patch(force_disable_caches=True):  # else nothing is generated, nor counted
+    with config.patch(force_disable_caches=True):  # otherwise nothing is generated or counted
         _, loss = torch.compile(model, fullgraph=True, dynamic=False)(tokens, tokens)
         loss.backward()
     assert 0 < len(built) <= metrics.generated_kernel_count <= 60

@@ -1,4 +1,4 @@
-"""The ladder: every rung computes the same training; what comes of it is table, JSON, picture."""
+"""The ladder: every rung trains to the same losses; results are a table, JSON and a picture."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import torch
 from rekindle import ladder, recipes
 from rekindle.errors import UserError
 from rekindle.ladder import CPU_RUNGS, GPU_RUNGS, Levers, Work
-from rekindle.ladder.measure import _answer, measure
+from rekindle.ladder.measure import _handle, measure
 from rekindle.recipes import Recipe
 
 
@@ -23,8 +23,8 @@ def work(monkeypatch: pytest.MonkeyPatch, tiny: Recipe, shard_set: Path) -> Work
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure in this process and without compiling: torch is imported already."""
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure in this process, where torch is already imported, and without compiling."""
     monkeypatch.setattr(ladder, "measure_in_fresh_process", measure)
     monkeypatch.setattr(ladder, "why_not_compile", lambda device: "not in this test")
 
@@ -34,7 +34,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"micro": 2}, 1e-5),
         ({"attention": "fused", "fused_adamw": True}, 1e-5),
-        ({"padded": True}, 2e-1),  # the rows that pad take part in the softmax: 127 of 384 here
+        ({"padded": True}, 2e-1),  # padding rows take part in the softmax: 127 of 384 here
         ({"separate_qkv": True, "recompute": True}, 1e-5),
         ({"precision": "autocast"}, 1e-2),
         ({"precision": "bf16"}, 1e-2),
@@ -53,37 +53,45 @@ def test_every_lever_gives_the_same_losses(
     assert naive["loss"] != naive["first_loss"]
 
 
-def test_what_is_measured(work: Work, one_thread: None) -> None:
+def test_measured_figures(work: Work, one_thread: None) -> None:
     found = measure(work, Levers(micro=4))
     assert found["tokens_per_s"] == pytest.approx(8 * 16 / found["ms_per_step"] * 1e3)
     assert found["ms_per_step_p10"] <= found["ms_per_step"] <= found["ms_per_step_p90"]
     assert 0.1 < found["peak_memory_gib"] < 64
-    assert found["utilisation"] is None  # nobody has published a CPU's peak
+    assert found["utilisation"] is None  # CPUs have no published peak
     assert found["attention_kernel"] is None
     assert found["levers"]["micro"] == 4
 
 
-def test_the_climb(
-    work: Work, here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+def test_climb_measures_every_rung(
+    work: Work,
+    in_this_process: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
 ) -> None:
     result = ladder.climb(Path(work.data), tmp_path, "cpu", "tiny", steps=2)
     names = [rung["rung"] for rung in result["rungs"]]
     assert names == [r.name for r in CPU_RUNGS if r.name != "compile"]
     assert json.loads((tmp_path / "ladder.json").read_text()) == result
     printed = capsys.readouterr().out
-    assert "compile              left out: not in this test" in printed
+    assert "compile              skipped: not in this test" in printed
     for rung in result["rungs"]:
         assert f"{rung['tokens_per_s']:,.0f}" in printed
         assert rung["why"] in printed
     levers = [rung["levers"] for rung in result["rungs"]]
     assert levers[0]["threads"] == 1
     assert levers[-1]["keep_memory"]
-    assert levers[-1]["fused_adamw"]  # what was pulled stays pulled
+    assert levers[-1]["fused_adamw"]  # earlier levers remain set
     assert not any(rung["compile"] for rung in levers)
 
 
-def test_the_command_draws_a_picture(
-    work: Work, here: None, tmp_path: Path, rekindle: Callable[..., Any], one_thread: None
+def test_command_draws_a_picture(
+    work: Work,
+    in_this_process: None,
+    tmp_path: Path,
+    rekindle: Callable[..., Any],
+    one_thread: None,
 ) -> None:
     out = tmp_path / "out"
     outcome = rekindle(
@@ -95,9 +103,7 @@ def test_the_command_draws_a_picture(
     assert (out / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_micro_batch_is_halved_until_it_fits(
-    work: Work, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_micro_batch_is_halved_until_it_fits(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(work: Work, levers: Levers) -> dict[str, Any]:
         return {"out_of_memory": True} if levers.micro > 4 else {"micro": levers.micro}
 
@@ -107,12 +113,12 @@ def test_the_micro_batch_is_halved_until_it_fits(
     monkeypatch.setattr(
         ladder, "measure_in_fresh_process", lambda work, levers: {"out_of_memory": True}
     )
-    with pytest.raises(UserError, match="not one row of tiny fits"):
+    with pytest.raises(UserError, match="not even one row of tiny fits"):
         ladder.measure_what_fits(work, Levers(micro=16))
 
 
-def test_a_process_of_its_own(shard_set: Path) -> None:
-    """The real thing once: what a rung prints is read back."""
+def test_measuring_in_a_fresh_process(shard_set: Path) -> None:
+    """Once for real: the output of the process is read back."""
     work = Work("demo", str(shard_set), "cpu", rows=2, steps=2, warmup=1)
     found = ladder.measure_in_fresh_process(work, Levers(threads=1, micro=2))
     assert found["tokens_per_s"] > 0
@@ -131,17 +137,17 @@ def test_the_lectures_rungs_come_first_and_levers_exist() -> None:
         assert levers.compile
 
 
-def test_what_goes_wrong_in_a_rung_is_one_line(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
-    monkeypatch.setattr(ladder.sys, "executable", "/bin/sh")  # which knows no -m
+def test_error_in_a_rung_is_one_line(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
+    monkeypatch.setattr(ladder.sys, "executable", "/bin/sh")  # has no -m
     with pytest.raises(UserError, match=r"the rung with Levers\(.*\) failed: .*") as caught:
         ladder.measure_in_fresh_process(work, Levers())
     assert "\n" not in str(caught.value)
 
 
-def test_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
+def test_out_of_memory_is_reported_as_a_result(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
     def measure(work: Work, levers: Levers) -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("rekindle.ladder.measure.measure", measure)
-    question = {"work": dataclasses.asdict(work), "levers": dataclasses.asdict(Levers())}
-    assert _answer(json.dumps(question)) == {"out_of_memory": True}
+    request = {"work": dataclasses.asdict(work), "levers": dataclasses.asdict(Levers())}
+    assert _handle(json.dumps(request)) == {"out_of_memory": True}

@@ -1,4 +1,4 @@
-"""launch/slurm.sh, with stand-ins for Slurm's commands that write down how they were called."""
+"""launch/slurm.sh, with stand-ins for Slurm's commands that record how they were called."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "slurm.sh"
 SCONTROL = '#!/bin/sh\n[ "$1" = show ] && printf "one\\ntwo\\n" || echo "$@" >> "$CALLS/scontrol"\n'
-# Runs until told to stop, as the training does, and then takes a moment to save.
+# Like the training, it runs until it receives SIGTERM, and then takes a moment to save.
 SRUN = """#!/bin/sh
 echo "$@" >> "$CALLS/srun"
 trap 'sleep 0.5; echo saved >> "$CALLS/srun"; exit 1' TERM
@@ -26,16 +26,17 @@ Job = Callable[[str], "subprocess.Popen[bytes]"]
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """`job(end)`: the script as Slurm runs it; its training ends with status `end`, or never."""
+    """`job(end)`: run the script as Slurm does. Its training exits with status `end`, or runs until
+    it is signalled if `end` is empty."""
     (tmp_path / "calls").mkdir()
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN), ("scancel", SCANCEL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    about = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "[one,two]"}
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "[one,two]"}
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
 
     def run(end: str) -> "subprocess.Popen[bytes]":
-        env = {**os.environ, **about, "PATH": path, "CALLS": str(tmp_path / "calls"), "END": end}
+        env = {**os.environ, **slurm, "PATH": path, "CALLS": str(tmp_path / "calls"), "END": end}
         return subprocess.Popen([SCRIPT, "gpt2-124m", "--data", "data", "--out", "run"], env=env)
 
     return run
@@ -45,21 +46,21 @@ def read(file: Path) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def test_it_starts_one_torchrun_a_host(job: Job, tmp_path: Path) -> None:
+def test_starts_one_torchrun_per_host(job: Job, tmp_path: Path) -> None:
     assert job("0").wait(timeout=20) == 0
-    asked = read(tmp_path / "calls" / "srun")
-    assert asked.startswith("torchrun --nnodes 2 --nproc-per-node gpu --max-restarts 3")
-    assert "--rdzv-endpoint one:29500" in asked
-    assert asked.endswith("-m rekindle train gpt2-124m --data data --out run\n")
+    call = read(tmp_path / "calls" / "srun")
+    assert call.startswith("torchrun --nnodes 2 --nproc-per-node gpu --max-restarts 3")
+    assert "--rdzv-endpoint one:29500" in call
+    assert call.endswith("-m rekindle train gpt2-124m --data data --out run\n")
     assert not read(tmp_path / "calls" / "scontrol")
 
 
-def test_a_mistake_does_not_queue_it_again(job: Job, tmp_path: Path) -> None:
+def test_user_error_is_not_requeued(job: Job, tmp_path: Path) -> None:
     assert job("2").wait(timeout=20) == 2
     assert not read(tmp_path / "calls" / "scontrol")
 
 
-def test_before_its_time_is_over_it_saves_and_queues_itself_again(job: Job, tmp_path: Path) -> None:
+def test_saves_and_requeues_before_the_time_limit(job: Job, tmp_path: Path) -> None:
     process = job("")
     while not (tmp_path / "calls" / "pid").exists():
         time.sleep(0.02)

@@ -13,18 +13,18 @@ from rekindle.errors import UserError
 from rekindle.recipes import RECIPES
 
 T, M = 4, 24  # a window, and a micro-batch of the lecture's loader: 6 windows
-SIZES = (97, 96, 120, 49, 25, 71)  # of shards: 97, 49 and 25 are whole micro-batches and one token
-MICRO_BATCHES = (4, 3, 4, 2, 1, 2)  # that they give
+SIZES = (97, 96, 120, 49, 25, 71)  # of shards; 97, 49 and 25 are complete micro-batches + 1 token
+MICRO_BATCHES = (4, 3, 4, 2, 1, 2)  # complete ones per shard
 
 
 def numbered(sizes: tuple[int, ...] | list[int]) -> list[np.ndarray]:
-    """Shards in which no two tokens are equal."""
+    """Shards in which all tokens are different."""
     ends = np.cumsum(sizes)
     return [np.arange(end - n, end, dtype=np.uint16) for n, end in zip(sizes, ends, strict=True)]
 
 
 def lecture_loader(shards: list[np.ndarray], B: int, T: int) -> Iterator[tuple[Any, Any]]:
-    """The loader of one process: inputs and targets (B, T), for ever."""
+    """The loader of one process: an endless stream of inputs and targets (B, T)."""
     shard = position = 0
     while True:
         tokens = shards[shard][position : position + B * T + 1].astype(np.int64)
@@ -37,7 +37,7 @@ def lecture_loader(shards: list[np.ndarray], B: int, T: int) -> Iterator[tuple[A
 
 
 def lecture_rows(shards: list[np.ndarray], M: int, T: int) -> Iterator[tuple[list, list]]:
-    """Its windows one by one."""
+    """The loader's rows, one by one."""
     for x, y in lecture_loader(shards, M // T, T):
         yield from zip(x.tolist(), y.tolist(), strict=True)
 
@@ -50,8 +50,8 @@ def lecture_batches(shards: list[np.ndarray], rows: int, M: int = M, T: int = T)
     ("rows", "micro", "ranks"),
     [(6, 6, 1), (12, 6, 1), (8, 8, 1), (8, 2, 1), (8, 2, 2), (8, 1, 4), (20, 5, 2), (96, 4, 3)],
 )
-def test_the_order_is_the_lectures_on_any_split(rows: int, micro: int, ranks: int) -> None:
-    """Over every shard's end and three times through all of them."""
+def test_order_matches_the_lecture_for_any_partition(rows: int, micro: int, ranks: int) -> None:
+    """Across all shard boundaries, for three epochs."""
     shards = numbered(SIZES)
     lecture = lecture_rows(shards, M, T)
     batches = lecture_batches(shards, rows)
@@ -64,10 +64,10 @@ def test_the_order_is_the_lectures_on_any_split(rows: int, micro: int, ranks: in
                     assert (x[m, row].tolist(), y[m, row].tolist()) == next(lecture)
 
 
-def test_a_shard_gives_whole_micro_batches() -> None:
+def test_only_complete_micro_batches_of_a_shard_are_used() -> None:
     for size, count in zip(SIZES, MICRO_BATCHES, strict=True):
         assert len(Windows([np.zeros(size, np.uint16)], T, unit=M)) == 6 * count
-    # One too short for a micro-batch, with which the lecture's loader fails, gives none.
+    # A shard that is too short for a micro-batch gives none. The lecture's loader would fail.
     shards = numbered([24, 0, 49, 3, 25])
     assert len(Windows(shards, T, unit=M)) == 18
     starts = Windows(shards, T, unit=M).read(np.arange(18))[:, 0]
@@ -90,8 +90,8 @@ def test_any_shards(data: st.DataObject) -> None:
             assert (x[0, row].tolist(), y[0, row].tolist()) == next(lecture)
 
 
-def test_the_published_runs_shards() -> None:
-    """100M tokens give 1,525 micro-batches of 65,536, 56 windows fewer than there are."""
+def test_windows_of_the_published_run() -> None:
+    """100M tokens give 1,525 micro-batches of 65,536, which leaves 56 windows unused."""
     batch = RECIPES["gpt2-124m"].batch
     shards = [np.broadcast_to(np.uint16(i), (100_000_000,)) for i in range(3)]
     windows = Windows(shards, batch.length, unit=batch.unit)
@@ -100,12 +100,12 @@ def test_the_published_runs_shards() -> None:
     batches = Batches(windows, batch.rows, 1337, batch.order)
     x, _ = batches.batch(
         190, Partition.of(512, 64)
-    )  # its 6th micro-batch is the next shard's first
+    )  # its 6th micro-batch is the first one of the next shard
     assert x[:, 0, 0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
 
 
 def test_too_little_data() -> None:
     with pytest.raises(UserError, match=r"has 0 in whole micro-batches of 24: .*lecture-micro"):
         lecture_batches(numbered([24, 20]), 1)
-    with pytest.raises(UserError, match="needs 28 tokens, the training split has 24"):
+    with pytest.raises(UserError, match="needs 28 tokens, but the training split has 24"):
         lecture_batches(numbered([47]), 7)

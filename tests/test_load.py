@@ -1,4 +1,4 @@
-"""RUN_OR_MODEL: whatever a person may name becomes a model, or one line about what it is not."""
+"""RUN_OR_MODEL arguments: runs, checkpoints, folders and hub names load, or fail in one line."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def run(tmp_path: Path, train: Callable[..., Any]) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_is_its_newest_checkpoint(run: Path) -> None:
+def test_run_folder_loads_its_newest_checkpoint(run: Path) -> None:
     newest = run / "checkpoints" / "step-000008"
     by_run, by_checkpoint = load(str(run), CPU), load(str(newest), CPU)
     assert by_run.name == by_checkpoint.name == str(newest)
@@ -40,7 +40,7 @@ def test_a_run_is_its_newest_checkpoint(run: Path) -> None:
         assert not torch.equal(p, r)
 
 
-def test_a_loaded_run_is_whole(run: Path) -> None:
+def test_loaded_model_is_complete(run: Path) -> None:
     loaded = load(str(run), CPU)
     model = loaded.model
     assert loaded.tokenizer.name == "bytes"
@@ -51,7 +51,7 @@ def test_a_loaded_run_is_whole(run: Path) -> None:
     assert logits.shape == (1, 3, 257)  # type: ignore
 
 
-def test_a_loaded_run_has_the_loss_that_its_training_saw(
+def test_eval_matches_the_validation_loss_logged_in_training(
     run: Path, records: Callable[..., list[dict[str, Any]]], rekindle: Callable[..., Any]
 ) -> None:
     outcome = rekindle("eval", run, "--device", "cpu", "--precision", "fp32", "--json")
@@ -64,7 +64,7 @@ def test_a_loaded_run_has_the_loss_that_its_training_saw(
 
 
 def export(folder: Path, vocab_size: int) -> Path:
-    """A GPT-2 of one narrow block in Hugging Face's layout."""
+    """Write a tiny GPT-2 with one block in Hugging Face's layout."""
     C = 8
     shapes = {
         "wte.weight": (vocab_size, C), "wpe.weight": (16, C),
@@ -83,17 +83,17 @@ def export(folder: Path, vocab_size: int) -> Path:
     return folder
 
 
-def test_a_folder_in_hugging_faces_layout(tmp_path: Path) -> None:
+def test_hugging_face_folder(tmp_path: Path) -> None:
     folder = export(tmp_path / "exported", 50257)
     loaded = load(str(folder), CPU)
     assert (loaded.name, loaded.run, loaded.tokenizer.name) == (str(folder), None, "gpt2")
     assert loaded.model.config.padded_vocab_size == 50257
 
 
-def test_a_folder_with_another_vocabulary_has_no_tokenizer(tmp_path: Path) -> None:
+def test_hugging_face_folder_with_another_vocabulary_is_an_error(tmp_path: Path) -> None:
     folder = export(tmp_path / "exported", 300)
     with pytest.raises(
-        UserError, match="has an embedding of 300 rows, GPT-2's tokenizer 50257 ids"
+        UserError, match=r"the embedding of .* has 300 rows, but GPT-2's tokenizer has 50257 ids"
     ):
         load(str(folder), CPU)
 
@@ -103,27 +103,29 @@ def test_a_folder_with_another_vocabulary_has_no_tokenizer(tmp_path: Path) -> No
     [
         ("gpt2-mediun", "did you mean gpt2-medium"),
         ("gpt2xl", "did you mean gpt2-xl"),
-        ("runs/nothing-like-it", "no folder and none of the models gpt2, gpt2-medium"),
+        ("runs/nothing-like-it", "neither a folder nor one of the models gpt2, gpt2-medium"),
     ],
 )
-def test_an_unknown_name_gets_the_nearest_ones(refuses: Callable[..., str], name: str, near: str):
-    error = refuses(["sample", name, "--device", "cpu"], f"{name} is no folder", near)
+def test_unknown_name_suggests_similar_ones(refuses: Callable[..., str], name: str, near: str):
+    error = refuses(["sample", name, "--device", "cpu"], f"{name} is neither a folder", near)
     assert ("did you mean" in error) == ("did you mean" in near)
 
 
-def test_a_folder_that_is_no_checkpoint(refuses: Callable[..., str], tmp_path: Path) -> None:
-    refuses(["eval", tmp_path, "--device", "cpu"], str(tmp_path), "is no run and no checkpoint")
+def test_folder_without_a_checkpoint(refuses: Callable[..., str], tmp_path: Path) -> None:
+    refuses(["eval", tmp_path, "--device", "cpu"], str(tmp_path), "is not a run or a checkpoint")
     (tmp_path / "checkpoints").mkdir()
     refuses(["eval", tmp_path, "--device", "cpu"], "has no checkpoint yet")
 
 
-def test_a_file_is_no_model(refuses: Callable[..., str], run: Path) -> None:
+def test_file_instead_of_a_folder(refuses: Callable[..., str], run: Path) -> None:
     file = run / "checkpoints" / "step-000008" / "model.safetensors"
-    refuses(["sample", file, "--device", "cpu"], f"{file} is a file: name the folder {file.parent}")
+    refuses(
+        ["sample", file, "--device", "cpu"], f"{file} is a file: give its folder, {file.parent}"
+    )
 
 
 @pytest.mark.parametrize("keep", ["all but a byte", "a kilobyte", "nothing"])
-def test_a_truncated_checkpoint(refuses: Callable[..., str], run: Path, keep: str) -> None:
+def test_truncated_checkpoint(refuses: Callable[..., str], run: Path, keep: str) -> None:
     file = run / "checkpoints" / "step-000008" / "model.safetensors"
     size = {"all but a byte": file.stat().st_size - 1, "a kilobyte": 1024, "nothing": 0}[keep]
     with open(file, "r+b") as opened:
@@ -131,7 +133,7 @@ def test_a_truncated_checkpoint(refuses: Callable[..., str], run: Path, keep: st
     refuses(["sample", run, "--device", "cpu"], str(file), "is damaged")
 
 
-def test_a_checkpoint_with_one_bit_changed(refuses: Callable[..., str], run: Path) -> None:
+def test_checkpoint_with_a_flipped_bit(refuses: Callable[..., str], run: Path) -> None:
     file = run / "checkpoints" / "step-000008" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -140,13 +142,13 @@ def test_a_checkpoint_with_one_bit_changed(refuses: Callable[..., str], run: Pat
 
 
 @pytest.mark.parametrize("content", ["", '{"format": 1, "st', "{}", "[]", '{"format": 99}'])
-def test_a_damaged_description(refuses: Callable[..., str], run: Path, content: str) -> None:
+def test_damaged_description(refuses: Callable[..., str], run: Path, content: str) -> None:
     file = run / "checkpoints" / "step-000008" / "checkpoint.json"
     file.write_text(content)
     refuses(["sample", run, "--device", "cpu"], str(file))
 
 
-def test_a_checkpoint_that_lost_its_weights(refuses: Callable[..., str], run: Path) -> None:
+def test_checkpoint_without_weights(refuses: Callable[..., str], run: Path) -> None:
     file = run / "checkpoints" / "step-000008" / "model.safetensors"
     file.unlink()
     refuses(["sample", run, "--device", "cpu"], "model.safetensors cannot be read")
@@ -163,17 +165,17 @@ def test_gpt2_from_pretrained_reads_runs_and_folders(run: Path, tmp_path: Path) 
         assert p.requires_grad
     older = GPT2.from_pretrained(str(run / "checkpoints" / "step-000004"))
     assert not torch.equal(older.lm_head.weight, model.lm_head.weight)
-    folder = export(tmp_path / "exported", 300)  # a vocabulary of which no tokenizer is known
+    folder = export(tmp_path / "exported", 300)  # a vocabulary without a known tokenizer
     assert type(GPT2.from_pretrained(folder)) is GPT2
     assert GPT2.from_pretrained(folder).config.vocab_size == 300
 
 
-def test_gpt2_from_pretrained_says_in_one_line_what_it_was_given(tmp_path: Path) -> None:
+def test_gpt2_from_pretrained_errors_are_one_line(tmp_path: Path) -> None:
     from rekindle import GPT2
 
     for name, reason in (
-        (tmp_path, "is no run and no checkpoint"),
-        (tmp_path / "nothing", "is no folder and none of the models"),
+        (tmp_path, "is not a run or a checkpoint"),
+        (tmp_path / "nothing", "is neither a folder nor one of the models"),
         ("gpt2-mediun", "did you mean gpt2-medium"),
     ):
         with pytest.raises(UserError, match=reason) as caught:

@@ -1,4 +1,4 @@
-"""What is decided from what was asked, what was recorded and what the device can."""
+"""`resolve` combines the user's options, recorded settings and what the device supports."""
 
 import dataclasses
 from typing import Any
@@ -19,12 +19,12 @@ CPU = Machine(
     shard=True, threads=1, recompute=True, micro_batch=4, name="CPU",
     memory=devices.memory_of(torch.device("cpu")),
 )  # fmt: skip
-ASKED = MachineOptions(device="cpu")
+OPTIONS = MachineOptions(device="cpu")
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU of 80 GiB that computes in bf16, as far as deciding goes."""
+    """Pretend to have a GPU with 80 GiB and bf16, as far as `resolve` can tell."""
     monkeypatch.setattr(devices, "_choose", lambda wanted: "cuda")
     monkeypatch.setattr(devices, "_probe_cuda", lambda device: None)
     monkeypatch.setattr(devices, "why_not_compile", lambda device: None)
@@ -34,9 +34,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-def test_nothing_asked_and_nothing_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "why_not_compile", lambda device: None)
-    found = resolve(ASKED)
+    found = resolve(OPTIONS)
     assert found == Machine(
         device="cpu", precision=found.precision, compile=True, kernels=False, deterministic=False,
         shard=False, threads=1, recompute=False, micro_batch=None, name="CPU", memory=CPU.memory,
@@ -44,101 +44,101 @@ def test_nothing_asked_and_nothing_recorded(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.precision in ("fp32", "autocast")
 
 
-def test_what_was_recorded_is_kept_on_the_same_device() -> None:
-    assert resolve(ASKED, CPU) == CPU
+def test_recorded_settings_are_kept_on_the_same_device() -> None:
+    assert resolve(OPTIONS, CPU) == CPU
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [
         {"precision": "fp32"}, {"deterministic": False}, {"shard": False}, {"threads": 2},
         {"recompute": False}, {"micro_batch": 8},
     ],
 )  # fmt: skip
-def test_what_is_asked_comes_first(asked: dict[str, Any]) -> None:
-    found = resolve(dataclasses.replace(ASKED, **asked), CPU)
-    assert found == dataclasses.replace(CPU, **asked)
-    assert changes(CPU, found, dataclasses.replace(ASKED, **asked)) == ""
+def test_options_override_recorded_settings(options: dict[str, Any]) -> None:
+    found = resolve(dataclasses.replace(OPTIONS, **options), CPU)
+    assert found == dataclasses.replace(CPU, **options)
+    assert changes(CPU, found, dataclasses.replace(OPTIONS, **options)) == ""
 
 
 @pytest.mark.parametrize(("factor", "kept"), [(0.5, False), (0.97, True), (1.03, True), (4, False)])
-def test_other_memory_is_measured_anew(factor: float, kept: bool) -> None:
+def test_other_memory_means_a_new_micro_batch_search(factor: float, kept: bool) -> None:
     before = dataclasses.replace(CPU, memory=int(CPU.memory * factor))
-    found = resolve(ASKED, before)
+    found = resolve(OPTIONS, before)
     assert (found.micro_batch, found.recompute) == ((4, True) if kept else (None, False))
     assert (found.precision, found.deterministic) == ("autocast", True)
-    assert ("micro-batch None instead of 4" in changes(before, found, ASKED)) is not kept
+    assert ("micro-batch None instead of 4" in changes(before, found, OPTIONS)) is not kept
 
 
-def test_more_threads_than_there_are_cores_are_not_kept() -> None:
+def test_more_threads_than_cores_are_not_kept() -> None:
     before = dataclasses.replace(CPU, threads=usable_cores() + 1)
-    assert resolve(ASKED, before).threads == 1
-    assert resolve(ASKED, dataclasses.replace(before, threads=usable_cores())).threads > 1
+    assert resolve(OPTIONS, before).threads == 1
+    assert resolve(OPTIONS, dataclasses.replace(before, threads=usable_cores())).threads > 1
 
 
 @pytest.mark.parametrize(
     ("rows", "ranks", "kept"), [(8, 1, 4), (8, 2, 4), (8, 4, None), (6, 1, None), (None, 1, 4)]
 )
-def test_a_micro_batch_that_no_longer_divides_is_not_kept(
+def test_micro_batch_that_no_longer_divides_is_not_kept(
     rows: int | None, ranks: int, kept: int | None
 ) -> None:
-    assert resolve(ASKED, CPU, World(size=ranks), rows=rows).micro_batch == kept
+    assert resolve(OPTIONS, CPU, World(size=ranks), rows=rows).micro_batch == kept
 
 
-def test_a_sharded_model_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharded_model_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "why_not_compile", lambda device: None)
-    asked = MachineOptions(device="cpu", shard=True, compile=True)
-    assert [resolve(asked, None, World(size=n)).compile for n in (1, 2)] == [True, False]
+    options = MachineOptions(device="cpu", shard=True, compile=True)
+    assert [resolve(options, None, World(size=n)).compile for n in (1, 2)] == [True, False]
 
 
-def test_a_cpus_run_resumes_on_a_gpu(gpu: None) -> None:
+def test_run_from_a_cpu_resumes_on_a_gpu(gpu: None) -> None:
     found = resolve(MachineOptions(), CPU)
     assert (found.device, found.memory) == ("cuda", 80 * 2**30)
     assert (found.precision, found.deterministic, found.compile) == ("autocast", True, False)
     assert (found.micro_batch, found.recompute) == (None, None)  # to be measured
-    said = changes(CPU, found, MachineOptions())
-    assert said.startswith("device cuda instead of cpu")
+    line = changes(CPU, found, MachineOptions())
+    assert line.startswith("device cuda instead of cpu")
 
 
-def test_fp8_is_off_until_asked_for(gpu: None) -> None:
+def test_fp8_is_off_by_default(gpu: None) -> None:
     assert not resolve(MachineOptions()).fp8_head
     found = resolve(MachineOptions(fp8_head=True))
     assert found.fp8_head
     assert resolve(MachineOptions(), found).fp8_head
 
 
-def test_a_gpus_run_resumes_on_a_cpu() -> None:
+def test_run_from_a_gpu_resumes_on_a_cpu() -> None:
     before = Machine(
         device="cuda", precision="tf32", compile=False, kernels=True, deterministic=False,
         shard=False, threads=16, recompute=False, micro_batch=64, memory=80 * 2**30, fp8_head=True,
     )  # fmt: skip
-    found = resolve(ASKED, before)
+    found = resolve(OPTIONS, before)
     assert (found.kernels, found.micro_batch, found.threads) == (False, None, 1)
     assert not found.fp8_head
-    assert found.precision == resolve(ASKED).precision  # a CPU has no TF32
-    said = changes(before, found, ASKED)
-    assert "kernels no instead of yes" in said
-    assert "precision" in said
+    assert found.precision == resolve(OPTIONS).precision  # a CPU has no TF32
+    line = changes(before, found, OPTIONS)
+    assert "kernels no instead of yes" in line
+    assert "precision" in line
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("options", "words"),
     [
-        ({"kernels": True, "precision": "fp32"}, "--kernels: .*; say --no-kernels"),
-        ({"fp8_head": True}, "--fp8-head: FP8 needs an NVIDIA GPU of Hopper's class; leave it out"),
+        ({"kernels": True, "precision": "fp32"}, "--kernels: .*; use --no-kernels"),
+        ({"fp8_head": True}, "--fp8-head: FP8 needs an NVIDIA Hopper GPU or newer; leave it out"),
         ({"precision": "tf32"}, "--precision tf32 needs an NVIDIA GPU"),
-        ({"precision": "fp64"}, "--precision is"),
-        ({"device": "tpu"}, "--device is"),
+        ({"precision": "fp64"}, "--precision must be one of"),
+        ({"device": "tpu"}, "--device must be"),
         ({"micro_batch": 0}, "--micro-batch must be at least 1, but is 0"),
         ({"threads": -1}, "--threads must be at least 1, but is -1"),
     ],
 )
-def test_what_cannot_be_had_is_refused(asked: dict[str, Any], words: str) -> None:
+def test_unavailable_option_is_an_error(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        resolve(MachineOptions(**{"device": "cpu", **asked}))
+        resolve(MachineOptions(**{"device": "cpu", **options}))
 
 
-def test_ranks_agree_on_all_but_their_own_processor() -> None:
+def test_settings_that_may_differ_between_ranks() -> None:
     for field in dataclasses.fields(Machine):
         other = dataclasses.replace(CPU, **{field.name: "other"})
         own = field.name in ("name", "memory", "threads", "keep_memory")

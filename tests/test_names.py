@@ -1,4 +1,4 @@
-"""What a name stands for: a folder here, then a model of the hub; where two fit, it is said."""
+"""Resolving model names: a local folder, then a model on the hub; ambiguous names get a note."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SAMPLE = ["--device", "cpu", "--prompt", "ab", "--tokens", 3, "--num", 1, "--jso
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Callable[..., Any]) -> Path:
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Callable[..., Any]) -> Path:
     """A current directory with a run of two steps in it, called `mine`."""
     train(tmp_path / "mine", "--steps", 2)
     monkeypatch.chdir(tmp_path)
@@ -30,51 +30,51 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Callable[..., A
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-xl"])
-def test_a_run_here_goes_before_a_model_of_the_hub(
-    here: Path, rekindle: Callable[..., Any], name: str
+def test_local_run_takes_precedence_over_a_hub_model(
+    cwd: Path, rekindle: Callable[..., Any], name: str
 ) -> None:
-    (here / "mine").rename(here / name)
+    (cwd / "mine").rename(cwd / name)
     for command in (["sample", name, *SAMPLE], ["eval", name, "--device", "cpu", "--json"]):
         outcome = rekindle(*command)
         assert outcome.status == 0, outcome.err
         assert json.loads(outcome.out)["model"] == str(Path(name, "checkpoints", "step-000002"))
-        assert outcome.err.count("\n") == 1  # stdout is JSON, so it is said here
-        assert f"{name} is the run {here / name} and a model of the hub" in outcome.err
+        assert outcome.err.count("\n") == 1  # stdout is JSON, so the note goes to stderr
+        assert f"{name} is the run {cwd / name} and a model on the hub" in outcome.err
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-large"])
-def test_so_does_a_checkpoint(here: Path, name: str) -> None:
-    shutil.copytree(here / "mine" / "checkpoints" / "step-000002", here / name)
+def test_local_checkpoint_takes_precedence_over_a_hub_model(cwd: Path, name: str) -> None:
+    shutil.copytree(cwd / "mine" / "checkpoints" / "step-000002", cwd / name)
     loaded = load(name, CPU)
     assert loaded.run is not None
-    assert f"{name} is the checkpoint {here / name} and a model of the hub" in loaded.note
-    with pytest.warns(UserWarning, match=f"{name} is the checkpoint .* a model of the hub"):
+    assert f"{name} is the checkpoint {cwd / name} and a model on the hub" in loaded.note
+    with pytest.warns(UserWarning, match=f"{name} is the checkpoint .* a model on the hub"):
         GPT2.from_pretrained(name)
 
 
-def test_a_folder_that_is_no_model_does_not_hide_the_hubs(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+def test_folder_that_is_not_a_model_does_not_hide_the_hub_model(
+    cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where somebody keeps notes under that name."""
-    (here / "gpt2").mkdir()
-    (here / "gpt2" / "notes.txt").write_text("")
-    asked = []
+    """For example, a folder with notes that has the same name."""
+    (cwd / "gpt2").mkdir()
+    (cwd / "gpt2" / "notes.txt").write_text("")
+    requests = []
 
     def download(repo: str, file: str, **_: Any) -> Path:
-        asked.append((repo, file))
+        requests.append((repo, file))
         raise UserError("no network")
 
     monkeypatch.setattr(huggingface.hub, "download", download)
     with pytest.raises(UserError, match="no network"):
         load("gpt2", CPU)
-    assert asked == [("openai-community/gpt2", "config.json")]
+    assert requests == [("openai-community/gpt2", "config.json")]
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "run.json"])
-def test_half_a_model_does(here: Path, file: str) -> None:
-    """What begins as one is meant, and is not replaced by another in silence."""
-    (here / "gpt2").mkdir()
-    (here / "gpt2" / file).write_text("{}")
+def test_incomplete_model_folder_is_not_replaced_by_the_hub_model(cwd: Path, file: str) -> None:
+    """A folder with some of a model's files is used, not silently replaced by the hub's model."""
+    (cwd / "gpt2").mkdir()
+    (cwd / "gpt2" / file).write_text("{}")
     with pytest.raises(UserError) as caught:
         load("gpt2", CPU)
     assert "gpt2 " in str(caught.value) or "gpt2/" in str(caught.value)
@@ -82,18 +82,18 @@ def test_half_a_model_does(here: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints/step-000002"], ids=["run", "checkpoint"])
-def test_a_run_with_an_export_in_its_folder_is_the_run(here: Path, inside: str) -> None:
+def test_run_takes_precedence_over_an_export_in_its_folder(cwd: Path, inside: str) -> None:
     from tests.test_load import export
 
-    made = export(here / "exported", 300)
-    shutil.copy(made / "config.json", here / "mine" / inside)
+    made = export(cwd / "exported", 300)
+    shutil.copy(made / "config.json", cwd / "mine" / inside)
     loaded = load(str(Path("mine") / inside), CPU)
     assert loaded.run is not None
     assert loaded.run.step == 2
     assert "config.json" in loaded.note
 
 
-def test_where_one_fits_nothing_is_said(here: Path) -> None:
+def test_unambiguous_name_has_no_note(cwd: Path) -> None:
     assert load("mine", CPU).note == ""
     assert load("mine/checkpoints/step-000002", CPU).note == ""
 
@@ -109,7 +109,7 @@ def test_where_one_fits_nothing_is_said(here: Path) -> None:
         ("https://huggingface.co/openai-community/gpt2", "gpt2"),
     ],
 )  # fmt: skip
-def test_a_near_miss_gets_the_name_that_was_meant(name: str, meant: str) -> None:
+def test_similar_name_is_suggested(name: str, meant: str) -> None:
     for read in (lambda: load(name, CPU), lambda: GPT2.from_pretrained(name)):
         with pytest.raises(UserError) as caught:
             read()
@@ -117,21 +117,21 @@ def test_a_near_miss_gets_the_name_that_was_meant(name: str, meant: str) -> None
 
 
 @pytest.mark.parametrize("name", ["runs/nothing-like-it", "llama", "distilgpt2", "xl"])
-def test_what_is_not_near_gets_no_hint(name: str) -> None:
-    with pytest.raises(UserError, match="no folder and none of the models") as caught:
+def test_dissimilar_name_gets_no_suggestion(name: str) -> None:
+    with pytest.raises(UserError, match="neither a folder nor one of the models") as caught:
         load(name, CPU)
     assert "did you mean" not in str(caught.value)
 
 
-def test_a_file_gets_the_folder_it_is_in(here: Path) -> None:
+def test_file_error_suggests_its_folder(cwd: Path) -> None:
     file = Path("mine", "checkpoints", "step-000002", "model.safetensors")
-    with pytest.raises(UserError, match=f"{file} is a file: name the folder {file.parent}"):
+    with pytest.raises(UserError, match=f"{file} is a file: give its folder, {file.parent}"):
         load(str(file), CPU)
 
 
 @pytest.mark.parametrize("changed", [{"vocab_size": 257}, {"n_head": 5}, {"n_head": 7}])
 def test_sizes_that_contradict_each_other(changed: dict[str, int]) -> None:
-    """A configuration has the rows that its ids ask for, and heads that divide its width."""
+    """The embedding is padded for the vocabulary, and the heads must divide the width."""
     if "n_head" in changed:
         with pytest.raises(UserError, match="not a multiple of n_head"):
             GPT2Config(**changed)
@@ -139,26 +139,27 @@ def test_sizes_that_contradict_each_other(changed: dict[str, int]) -> None:
     assert GPT2Config(**changed).padded_vocab_size == 257
 
 
-def test_a_checkpoint_copied_without_its_optimizer_says_so(
-    here: Path, refuses: Callable[..., str]
+def test_checkpoint_copied_without_its_optimizer_is_reported(
+    cwd: Path, refuses: Callable[..., str]
 ) -> None:
-    copied = here / "weights"
-    shutil.copytree(here / "mine" / "checkpoints" / "step-000002", copied)
+    copied = cwd / "weights"
+    shutil.copytree(cwd / "mine" / "checkpoints" / "step-000002", copied)
     (copied / "optimizer.safetensors").unlink()
-    error = refuses(["sample", "weights", "--device", "cpu"], "optimizer.safetensors is not there")
+    missing = "optimizer.safetensors does not exist"
+    error = refuses(["sample", "weights", "--device", "cpu"], missing)
     assert "copy" in error
     assert "sets this one aside" not in error
 
 
 @pytest.mark.parametrize("called", [b"r\xe9sultat", b"\xff", b"a\xc3"])
-def test_a_name_that_is_no_utf8_stays_readable(
+def test_non_utf8_name_is_printed_readably(
     tmp_path: Path, rekindle: Callable[..., Any], called: bytes
 ) -> None:
-    """Python's own way to keep such bytes is no text: nothing could read the JSON."""
+    """Python keeps such bytes as lone surrogates, which would make the JSON invalid."""
     from rekindle import storage
     from tests.test_load import export
 
     folder = export(tmp_path / "exported", 50257).rename(tmp_path / os.fsdecode(called))
     outcome = rekindle("sample", folder, *SAMPLE)
     assert outcome.status == 0, outcome.err
-    assert storage.parse_json(outcome.out.encode())["model"] == storage.spelled(folder)
+    assert storage.parse_json(outcome.out.encode())["model"] == storage.printable(folder)

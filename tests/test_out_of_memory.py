@@ -1,4 +1,4 @@
-"""Running out of memory is one line that says what helps."""
+"""Running out of memory ends the command with one line that says what to do."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from rekindle import trainer
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0"), "2 GiB)"),
         (
@@ -21,9 +21,9 @@ from rekindle import trainer
         (MemoryError(), "out of memory: "),
     ],
 )
-def test_in_a_step(
+def test_out_of_memory_in_a_step_is_one_line(
     rekindle: Callable[..., Any], command: Callable[[Path], list[str]], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, one_thread: None, error: BaseException, said: str,
+    monkeypatch: pytest.MonkeyPatch, one_thread: None, error: BaseException, message: str,
 ) -> None:  # fmt: skip
     def fail(*arguments: Any, **options: Any) -> Any:
         raise error
@@ -31,12 +31,12 @@ def test_in_a_step(
     monkeypatch.setattr(trainer, "train_step", fail)
     outcome = rekindle(*command(tmp_path / "run"))
     assert outcome.status == 2
-    assert said in outcome.err
+    assert message in outcome.err
     assert outcome.err.count("\n") == 1
-    assert "give a smaller --micro-batch" in outcome.err
+    assert "lower --micro-batch" in outcome.err
 
 
-def test_any_other_error_of_torch_is_ours(
+def test_other_torch_errors_are_not_caught(
     rekindle: Callable[..., Any], command: Callable[[Path], list[str]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, one_thread: None,
 ) -> None:  # fmt: skip
@@ -48,7 +48,7 @@ def test_any_other_error_of_torch_is_ours(
         rekindle(*command(tmp_path / "run"))
 
 
-def test_a_real_allocation_that_no_machine_has(
+def test_impossible_allocation_is_one_line(
     rekindle: Callable[..., Any], command: Callable[[Path], list[str]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, one_thread: None,
 ) -> None:  # fmt: skip

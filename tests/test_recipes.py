@@ -1,4 +1,4 @@
-"""Recipes: their names, flags, and the numbers that cannot be trained with."""
+"""Recipes: their names, flags, and checks of their numbers."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ def test_every_recipe_can_be_trained(name: str) -> None:
     assert recipe.schedule.warmup < recipe.steps
 
 
-def test_the_lectures_numbers() -> None:
+def test_lecture_recipe_has_the_lectures_numbers() -> None:
     lecture = recipes.flatten(RECIPES["gpt2-124m"])
     for name, value in {
         "batch.tokens": 524_288, "batch.length": 1024, "batch.order": "lecture",
@@ -35,12 +35,12 @@ def test_the_lectures_numbers() -> None:
     assert (tuned.batch.order, tuned.optim.lr) == ("shuffled", 1.8e-3)
 
 
-def test_nearest_names() -> None:
+def test_unknown_recipe_suggests_the_nearest_names() -> None:
     with pytest.raises(UserError, match=r"no recipe 'gpt2-124': did you mean gpt2-124m or "):
         recipes.get_recipe("gpt2-124")
     with pytest.raises(UserError, match=r"demo or demo-gpu|demo-gpu or demo"):
         recipes.get_recipe("dmeo")
-    with pytest.raises(UserError, match="gpt2-xl"):  # nothing is near: all of them
+    with pytest.raises(UserError, match="gpt2-xl"):  # no similar name: all are listed
         recipes.get_recipe("%%%")
 
 
@@ -55,10 +55,10 @@ def test_flatten_and_override_are_inverse() -> None:
 
 
 def test_every_number_has_a_flag() -> None:
-    """But for what the data decides, and what the recipe is called."""
+    """Except those that the data determines, and the recipe's name and description."""
     names = set(recipes.flatten(RECIPES["demo"]))
-    decided = {"name", "about", "model.vocab_size", "model.padded_vocab_size"}
-    assert {flag.name for flag in flags_of(RECIPES["demo"])} == names - decided
+    without_flag = {"name", "about", "model.vocab_size", "model.padded_vocab_size"}
+    assert {flag.name for flag in flags_of(RECIPES["demo"])} == names - without_flag
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,11 @@ def test_every_number_has_a_flag() -> None:
         ),
         (
             {"batch.order": "sequential", "batch.lecture_micro_tokens": 32},
-            "--batch.lecture-micro-tokens 32 means nothing with --batch.order sequential",
+            "--batch.lecture-micro-tokens 32 has no effect with --batch.order sequential",
         ),
     ],
 )
-def test_numbers_that_cannot_be_trained_with(
-    tiny: Recipe, changes: dict[str, Any], words: str
-) -> None:
+def test_invalid_numbers_are_rejected(tiny: Recipe, changes: dict[str, Any], words: str) -> None:
     recipes.check(tiny)
     with pytest.raises(UserError) as error:
         recipes.check(recipes.override(tiny, changes))
@@ -111,9 +109,7 @@ def test_numbers_that_cannot_be_trained_with(
         {"batch.length": 32}, {"seed": 2**63 - 1}, {"model.n_head": 1},
     ],
 )  # fmt: skip
-def test_the_least_and_the_most_that_can_be_trained_with(
-    tiny: Recipe, changes: dict[str, Any]
-) -> None:
+def test_extreme_valid_numbers_are_accepted(tiny: Recipe, changes: dict[str, Any]) -> None:
     recipes.check(recipes.override(tiny, changes))
 
 
@@ -127,12 +123,13 @@ def test_differences_name_each_field(tiny: Recipe) -> None:
     ]
 
 
-def test_what_may_change_on_a_resume(tiny: Recipe) -> None:
+def test_fields_that_may_change_on_resume(tiny: Recipe) -> None:
     before = recipes.flatten(tiny)
     free = {
         "steps": 99, "eval_every": 9, "checkpoint_every": 9, "keep_checkpoints": 9,
             "keep_best": 9, "keep_every": 9,
-        "eval_tokens": 9, "prompt": "x", "passage": "x", "about": "x", "batch.micro": 2,
+        "eval_tokens": 9, "tokenizer": "x", "prompt": "x", "passage": "x", "about": "x",
+        "batch.micro": 2,
     }  # fmt: skip
     assert recipes.differences(before, {**before, **free}) == []
     for name in set(before) - set(free):
@@ -144,11 +141,11 @@ def test_a_field_newer_than_the_run_has_its_default(tiny: Recipe) -> None:
     before = {name: value for name, value in now.items() if name != "batch.lecture_micro_tokens"}
     assert recipes.differences(before, now) == []
     changed = {**now, "batch.lecture_micro_tokens": 32}
-    said = ["--batch.lecture-micro-tokens was 65536, now 32"]
-    assert recipes.differences(before, changed) == said
-    assert recipes.differences(now, changed) == said
+    expected = ["--batch.lecture-micro-tokens was 65536, now 32"]
+    assert recipes.differences(before, changed) == expected
+    assert recipes.differences(now, changed) == expected
 
 
-def test_a_recipe_cannot_be_changed_by_accident(tiny: Recipe) -> None:
+def test_recipes_are_immutable(tiny: Recipe) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         tiny.steps = 3  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""A whole training through the command line: what it writes, says, and when it gives up."""
+"""Complete runs from the command line: the files they write, what they print, and how they end."""
 
 import math
 import shutil
@@ -35,8 +35,8 @@ def test_due() -> None:
     assert [step for step in range(1, 11) if due(step, 1, 10)] == list(range(1, 11))
 
 
-def test_what_a_run_writes(tmp_path: Path, train: Train) -> None:
-    """And nothing under a temporary name."""
+def test_files_of_a_run(tmp_path: Path, train: Train) -> None:
+    """No temporary files are left."""
     train(tmp_path / "run", "--steps", 4)
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert files == [
@@ -49,26 +49,24 @@ def test_what_a_run_writes(tmp_path: Path, train: Train) -> None:
     ]
 
 
-def test_what_a_run_says(tmp_path: Path, train: Train) -> None:
-    """The facts first, then steps, in plain lines; rate and waiting among them."""
+def test_printed_lines_of_a_run(tmp_path: Path, train: Train) -> None:
+    """Data, model and device first, then a line per step with its speed and data wait."""
     lines = train(tmp_path / "run", "--steps", 4).out.splitlines()
     assert "1,220 training and 302 validation tokens, every hash checked" in lines[0]
-    assert lines[1] == "running without torch.compile: as asked"
+    assert lines[1] == "not compiled: --no-compile was given"
     assert lines[2].startswith("model: 11,216 parameters (n_layer 2, n_head 2, n_embd 16")
-    assert "128 tokens a step = 8 rows x 16 x 1 micro-steps x 1 ranks" in lines[3]
-    assert lines[4].startswith(f"run: {tmp_path / 'run'}, 4 steps from the beginning")
-    assert lines[5].startswith("warm-up: ")
+    assert "128 tokens per step = 8 rows × 16 tokens × 1 accumulation step × 1 rank" in lines[3]
+    assert lines[4].startswith(f"run: {tmp_path / 'run'} starts at step 0 of 4")
+    assert lines[5].startswith("warmed up in ")
     assert lines[6].startswith("step     0 | validation loss")
     first = next(line for line in lines if line.startswith("step     0/4"))
     assert "grad norm " in first
-    assert "mfu" not in first  # nobody has published a CPU's peak
+    assert "mfu" not in first  # the peak of a CPU is unknown
     assert "| data " in first
     assert not any("\r" in line or "\033" in line for line in lines)
 
 
-def test_the_loss_starts_at_chance_and_falls(
-    tmp_path: Path, train: Train, records: Records
-) -> None:
+def test_loss_starts_at_chance_and_falls(tmp_path: Path, train: Train, records: Records) -> None:
     train(tmp_path / "run", "--steps", 60, "--eval-every", 0)
     first, last = records(tmp_path / "run", "validation")
     assert first["loss"] == pytest.approx(math.log(384), abs=0.1)
@@ -76,7 +74,7 @@ def test_the_loss_starts_at_chance_and_falls(
     assert last["bits_per_byte"] == pytest.approx(last["loss"] / math.log(2), rel=0.1)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(
+def test_seed_decides_weights_and_data_order(
     tmp_path: Path, train: Train, records: Records, shard_set: Path, tiny: Recipe
 ) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -85,7 +83,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
     assert (tmp_path / "a" / LAST).read_bytes() == (tmp_path / "b" / LAST).read_bytes()
     a, c = (records(tmp_path / name, "train") for name in "ac")
     assert all(x["loss"] != y["loss"] for x, y in zip(a, c, strict=True))
-    # The seed is that of the weights and of the order: the first loss, made without the run.
+    # The seed decides weights and data order: compute the first loss independently of the run.
     shards = open_split(shard_set, read_manifest(shard_set), "train")
     windows = np.stack([s[i : i + 17] for s in shards for i in range(0, len(s) - 16, 16)])
     for logged, seed in ((a, 1), (c, 2)):
@@ -97,12 +95,12 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
         assert logged[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("micro", [1, 2, 4])
-def test_the_micro_batch_changes_only_rounding(
-    tmp_path: Path, train: Train, records: Records, micro: int
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_micro_batch_size_changes_only_rounding(
+    tmp_path: Path, train: Train, records: Records, micro_batch: int
 ) -> None:
     runs = []
-    for rows in (8, micro):
+    for rows in (8, micro_batch):
         out = tmp_path / str(rows)
         train(out, "--micro-batch", rows, "--steps", 6, "--optim.eps", 1e-6)
         runs.append(records(out, "train", "validation"))
@@ -113,7 +111,7 @@ def test_the_micro_batch_changes_only_rounding(
             assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_where_nothing_compiles_it_trains_eager_and_says_so_in_one_line(
+def test_trains_without_a_compiler(
     tmp_path: Path, command: Callable, rekindle: Callable, monkeypatch: pytest.MonkeyPatch,
     one_thread: None,
 ) -> None:  # fmt: skip
@@ -126,15 +124,14 @@ def test_where_nothing_compiles_it_trains_eager_and_says_so_in_one_line(
     arguments = [a for a in command(tmp_path / "run") if a != "--no-compile"]
     outcome = rekindle(*arguments, "--steps", 2)
     assert outcome.status == 0
-    about = [line for line in outcome.out.splitlines() if "torch.compile" in line]
-    assert about == ["running without torch.compile: there is no C++ compiler"]
+    assert "not compiled: there is no C++ compiler" in outcome.out.splitlines()
 
 
-def spoil_loss(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
-    """Make the loss of the n-th training step infinite where `bad(n)`."""
+def make_loss_infinite(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """Make the loss of the n-th training step infinite if `bad(n)`."""
     original, calls = rekindle.trainer.train_step, []
 
-    def spoilt(forward: Any, *arguments: Any, **options: Any) -> Any:
+    def train_step(forward: Any, *arguments: Any, **options: Any) -> Any:
         number = len(calls)
         calls.append(number)
 
@@ -144,13 +141,13 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> N
 
         return original(infinite, *arguments, **options)
 
-    monkeypatch.setattr(rekindle.trainer, "train_step", spoilt)
+    monkeypatch.setattr(rekindle.trainer, "train_step", train_step)
 
 
-def test_a_refused_step_is_shown_and_logged_and_the_run_goes_on(
+def test_skipped_step_is_printed_and_logged(
     tmp_path: Path, train: Train, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil_loss(monkeypatch, lambda step: step in (3, 4))
+    make_loss_infinite(monkeypatch, lambda step: step in (3, 4))
     outcome = train(tmp_path / "run", "--steps", 8)
     shown = [line for line in outcome.out.splitlines() if "SKIPPED" in line]
     assert [line.split("/")[0].split()[1] for line in shown] == ["3", "4"]
@@ -160,57 +157,57 @@ def test_a_refused_step_is_shown_and_logged_and_the_run_goes_on(
     assert updates(saved.parent) == 6
 
 
-def test_it_gives_up_after_going_back_three_times(
+def test_run_ends_after_three_rollbacks(
     tmp_path: Path, command: Callable, rekindle: Callable, records: Records,
     monkeypatch: pytest.MonkeyPatch, one_thread: None,
 ) -> None:  # fmt: skip
-    """Nine refusals, and a step that is accepted, do not count; and the checkpoint before stays."""
-    spoil_loss(monkeypatch, lambda step: 5 <= step < 14 or step >= 15)
+    """Nine skipped steps followed by an applied one cause no rollback, and the checkpoint before
+    the rollbacks stays."""
+    make_loss_infinite(monkeypatch, lambda step: 5 <= step < 14 or step >= 15)
     outcome = rekindle(*command(tmp_path / "run"), "--steps", 100, "--checkpoint-every", 5)
     assert outcome.status == 2
     assert outcome.err == (
-        "rekindle: error: the 10 steps before step 25 were skipped in a row, though the run "
-        "rolled back to step 15 before: lower --optim.lr and start anew, or fork an earlier "
-        "checkpoint\n"
+        "rekindle: error: the 10 steps before step 25 were skipped in a row after 3 rollbacks to "
+        "step 15: lower --optim.lr and start from scratch, or --fork an earlier checkpoint\n"
     )
     assert outcome.out.count(": rolled back to step 15, continuing with batch ") == 3
-    assert "with batch 45 (batches 15 to 44 are left out)" in outcome.out
+    assert "with batch 45 (batches 15 to 44 are skipped)" in outcome.out
     assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(25))
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-000005", "step-000015"]
 
 
-def test_it_goes_back_past_a_checkpoint_that_could_not_be_saved(
+def test_rollback_past_a_checkpoint_that_could_not_be_saved(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk ends nothing here either."""
+    """A full disk does not prevent a rollback."""
     write, failed = checkpoint.write, []
 
-    def full(folder: Path, description: Any, snapshot: Any) -> Path:
+    def disk_full_once(folder: Path, description: Any, snapshot: Any) -> Path:
         if description.step == 15 and not failed:
             failed.append(15)
             raise OSError(28, "No space left on device")
         return write(folder, description, snapshot)
 
-    monkeypatch.setattr(writer, "write", full)
-    monkeypatch.setattr(writer, "PAUSES", ())
-    spoil_loss(monkeypatch, lambda step: 5 <= step < 14 or 15 <= step < 25)
+    monkeypatch.setattr(writer, "write", disk_full_once)
+    monkeypatch.setattr(writer, "RETRY_DELAYS", ())
+    make_loss_infinite(monkeypatch, lambda step: 5 <= step < 14 or 15 <= step < 25)
     outcome = train(tmp_path / "run", "--steps", 30, "--checkpoint-every", 5)
     assert failed
     assert ": rolled back to step 5, continuing with batch 25" in outcome.out
 
 
-def test_without_a_checkpoint_it_gives_up_at_once(
+def test_run_ends_if_there_is_no_checkpoint_to_roll_back_to(
     tmp_path: Path, command: Callable, rekindle: Callable, monkeypatch: pytest.MonkeyPatch,
     one_thread: None,
 ) -> None:  # fmt: skip
-    spoil_loss(monkeypatch, lambda step: True)
+    make_loss_infinite(monkeypatch, lambda step: True)
     outcome = rekindle(*command(tmp_path / "run"), "--steps", 20)
     assert outcome.status == 2
     assert "the 10 steps before step 10 were skipped in a row and there is no" in outcome.err
 
 
-def test_a_learning_rate_that_explodes_ends_in_one_line(
+def test_diverging_run_ends_with_one_line(
     tmp_path: Path, command: Callable, rekindle: Callable, one_thread: None
 ) -> None:
     outcome = rekindle(*command(tmp_path / "run"), "--optim.lr", 1e38, "--steps", 50)
@@ -220,15 +217,15 @@ def test_a_learning_rate_that_explodes_ends_in_one_line(
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_a_gpu_is_deterministic_only_if_asked(on_gpu: bool) -> None:
+def test_gpu_is_deterministic_only_on_request(on_gpu: bool) -> None:
     torch.use_deterministic_algorithms(False)
     device = Device(torch.device("cuda"), "a GPU", "autocast")
     make_deterministic(device, on_gpu=on_gpu)
     assert torch.are_deterministic_algorithms_enabled() == on_gpu
 
 
-def test_what_a_run_was_begun_with_is_used_again(tmp_path: Path, train: Train) -> None:
-    """Also whether it is to be deterministic."""
+def test_deterministic_is_reused_on_resume(tmp_path: Path, train: Train) -> None:
+    """A resumed run stays deterministic without repeating the flag."""
     for flags in (["--deterministic"], []):
         train(tmp_path / "run", "--steps", 4 if flags else 8, *flags)
     for step in (4, 8):
@@ -236,13 +233,15 @@ def test_what_a_run_was_begun_with_is_used_again(tmp_path: Path, train: Train) -
         assert storage.read_json(saved)["machine"]["deterministic"]
 
 
-def test_validation_never_trains(tmp_path: Path, train: Train, records: Records) -> None:
+def test_validation_does_not_affect_training(
+    tmp_path: Path, train: Train, records: Records
+) -> None:
     train(tmp_path / "often", "--eval-every", 1)
     train(tmp_path / "seldom", "--eval-every", 0)
     assert records(tmp_path / "often", "train") == records(tmp_path / "seldom", "train")
 
 
-def test_a_set_without_validation_shards_trains(
+def test_data_without_a_validation_split(
     tmp_path: Path, train: Train, records: Records, write_shards: Callable
 ) -> None:
     write_shards(tmp_path / "data", [700], [])
@@ -250,7 +249,7 @@ def test_a_set_without_validation_shards_trains(
     assert records(tmp_path / "run", "validation") == []
 
 
-def test_a_model_takes_its_vocabulary_from_the_shards(tmp_path: Path, train: Train) -> None:
+def test_vocabulary_size_comes_from_the_shards(tmp_path: Path, train: Train) -> None:
     tokens = np.arange(600, dtype=np.uint16) % 1000 + 49_000
     (tmp_path / "data").mkdir()
     entries = []
@@ -266,7 +265,7 @@ def test_a_model_takes_its_vocabulary_from_the_shards(tmp_path: Path, train: Tra
     assert ByteTokenizer.vocab_size != 50_257
 
 
-def test_it_runs_as_a_module(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_runs_as_a_module(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = python("-m", "rekindle", "train", "nothing", "--data", "a", "--out", "b")
     assert done.returncode == 2
     assert done.stderr.startswith("rekindle: error: there is no recipe 'nothing'")

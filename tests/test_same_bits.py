@@ -1,4 +1,4 @@
-"""The comparison of two versions finds one changed bit, and nothing in what was only renamed."""
+"""The comparison of two versions finds a single changed bit, and ignores renamed fields."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 
 def older() -> dict[str, Any]:
-    """What a run folder holds, as the first version names it."""
+    """The contents of a run folder, with the first version's names."""
     return {
         "log": [
             {"kind": "train", "step": 0, "loss": 5.5, "lr": 0.1, "norm": 2.0, "accepted": True},
@@ -30,29 +30,29 @@ def older() -> dict[str, Any]:
     }
 
 
-def write(run: Path, said: dict[str, Any], step: int = 4) -> Path:
+def write(run: Path, contents: dict[str, Any], step: int = 4) -> Path:
     folder = run / "checkpoints" / f"step-{step:06d}"
     folder.mkdir(parents=True)
-    lines = (json.dumps(record) + "\n" for record in said["log"])
+    lines = (json.dumps(record) + "\n" for record in contents["log"])
     (run / "metrics.jsonl").write_text("".join(lines))
     for file in ("model", "optimizer"):
-        save_file(said[file], folder / f"{file}.safetensors")
-    (folder / "checkpoint.json").write_text(json.dumps(said["checkpoint"]))
+        save_file(contents[file], folder / f"{file}.safetensors")
+    (folder / "checkpoint.json").write_text(json.dumps(contents["checkpoint"]))
     return run
 
 
-def test_what_was_only_renamed_is_equal(tmp_path: Path) -> None:
-    said = older()
-    for record in said["log"][:2]:
+def test_renamed_fields_are_equal(tmp_path: Path) -> None:
+    contents = older()
+    for record in contents["log"][:2]:
         record |= {"grad_norm": record.pop("norm"), "skipped": not record.pop("accepted")}
-    said["log"][2]["kind"] = "rollback"
-    said["optimizer"]["updates"] = torch.tensor(said["checkpoint"].pop("updates"))
-    before, after = write(tmp_path / "a", older()), write(tmp_path / "b", said)
+    contents["log"][2]["kind"] = "rollback"
+    contents["optimizer"]["updates"] = torch.tensor(contents["checkpoint"].pop("updates"))
+    before, after = write(tmp_path / "a", older()), write(tmp_path / "b", contents)
     assert list(differences(read_run(before), read_run(after))) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         (lambda s: s["log"][0].update(loss=5.5000000000000009), "train 0: loss: 5.5, now 5.5000"),
         (lambda s: s["log"][0].update(lr=0.2), "train 0: lr: 0.1, now 0.2"),
@@ -70,15 +70,15 @@ def test_what_was_only_renamed_is_equal(tmp_path: Path) -> None:
         (lambda s: s["checkpoint"]["data_position"].update(windows=8), "data_position: {'win"),
     ],
 )  # fmt: skip
-def test_a_difference_is_named(tmp_path: Path, change: Change, said: str) -> None:
+def test_difference_is_named(tmp_path: Path, change: Change, expected: str) -> None:
     changed = older()
     change(changed)
     before, after = write(tmp_path / "a", older()), write(tmp_path / "b", changed)
-    assert said in next(differences(read_run(before), read_run(after)))
+    assert expected in next(differences(read_run(before), read_run(after)))
 
 
-def test_a_checkpoint_of_one_version_only_is_a_difference(tmp_path: Path) -> None:
-    """Unless it was saved because of the signal, whose time is chance."""
+def test_checkpoint_of_only_one_version_is_a_difference(tmp_path: Path) -> None:
+    """Except for the checkpoint saved because of a stop signal, whose step is random."""
     before, after = write(tmp_path / "a", older()), write(tmp_path / "b", older())
     write(tmp_path / "c", older(), step=7)
     (tmp_path / "c/checkpoints/step-000007").rename(after / "checkpoints/step-000007")
@@ -89,9 +89,9 @@ def test_a_checkpoint_of_one_version_only_is_a_difference(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("key", ["loss", "norm"])
-def test_a_name_that_is_not_known_is_no_equality(tmp_path: Path, key: str) -> None:
-    """What neither version logs under its name would be equal in both."""
-    said = older()
-    said["log"][0]["renamed"] = said["log"][0].pop(key)
+def test_unknown_field_is_an_error(tmp_path: Path, key: str) -> None:
+    """Otherwise a field that both versions log under an unknown name would not be compared."""
+    contents = older()
+    contents["log"][0]["renamed"] = contents["log"][0].pop(key)
     with pytest.raises(FailedError, match=r"'renamed'.*: add it to KEYS"):
-        read_run(write(tmp_path / "a", said))
+        read_run(write(tmp_path / "a", contents))

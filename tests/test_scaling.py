@@ -1,4 +1,5 @@
-"""The model of training on many GPUs: it says what is committed, and its terms behave."""
+"""The model of training on many GPUs: the committed results are up to date, and its terms behave as
+they should."""
 
 import json
 from pathlib import Path
@@ -20,7 +21,7 @@ def predicted() -> dict[str, Any]:
     return json.loads(json.dumps(scaling.predict(TRAFFIC)))
 
 
-def test_what_is_committed_is_what_is_predicted(predicted: dict[str, Any]) -> None:
+def test_committed_results_and_page_are_up_to_date(predicted: dict[str, Any]) -> None:
     committed = json.loads(scaling.OUT.read_text())
     assert {key: committed[key] for key in predicted} == predicted
     page = scaling.DOCS.read_text()
@@ -28,8 +29,8 @@ def test_what_is_committed_is_what_is_predicted(predicted: dict[str, Any]) -> No
     assert scaling_page.with_table(page, predicted) == page
 
 
-def test_gloo_sent_what_the_formula_says() -> None:
-    """As measured; the seconds were those of a machine with two cores."""
+def test_bytes_measured_with_gloo_match_the_formula() -> None:
+    """Only the bytes: the seconds were measured on two cores and are not comparable."""
     rows = json.loads((RESULTS / "allreduce-gloo.json").read_text())["all_reduces"]
     assert {row["ranks"] for row in rows} == set(allreduce.RANKS)
     for row in rows:
@@ -37,8 +38,8 @@ def test_gloo_sent_what_the_formula_says() -> None:
         assert row["sent"] == pytest.approx(formula, rel=0.02)
 
 
-def test_the_comparison_with_gloo_takes_two_ranks_as_its_measure() -> None:
-    """2 ranks at 1 ms and 1 GB/s are met exactly, and 4 follow from them."""
+def test_gloo_comparison_fits_latency_and_bandwidth_to_two_ranks() -> None:
+    """With 1 ms and 1 GB/s, the formula reproduces 2 ranks exactly and predicts 4."""
 
     def seconds(length: int, size: int) -> float:
         return 1e-3 * (size - 1) + scaling.ring_bytes(length, size) / 1e9
@@ -52,11 +53,11 @@ def test_the_comparison_with_gloo_takes_two_ranks_as_its_measure() -> None:
         assert row["sent_by_formula"] == 2 * (row["ranks"] - 1) * row["bytes"]
 
 
-def test_an_all_reduce() -> None:
+def test_all_reduce_time() -> None:
     gigabyte = 1e9
     assert scaling.all_reduce(gigabyte, 1) == 0
-    on_a_host = scaling.all_reduce(gigabyte, 8)
-    assert on_a_host == pytest.approx(2 * 7 / 8 * gigabyte / scaling.A["nvlink"], rel=0.05)
+    within_host = scaling.all_reduce(gigabyte, 8)
+    assert within_host == pytest.approx(2 * 7 / 8 * gigabyte / scaling.A["nvlink"], rel=0.05)
     times = [scaling.all_reduce(gigabyte, n) for n in scaling.RANKS]
     assert times == sorted(times)
     fast = scaling.all_reduce(gigabyte, 64, nic=1e30)
@@ -74,14 +75,16 @@ def test_more_gpus_are_faster_and_less_efficient(predicted: dict[str, Any]) -> N
         assert shares[0] == 1
 
 
-def test_the_batch_ends_at_a_window_each() -> None:
+def test_ranks_are_limited_to_the_windows_of_a_batch() -> None:
     assert XL.batch.rows == 1024
     assert scaling.predict_step(XL, 1024, TRAFFIC)
     assert scaling.predict_step(get_recipe("gpt2-124m"), 512, TRAFFIC)
     assert scaling.predict_step(get_recipe("gpt2-124m"), 1024, TRAFFIC) is None
 
 
-def test_a_kernel_is_not_faster_than_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_takes_at_least_the_launch_time_of_its_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     recipe = get_recipe("gpt2-124m")
     monkeypatch.setitem(scaling.A, "launch", 1.0)
     step = scaling.predict_step(recipe, 512, TRAFFIC)
@@ -90,7 +93,7 @@ def test_a_kernel_is_not_faster_than_its_launch(monkeypatch: pytest.MonkeyPatch)
     assert step.compute == 12 * way["layer"]["kernels"] + way["rest"]["kernels"]
 
 
-def test_the_best_interval_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_checkpoint_interval_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
     step = scaling.predict_step(XL, 64, TRAFFIC)
     assert step
     costs = scaling.run_costs(XL, step, 64)
@@ -105,11 +108,11 @@ def test_the_best_interval_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
     assert costs["checkpoints"] + costs["deaths"] == pytest.approx(total(costs["interval_s"]))
 
 
-def test_what_fits() -> None:
-    """XL fits into 80 GB without sharding, 16 bytes a parameter, and not into 24."""
+def test_rows_that_fit() -> None:
+    """At 16 bytes per parameter, XL fits in 80 GB without sharding, but not in 24 GB."""
     assert scaling.rows_that_fit(SIZES["gpt2-xl"].for_training(), 1024) >= 1
-    free = 16 * roofline.parameters(SIZES["gpt2-xl"].for_training())
-    assert 24e9 < free < 80e9
+    needed = 16 * roofline.parameters(SIZES["gpt2-xl"].for_training())
+    assert 24e9 < needed < 80e9
     assert scaling.rows_that_fit(SIZES["gpt2"].for_training(), 1024) == scaling.MOST_ROWS
 
 

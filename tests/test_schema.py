@@ -1,4 +1,4 @@
-"""What is not as its readers expect is named, and nothing else is."""
+"""`mismatch` describes values that do not match a schema, and accepts those that do."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from rekindle.schema import mismatch
 
 
 @pytest.mark.parametrize(
-    ("value", "form"),
+    ("value", "schema"),
     [
         ("a", str), (True, bool), ({"a": 1}, dict), (0, int), (-1.5, float), (3, float),
         (None, None), (2, range(3)), ([], [int]), ([1, 2], [int]), (None, (None, str)),
@@ -16,12 +16,12 @@ from rekindle.schema import mismatch
         ({"a": 1, "more": "is fine"}, {"a": int}), ({}, {"a?": str}), ({"a": "b"}, {"a?": str}),
     ],
 )  # fmt: skip
-def test_what_fits_is_not_objected_to(value: Any, form: Any) -> None:
-    assert mismatch(value, form) == ""
+def test_matching_values_have_no_mismatch(value: Any, schema: Any) -> None:
+    assert mismatch(value, schema) == ""
 
 
 @pytest.mark.parametrize(
-    ("value", "form", "said"),
+    ("value", "schema", "message"),
     [
         (1, str, "it is 1"), (1, bool, "it is 1"), (True, int, "it is True"),
         (-1, int, "it is -1"), (1.0, int, "it is 1.0"), (2**60, int, f"it is {2**60}"),
@@ -34,5 +34,5 @@ def test_what_fits_is_not_objected_to(value: Any, form: Any) -> None:
         ("x" * 100, int, "xxx..."), ({"a": 1}, {"a?": str}, "a is 1"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(value: Any, form: Any, said: str) -> None:
-    assert said in mismatch(value, form)
+def test_mismatch_is_described(value: Any, schema: Any, message: str) -> None:
+    assert message in mismatch(value, schema)

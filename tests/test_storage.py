@@ -1,4 +1,4 @@
-"""What is written is there whole or not at all, whenever it is interrupted."""
+"""Files and folders are written completely or not at all, whenever the process is interrupted."""
 
 import errno
 import hashlib
@@ -23,8 +23,8 @@ from rekindle.errors import UserError
 from rekindle.storage import JsonLines, new_folder, write_file
 
 
-def test_a_new_folder_stays(tmp_path: Path, calls: list[str]) -> None:
-    """What says that it is there is the folder above it."""
+def test_new_folder_is_flushed_to_disk(tmp_path: Path, calls: list[str]) -> None:
+    """A folder's entry is stored in its parent, so the parents are flushed."""
     storage.make_folder(tmp_path / "runs" / "run")
     assert (tmp_path / "runs" / "run").is_dir()
     assert sorted(calls) == sorted([f"flush {tmp_path.name}", "flush runs"])
@@ -32,25 +32,25 @@ def test_a_new_folder_stays(tmp_path: Path, calls: list[str]) -> None:
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(("number", "harm"), [(errno.EINVAL, False), (errno.EIO, True)])
-def test_a_disk_that_cannot_flush_folders_will_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, harm: bool
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_file_system_that_cannot_flush_folders_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fails: bool
 ) -> None:
-    """As over some networks."""
+    """As with some network file systems."""
     fsync = os.fsync
 
-    def refuse(descriptor: int) -> None:
+    def fail(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(number, os.strerror(number))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError, match="error") if harm else nullcontext():
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="error") if fails else nullcontext():
         storage.write_file(tmp_path / "file", [b"text"])
     assert (tmp_path / "file").read_bytes() == b"text"
 
 
-def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
+def test_removing_a_link_keeps_its_target(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("text")
     (tmp_path / "link").symlink_to(tmp_path / "folder")
@@ -60,12 +60,12 @@ def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """The process ended here: nobody tidies up."""
+    """The process ends here, without any cleanup."""
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The order in which files are flushed and renamed."""
+    """A record of the order in which files are flushed and renamed."""
     seen: list[str] = []
     fsync, replace, rename = os.fsync, os.replace, os.rename
 
@@ -110,7 +110,7 @@ def test_write_file_writes_and_hashes(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_write_file_is_readable_by_those_whom_the_umask_allows(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write_file(tmp_path / "file", [b"a"])
@@ -133,7 +133,7 @@ def test_write_file_flushes_before_it_renames(tmp_path: Path, calls: list[str]) 
 def test_write_file_flushes_the_last_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[Any]
 ) -> None:
-    """And does not leave the end, or all of something short, to a buffer of Python's."""
+    """Nothing stays in Python's buffer, neither the end of a file nor a short file."""
     flushed: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_size))
     write_file(tmp_path / "file", pieces)
@@ -163,10 +163,8 @@ def test_write_file_hashes_while_it_writes(tmp_path: Path, monkeypatch: pytest.M
     assert write_file(tmp_path / "file", [b"a"]) == "hash"
 
 
-def test_the_hash_is_of_all_that_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where the disk is faster than it."""
+def test_hash_covers_everything_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the disk is faster than hashing."""
     sha256 = hashlib.sha256
 
     class Slow:
@@ -185,7 +183,7 @@ def test_the_hash_is_of_all_that_was_written(
     assert digest == sha256(b"abcdefghi").hexdigest()
 
 
-def test_nothing_reads_the_memory_after_a_failure(
+def test_hash_thread_has_ended_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
@@ -211,7 +209,7 @@ def broken_chunks() -> Iterator[bytes]:
     raise Killed
 
 
-def test_a_file_is_absent_if_its_content_fails(tmp_path: Path) -> None:
+def test_file_is_absent_if_its_content_fails(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         write_file(tmp_path / "file", broken_chunks())
     assert not (tmp_path / "file").exists()
@@ -220,7 +218,7 @@ def test_a_file_is_absent_if_its_content_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_file_is_the_old_one_if_the_process_dies_before_the_rename(
+def test_file_is_unchanged_if_the_process_dies_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     path = tmp_path / "file"
@@ -230,7 +228,7 @@ def test_a_file_is_the_old_one_if_the_process_dies_before_the_rename(
         with pytest.raises(Killed):
             write_file(path, [b"a new one"])
     assert path.read_bytes() == b"old"
-    write_file(path, [b"new"])  # what was left is in nobody's way
+    write_file(path, [b"new"])  # leftovers of the killed process do not interfere
     assert path.read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -256,7 +254,7 @@ def test_new_folder_writes_and_hashes(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["folder"]
 
 
-def test_tensors_are_read_by_the_library(tmp_path: Path) -> None:
+def test_tensors_can_be_read_by_safetensors(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     arrays = {
         "transposed": random.normal(size=(30, 500)).astype(np.float32).T,
@@ -280,8 +278,8 @@ def test_tensors_are_read_by_the_library(tmp_path: Path) -> None:
     assert entry == {"sha256": storage.file_sha256(file), "bytes": file.stat().st_size}
 
 
-def test_tensors_lie_as_the_library_lays_them(tmp_path: Path) -> None:
-    """Each one at a multiple of its element's size, so that it can be mapped into memory."""
+def test_tensor_files_match_those_of_safetensors(tmp_path: Path) -> None:
+    """Each tensor is aligned to its element size, so that it can be memory-mapped."""
     arrays = {"a": np.ones(3, np.float16), "b": np.ones(1), "c": np.ones((2, 2), np.float32)}
     save_file(arrays, tmp_path / "theirs")
     with new_folder(tmp_path / "folder") as new:
@@ -305,13 +303,13 @@ def write_and_fail(path: Path, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_a_folder_is_absent_if_its_body_fails(tmp_path: Path, error: BaseException) -> None:
+def test_folder_is_absent_if_its_body_fails(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)):
         write_and_fail(tmp_path / "folder", error)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_the_old_one_if_its_body_fails(tmp_path: Path) -> None:
+def test_folder_is_unchanged_if_its_body_fails(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", 1)
     with pytest.raises(Killed):
         write_and_fail(tmp_path / "folder", Killed())
@@ -319,28 +317,28 @@ def test_a_folder_is_the_old_one_if_its_body_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("function", ["fsync", "rename"])
-def test_a_folder_is_absent_if_the_process_dies_before_the_rename(
+def test_folder_is_absent_if_the_process_dies_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     with monkeypatch.context() as patch:
         kill_in(patch, function)
-        patch.setattr(shutil, "rmtree", lambda *a, **b: None)  # nobody tidies up
+        patch.setattr(shutil, "rmtree", lambda *a, **b: None)  # no cleanup
         with pytest.raises(Killed):
             write_folder(tmp_path / "folder")
     assert [p.name for p in tmp_path.iterdir()] == [".tmp-folder"]
-    write_folder(tmp_path / "folder", 2)  # what was left is in nobody's way
+    write_folder(tmp_path / "folder", 2)  # leftovers of the killed process do not interfere
     assert storage.read_json(tmp_path / "folder" / "b.json") == {"number": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+def test_new_folder_replaces_an_old_one(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", 1)
     write_folder(tmp_path / "folder", 2)
     assert storage.read_json(tmp_path / "folder" / "b.json") == {"number": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_folder_is_never_half_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_never_half_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "folder")
     doomed: list[Path] = []
 
@@ -359,8 +357,8 @@ def test_a_folder_is_never_half_removed(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_set_aside_stays_so(tmp_path: Path, calls: list[str]) -> None:
-    """What was set aside before under this name is replaced, and the new name is on the disk."""
+def test_set_aside_is_flushed_to_disk(tmp_path: Path, calls: list[str]) -> None:
+    """An earlier folder with the same name is replaced, and the rename is flushed to disk."""
     for name in ("step-000004", "damaged-step-000004"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
@@ -376,7 +374,7 @@ def test_remove_unfinished_removes_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".tmp-folder").mkdir()
     (tmp_path / ".tmp-folder" / "file").write_text("a")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / ".tmp-file").write_text("somebody else's")
+    (tmp_path / "folder" / ".tmp-file").write_text("another folder's")
     (tmp_path / "file").write_text("a")
     storage.remove_unfinished(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
@@ -386,7 +384,7 @@ def test_remove_unfinished_removes_nothing_else(tmp_path: Path) -> None:
 # -- JSON -----------------------------------------------------------------------------------------
 
 
-def test_json_comes_back(tmp_path: Path) -> None:
+def test_json_round_trip(tmp_path: Path) -> None:
     value = {"a": [1, 2.5, None], "ä": "→"}
     digest = storage.write_json(tmp_path / "a.json", value)
     assert storage.read_json(tmp_path / "a.json") == value
@@ -395,7 +393,7 @@ def test_json_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe{}"])
-def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+def test_damaged_json_is_reported(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.json is damaged"):
         storage.read_json(tmp_path / "a.json")
@@ -403,18 +401,18 @@ def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
         storage.read_json(tmp_path / "b.json")
 
 
-def test_a_log_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_log_is_appended_to(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     for part in ([1, 2], [3]):
         log = JsonLines(path)
         for number in part:
             log.append({"n": number})
-            assert storage.read_json_lines(path)[-1] == {"n": number}  # readers see it at once
+            assert storage.read_json_lines(path)[-1] == {"n": number}  # visible immediately
         log.close()
     assert storage.read_json_lines(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
 
 
-def test_a_log_goes_back_in_time(tmp_path: Path) -> None:
+def test_log_can_be_rewound(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     log = JsonLines(path)
     for number in range(5):
@@ -427,21 +425,19 @@ def test_a_log_goes_back_in_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [None, lambda record: True])
-def test_a_last_line_cut_short_is_dropped(tmp_path: Path, keep: Any) -> None:
+def test_truncated_last_line_is_dropped(tmp_path: Path, keep: Any) -> None:
     path = tmp_path / "log.jsonl"
-    whole = json.dumps({"n": 1}) + "\n"
-    for cut in ('{"n": 2', '{"n": 22}', "{"):  # the second could be a longer number's beginning
-        path.write_text(whole + cut)
+    complete = json.dumps({"n": 1}) + "\n"
+    for cut in ('{"n": 2', '{"n": 22}', "{"):  # the second is valid JSON, but has no newline
+        path.write_text(complete + cut)
         assert storage.read_json_lines(path) == [{"n": 1}]
         log = JsonLines(path, keep)
         log.append({"n": 3})
         log.close()
-        assert path.read_text() == whole + json.dumps({"n": 3}) + "\n"
+        assert path.read_text() == complete + json.dumps({"n": 3}) + "\n"
 
 
-def test_going_back_in_time_is_whole_or_absent_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rewinding_a_log_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"n": 1}\n{"n": 2}\n')
     kill_in(monkeypatch, "replace")

@@ -1,4 +1,4 @@
-"""Answers that nobody reads on, and streams that are closed: no traceback, and nothing lost."""
+"""Closed pipes and streams: no traceback, and no lost error."""
 
 import os
 import shlex
@@ -20,7 +20,7 @@ def run(tmp_path: Path, train: Callable[..., Any]) -> Path:
 
 
 def shell(command: str, run: Path) -> subprocess.CompletedProcess[str]:
-    """Run `command` with RK for the program and RUN for the run, in a shell of its own."""
+    """Run `command` in a shell in which $RK is the program and $RUN the run folder."""
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RUN": str(run),
         "RK": f"{sys.executable} -m rekindle",
@@ -44,26 +44,26 @@ SAMPLE = ["--device", "cpu", "--prompt", "ab", "--tokens", 3]
     ],
     ids=lambda arguments: " ".join(arguments[::4]) if isinstance(arguments, list) else None,
 )
-def test_a_reader_that_has_gone_is_no_error(
+def test_closed_pipe_is_not_an_error(
     run: Path, rekindle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, arguments: list[Any]
 ) -> None:
     pytest.importorskip("matplotlib")
     reading, writing = os.pipe()
     os.close(reading)
-    with open(writing, "w") as gone:
-        monkeypatch.setattr(sys, "stdout", gone)
+    with open(writing, "w") as closed_pipe:
+        monkeypatch.setattr(sys, "stdout", closed_pipe)
         outcome = rekindle(*[run if a == "RUN" else a for a in arguments])
     assert (outcome.status, outcome.err) == (0, "")
 
 
-def test_the_first_line_is_enough(run: Path) -> None:
-    """The answer is longer than a pipe holds (64 KiB)."""
+def test_head_ends_the_output_silently(run: Path) -> None:
+    """The output is larger than a pipe's buffer (64 KiB)."""
     flags = "--device cpu --prompt ab --num 9000 --tokens 3"
     done = shell(f"$RK sample $RUN {flags} | head -1", run)
     assert (done.stdout, done.stderr) == ("--- 1 of 9000 ---\n", "")
 
 
-def test_a_full_disk_is_an_error(
+def test_full_disk_is_an_error(
     run: Path, rekindle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not Path("/dev/full").exists():
@@ -85,7 +85,7 @@ def test_a_full_disk_is_an_error(
     ],
     ids=["eval", "train"],
 )
-def test_a_closed_stdout_is_no_error(
+def test_closed_stdout_is_not_an_error(
     run: Path, shard_set: Path, tiny_flags: list[str], command: str
 ) -> None:
     command = command.replace("DATA", str(shard_set)).replace("FLAGS", shlex.join(tiny_flags))
@@ -95,7 +95,7 @@ def test_a_closed_stdout_is_no_error(
         assert (run.parent / "run-2" / "checkpoints" / "step-000001").is_dir()
 
 
-def test_with_a_closed_stderr_an_error_is_no_answer(run: Path) -> None:
-    """It would stand where a program reads the answer."""
+def test_error_does_not_go_to_stdout_if_stderr_is_closed(run: Path) -> None:
+    """A program that reads stdout must not mistake the error for output."""
     done = shell("$RK sample $RUN --num 0 --json 2>&-", run)
     assert (done.returncode, done.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""Training from Python, on arrays, without a folder."""
+"""Training from Python on arrays, without a run folder."""
 
 import dataclasses
 import math
@@ -47,7 +47,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_saved_and_restored_it_continues_bit_for_bit(
+def test_restored_trainer_continues_bit_for_bit(
     tiny: Recipe, data: list[np.ndarray], machine: Machine, tmp_path: Path
 ) -> None:
     with build(tiny, data, machine) as trainer:
@@ -64,7 +64,7 @@ def test_saved_and_restored_it_continues_bit_for_bit(
         assert same(state(trainer), expected)
 
 
-def test_it_is_the_run_of_the_command_line(
+def test_trainer_matches_a_run_from_the_command_line(
     tiny: Recipe, machine: Machine, shard_set: Path, train: Callable, tmp_path: Path
 ) -> None:
     from rekindle.data.shards import open_split, read_manifest
@@ -79,7 +79,7 @@ def test_it_is_the_run_of_the_command_line(
         assert trainer.describe().guard == saved.description.guard
 
 
-def test_it_writes_nothing_unless_asked(
+def test_trainer_writes_no_files_on_its_own(
     tiny: Recipe, data: list[np.ndarray], machine: Machine, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -89,7 +89,7 @@ def test_it_writes_nothing_unless_asked(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_random_state_is_the_callers(
+def test_random_state_of_the_caller_is_unchanged(
     tiny: Recipe, data: list[np.ndarray], machine: Machine
 ) -> None:
     torch.manual_seed(3)
@@ -100,10 +100,10 @@ def test_the_random_state_is_the_callers(
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_a_rollback_is_restore_with_another_batch(
+def test_restore_with_a_later_batch(
     tiny: Recipe, data: list[np.ndarray], machine: Machine, tmp_path: Path
 ) -> None:
-    """The batches in between are left out, and a checkpoint remembers that."""
+    """Restoring with a later batch skips the batches in between, and checkpoints record that."""
     with build(tiny, data, machine) as trainer:
         take(trainer, 2)
         path = trainer.save(tmp_path)
@@ -119,19 +119,19 @@ def test_a_rollback_is_restore_with_another_batch(
         original = trainer.batches.batch
         trainer.batches.batch = lambda n, p: numbers.append(n) or original(n, p)  # type: ignore
         assert take(trainer, 2) == losses[2:]
-    assert numbers.count(7) == 2  # once for the warm-up, while a thread reads ahead
+    assert numbers.count(7) == 2  # once for the warm-up, once by the prefetcher
     assert set(numbers) >= {7, 8}
     assert min(numbers) == 7
 
 
-def test_all_steps_taken(tiny: Recipe, data: list[np.ndarray], machine: Machine) -> None:
+def test_no_step_beyond_the_recipe(tiny: Recipe, data: list[np.ndarray], machine: Machine) -> None:
     with build(dataclasses.replace(tiny, steps=2), data, machine) as trainer:
         take(trainer, 2)
-        with pytest.raises(UserError, match="all 2 steps of the recipe are taken"):
+        with pytest.raises(UserError, match="all 2 steps of the recipe are done"):
             trainer.train_step()
 
 
-def test_the_machine_is_complete_once_it_is_built(tiny: Recipe, data: list[np.ndarray]) -> None:
+def test_build_completes_the_machine(tiny: Recipe, data: list[np.ndarray]) -> None:
     asked = resolve(dataclasses.replace(EAGER, micro_batch=None))
     assert asked.micro_batch is None
     with build(tiny, data, asked) as trainer:
@@ -165,7 +165,7 @@ def test_data_is_checked_before_and_after_each_read(
         ({"optim.lr": -1.0}, "--optim.lr must be at least 0"),
     ],
 )
-def test_a_recipe_that_does_not_fit(
+def test_invalid_recipe_is_an_error(
     tiny: Recipe, data: list[np.ndarray], machine: Machine, change: dict[str, Any], words: str
 ) -> None:
     from rekindle.recipes import override
@@ -174,7 +174,7 @@ def test_a_recipe_that_does_not_fit(
         build(override(tiny, change), data, machine)
 
 
-def test_another_models_checkpoint_is_refused(
+def test_checkpoint_of_another_model_is_an_error(
     tiny: Recipe, data: list[np.ndarray], machine: Machine, tmp_path: Path
 ) -> None:
     with build(tiny, data, machine) as trainer:
@@ -182,12 +182,12 @@ def test_another_models_checkpoint_is_refused(
     deeper = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, n_layer=3))
     with (
         build(deeper, data, machine) as trainer,
-        pytest.raises(UserError, match=r"holds another model .n_layer is 2, not 3"),
+        pytest.raises(UserError, match=r"holds a different model .n_layer is 2, not 3"),
     ):
         trainer.restore(path)
 
 
-def test_weights_that_are_not_finite_are_not_saved(
+def test_nonfinite_weights_are_not_saved(
     tiny: Recipe, data: list[np.ndarray], machine: Machine, tmp_path: Path
 ) -> None:
     with build(tiny, data, machine) as trainer:
@@ -198,8 +198,8 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert not (tmp_path / "saved").exists()
 
 
-def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
-    """As it stands there, in a process of its own."""
+def test_example_in_the_docs_runs(tmp_path: Path) -> None:
+    """Runs the code block from the page, unchanged, in a separate process."""
     page = (ROOT / "docs" / "python.md").read_text()
     [example] = re.findall(r"```python\n(import numpy.*?)```", page, re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 20

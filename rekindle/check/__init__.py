@@ -1,4 +1,7 @@
-"""`rekindle check`: runs and OpenAI's weights against bands that were fixed beforehand."""
+"""`rekindle check`: compare runs and OpenAI's weights with published results.
+
+Each value must lie in its band, see `bands`, which was fixed before our runs.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +22,11 @@ def check(
     price: float | None = None,
     console: Console,
 ) -> Report:
-    """Check run folders, or OpenAI's weights if `names` is just "gpt2". `data`: the shards of the
-    runs, if they have moved, or FineWeb-Edu for OpenAI's weights. `price`: of an hour of training.
+    """Check run folders, or OpenAI's weights if `names` is only "gpt2".
 
-    Raises `UserError` if a folder is no run, or there are no bands for its recipe.
+    `data`: the shards of the runs, if they have moved; for OpenAI's weights, FineWeb-Edu.
+    `hellaswag`: its file, or "hub", for OpenAI's weights. `price`: of an hour on the training
+    machine. Raises `UserError` if a folder is not a run, or its recipe has no bands.
     """
     if price is not None and not 0 <= price < float("inf"):
         raise UserError(f"--price-per-hour must be at least 0, but is {price}")

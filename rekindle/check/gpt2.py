@@ -1,4 +1,4 @@
-"""OpenAI's GPT-2 124M against its published figures: whether we measure as the lecture does."""
+"""Compare OpenAI's GPT-2 124M with its published scores, to check our own evaluation."""
 
 import tempfile
 from collections.abc import Iterator
@@ -25,29 +25,41 @@ INSTEAD = "where there is no network, prepare it elsewhere and use --data DIR"
 def measure(
     model: str, data: Path | None, tasks: dict[str, str], device: str, console: Console
 ) -> dict[str, Any]:
-    """Scores of a run or model, its loss over the tokens that the bands are for."""
+    """Evaluate a run or model, with its loss over the number of tokens that the bands are for."""
     return evaluate_model(
-        model, data=data, tasks=tasks, tokens=bands.FINAL_TOKENS, limit=None, device=device,
-        precision="auto", console=console, note=console.print,
-    )  # fmt: skip
+        model,
+        data=data,
+        tasks=tasks,
+        tokens=bands.FINAL_TOKENS,
+        limit=None,
+        device=device,
+        precision="auto",
+        console=console,
+        note=console.print,
+    )
 
 
 def check_gpt2(data: Path | None, hellaswag: str, device: str, console: Console) -> Part:
-    """Score the hub's weights. `data`: FineWeb-Edu as `--layout lecture` prepares it; without it,
-    its first file is downloaded. Raises `UserError` if something cannot be had."""
+    """Evaluate the weights from the Hugging Face Hub. `data`: FineWeb-Edu as `--layout lecture`
+    prepares it; None: download its first file. Raises `UserError` if a download fails."""
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
             repository, below = DATASETS["fineweb-edu-10bt"]
             listing = hub.list_files(repository, below, ".parquet", None, INSTEAD)
-            path = hub.download(repository, listing.files[0].path, instead=INSTEAD, kind="dataset",
-                                revision=listing.revision)  # fmt: skip
+            path = hub.download(
+                repository,
+                listing.files[0].path,
+                instead=INSTEAD,
+                kind="dataset",
+                revision=listing.revision,
+            )
             data = Path(folder)
             write_beginning(path, data, bands.FINAL_TOKENS + 1)
         return judge_gpt2(measure("gpt2", data, {"hellaswag": hellaswag}, device, console))
 
 
 def judge_gpt2(measured: dict[str, Any]) -> Part:
-    """`measured`: from `measure`."""
+    """Compare scores, as `measure` returns them, with the bands."""
     loss, tokens = measured["validation"]["loss"], measured["validation"]["tokens"]
     score, total = measured["hellaswag"]["acc_norm"], measured["hellaswag"]["total"]
     rows = (
@@ -63,8 +75,8 @@ def judge_gpt2(measured: dict[str, Any]) -> Part:
 
 
 def write_beginning(parquet: Path, out: Path, count: int) -> None:
-    """Make `out` a set whose validation shard holds the first `count` tokens of a Parquet file, as
-    the lecture's first shard begins."""
+    """Write a validation shard with the first `count` tokens of a Parquet file, which are also the
+    first of the lecture's validation shard, and a manifest to the folder `out`."""
     tokenizer = get_tokenizer("gpt2")
     pieces: list[np.ndarray] = []
     for document in _documents(parquet):

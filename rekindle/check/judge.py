@@ -1,4 +1,4 @@
-"""Runs against their bands: the faithful recipe, the fast one, and GPT-2 surpassed."""
+"""Compares runs with the bands: the lecture's recipe, the fast one, and OpenAI's GPT-2."""
 
 from collections.abc import Callable, Sequence
 from math import sqrt
@@ -10,17 +10,17 @@ from rekindle.check.report import Part, Row
 from rekindle.errors import UserError
 
 FAITHFUL, FAST = "gpt2-124m", "gpt2-124m-fast"
-Evaluate = Callable[[RunRecord], float]  # loss of a run's last weights over FINAL_TOKENS tokens
+Evaluate = Callable[[RunRecord], float]  # the final loss of a run over FINAL_TOKENS tokens
 
 
 def judge(runs: Sequence[RunRecord], price: float | None, evaluate: Evaluate) -> list[Part]:
-    """A part for each run, and one for all runs of the fast recipe together. `price`: of an hour of
-    training. Raises `UserError` for a recipe without bands."""
+    """One part per run, and one for all runs of the fast recipe on FineWeb together. `price`: of an
+    hour on the training machine. Raises `UserError` for a recipe without bands."""
     for run in runs:
         if run.recipe["name"] not in (FAITHFUL, FAST):
             raise UserError(
-                f"{run.folder} is of the recipe {run.recipe['name']}, for which there are no "
-                f"bands: they are for {FAITHFUL} and {FAST}"
+                f"{run.folder} has the recipe {run.recipe['name']}, for which there are no bands: "
+                f"give runs of {FAITHFUL} or {FAST}"
             )
     parts = []
     for run in runs:
@@ -35,22 +35,22 @@ def judge(runs: Sequence[RunRecord], price: float | None, evaluate: Evaluate) ->
 
 
 def expected(run: RunRecord) -> str:
-    """The dataset; where that is not known, the one that the bands are for."""
+    """The dataset; if that is unknown, the one that the bands are for."""
     return run.dataset or (bands.EDU if run.recipe["name"] == FAITHFUL else bands.CLASSIC)
 
 
 def judge_start(run: RunRecord) -> list[Row]:
-    """Is it the registered recipe, on the data that the bands are for?"""
+    """Check that the run has the named recipe and data that the bands are for."""
     changed = run.changed_numbers()
     name = run.recipe["name"]
     steps = f"{run.steps:,} of {run.recipe['steps']:,} steps"
     recipe = Row("recipe", "; ".join(changed) or f"{name}, {steps}", name, not changed)
     if run.dataset is None:
-        text = f"not known, assumed to be {expected(run)}"
+        text = f"unknown, assumed to be {expected(run)}"
         return [recipe, Row("data", text)]
-    if name == FAST:  # its record counts on one set, and GPT-2 is surpassed on the other
-        return [recipe, Row("data", run.dataset, f"{bands.EDU} or {bands.CLASSIC}",
-                            run.dataset in (bands.EDU, bands.CLASSIC))]  # fmt: skip
+    if name == FAST:  # the public record uses one of them, the comparison with GPT-2 the other
+        both = (bands.EDU, bands.CLASSIC)
+        return [recipe, Row("data", run.dataset, " or ".join(both), run.dataset in both)]
     assert run.manifest
     settings = run.manifest.source.get("settings")
     settings = settings if isinstance(settings, dict) else {}
@@ -61,7 +61,7 @@ def judge_start(run: RunRecord) -> list[Row]:
 
 
 def judge_curve(run: RunRecord) -> list[Row]:
-    """The published run's first losses, milestones and curve."""
+    """Compare with the published run: first losses, milestones and the full curve."""
     rows = []
     first = {s: run.train[s]["loss"] for s in range(len(bands.FIRST_LOSSES)) if s in run.train}
     if first and run.recipe["seed"] == bands.FIRST_SEED:
@@ -77,24 +77,25 @@ def judge_curve(run: RunRecord) -> list[Row]:
     if points:
         rows.append(_worst("published curve", list(points.values())))
     elif run.is_finished:
-        rows.append(Row("published curve", "not measured", "a validation every 250 steps", False))
+        rows.append(Row("published curve", "not measured", "validation every 250 steps", False))
     return rows
 
 
 def _worst(what: str, points: list[tuple[int, float | None, float, float]]) -> Row:
-    """Of (step, loss, published, band) the one that is furthest out; a loss of None is NaN."""
+    """A row for points (step, loss, published loss, band), with the one furthest from the published
+    loss relative to its band. A loss of None is NaN."""
     inside = [loss is not None and abs(loss - like) <= band for _, loss, like, band in points]
     step, loss, like, band = max(
         points, key=lambda p: abs(p[1] - p[2]) / p[3] if p[1] is not None else float("inf")
     )
     measured = "nan" if loss is None else f"{loss:.4f}"
     if len(points) > 1:
-        measured = f"{sum(inside)} of {len(points)} within, furthest {measured} at step {step:,}"
+        measured = f"{sum(inside)} of {len(points)} within, worst {measured} at step {step:,}"
     return Row(what, measured, f"{like:.4f} ± {band:.2f}", all(inside))
 
 
 def judge_end(run: RunRecord, evaluate: Evaluate) -> Row:
-    """The final loss over the published run's validation tokens."""
+    """Compare the final loss with the published one, over the same number of tokens."""
     last = run.validation.get(run.recipe["steps"])
     what, band = "final loss", f"{bands.FINAL_LOSS:.4f} ± {bands.FINAL_BAND}"
     band += f" over {bands.FINAL_TOKENS:,} tokens"
@@ -109,7 +110,8 @@ def judge_end(run: RunRecord, evaluate: Evaluate) -> Row:
 
 
 def judge_record(runs: Sequence[RunRecord]) -> Part:
-    """The public record's rule: enough runs that their mean is below 3.28 for certain."""
+    """Apply the rule of the public record: the mean over n runs must be below 3.28 by a margin that
+    shrinks with √n."""
     rows = []
     seeds = {run.recipe["seed"] for run in runs}
     rows.append(Row("seeds", f"{len(seeds)} in {len(runs)} runs", "all different",
@@ -134,15 +136,15 @@ def interval(accuracy: float, total: int) -> float:
 
 
 def surpassing(run: RunRecord, price: float | None) -> Row:
-    """The first step at which GPT-2 124M is surpassed in the lecture's own terms. Only a finished
-    run can fail, and only where both figures are its own."""
+    """The first step at which the run surpasses GPT-2 124M in loss and HellaSwag, as the lecture
+    compares them. Only a finished run on FineWeb-Edu can fail."""
     what = "GPT-2 124M surpassed"
     band = f"loss below {bands.GPT2_LOSS} and HellaSwag at least {bands.GPT2_HELLASWAG}"
     losses = {s for s, loss in run.losses.items() if loss < bands.GPT2_LOSS}
     scores = {s for s, r in run.hellaswag.items() if r["acc_norm"] >= bands.GPT2_HELLASWAG}
     if expected(run) != bands.EDU:
         score = _reached(run, "HellaSwag", scores, price)
-        return Row(what, f"loss: is of {expected(run)}, not of {bands.EDU}; {score}")
+        return Row(what, f"loss on {expected(run)} cannot be compared; {score}")
     both = losses & scores
     if both:
         return Row(what, _reached(run, "both", both, price), band)
@@ -151,16 +153,16 @@ def surpassing(run: RunRecord, price: float | None) -> Row:
 
 
 def _reached(run: RunRecord, what: str, steps: set[int], price: float | None) -> str:
-    """The first of `steps`, and what it took to get there."""
+    """The first of `steps`, with its tokens, hours, cost and scores."""
     if not steps:
         known = run.hellaswag if what == "HellaSwag" else run.losses
         return f"{what} not reached" if known else f"{what} not measured"
     step = min(steps)
     parts = [f"{what} at step {step:,}", f"{run.tokens(step):,} tokens"]
     hours = run.hours(step)
-    parts.append("hours not known, the log lacks steps" if hours is None else f"{hours:.2f} h")
+    parts.append("hours unknown: the log lacks steps" if hours is None else f"{hours:.2f} h")
     if hours is not None and price is not None:
-        parts.append(f"cost {hours * price:.2f} at {price:g} an hour")
+        parts.append(f"cost {hours * price:.2f} at {price:g} per hour")
     if (loss := run.losses.get(step)) is not None:
         parts.append(f"loss {loss:.4f}")
     if score := run.hellaswag.get(step):

@@ -1,4 +1,4 @@
-"""What a run has recorded: its recipe, its data and its log, read from the run folder alone."""
+"""Reads a run folder: its recipe, its data and its log."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,12 +26,12 @@ KINDS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder, read. `train` is by step, from 0; `validation` and `hellaswag` by the number of
-    updates taken."""
+    """The content of a run folder. `train` is by step, starting at 0; `validation` and `hellaswag`
+    by optimizer steps taken."""
 
     folder: Path
     described: dict[str, Any]  # run.json
-    manifest: shards.Manifest | None  # of its data, if that is still there
+    manifest: shards.Manifest | None  # of its data; None if that is missing
     train: dict[int, dict[str, Any]]
     validation: dict[int, dict[str, Any]]
     hellaswag: dict[int, dict[str, Any]]
@@ -42,12 +42,12 @@ class RunRecord:
 
     @cached_property
     def losses(self) -> dict[int, float]:
-        """Validation losses that are numbers, by updates taken."""
+        """Validation losses that are not NaN, by optimizer steps taken."""
         return {s: r["loss"] for s, r in self.validation.items() if r["loss"] is not None}
 
     @property
     def steps(self) -> int:
-        """Steps taken so far."""
+        """Optimizer steps taken so far."""
         return max(self.train, default=-1) + 1
 
     @property
@@ -56,8 +56,8 @@ class RunRecord:
 
     @property
     def dataset(self) -> str | None:
-        """What it was trained on: `EDU`, `CLASSIC` or the name of another source; None if a copy of
-        anything, or if the data is gone."""
+        """The training data: `EDU`, `CLASSIC` or the name of another source. None if it is missing
+        or was prepared from local files."""
         name = self.manifest.source.get("name") if self.manifest else None
         if not isinstance(name, str) or ": " in name:  # such as "parquet: FOLDER"
             return None
@@ -67,13 +67,14 @@ class RunRecord:
         return step * self.recipe["batch.tokens"]
 
     def hours(self, step: int) -> float | None:
-        """Hours of training up to an update, without evaluation; None if the log lacks a step."""
+        """Hours of training for the first `step` steps, without evaluation; None if one of them is
+        missing from the log."""
         if any(number not in self.train for number in range(step)):
             return None
         return sum(self.train[number]["seconds"] for number in range(step)) / 3600
 
     def changed_numbers(self) -> list[str]:
-        """What differs from the registered recipe, the seed apart."""
+        """Differences from the named recipe, except for the seed."""
         registered = recipes.flatten(recipes.get_recipe(self.recipe["name"]))
         found = recipes.differences(self.recipe, registered)
         if self.recipe["steps"] != registered["steps"]:
@@ -84,13 +85,13 @@ class RunRecord:
 
 
 def read_run(folder: Path, data: Path | None = None) -> RunRecord:
-    """Read a run folder. `data`: where its shards are now, if they have moved.
+    """Read a run folder. `data`: the folder of its shards, if they have moved.
 
-    Raises `UserError` if it is no run, its log is damaged, or `data` is not what it trained on.
+    Raises `UserError` if it is not a run, its log is damaged, or `data` is other data.
     """
     for name in ("run.json", "metrics.jsonl"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}: it is no run, or has not begun")
+            raise UserError(f"{folder} has no {name}: give a run folder that contains a log")
     described = storage.read_json(folder / "run.json", RUN)
     by_kind: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in KINDS}
     for record in storage.read_json_lines(folder / "metrics.jsonl", RECORD):
@@ -104,7 +105,7 @@ def read_run(folder: Path, data: Path | None = None) -> RunRecord:
 
 
 def _manifest(described: dict[str, Any], data: Path | None) -> shards.Manifest | None:
-    """The manifest of the run's data, if it is there."""
+    """The manifest of the run's data; None if it is missing."""
     folder = data or Path(described["data"]["path"])
     if data is None and not (folder / shards.MANIFEST).is_file():
         return None
@@ -112,5 +113,5 @@ def _manifest(described: dict[str, Any], data: Path | None) -> shards.Manifest |
     if manifest.fingerprint == described["data"]["fingerprint"]:
         return manifest
     if data is not None:
-        raise UserError(f"{data} is not what the run was trained on: leave out --data")
+        raise UserError(f"{data} is not the run's training data: leave out --data")
     return None

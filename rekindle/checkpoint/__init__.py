@@ -1,9 +1,9 @@
-"""Checkpoints: folders of safetensors and JSON, whole or absent.
+"""Checkpoints: folders of safetensors and JSON, written atomically.
 
 RUN/checkpoints/step-000250/
     model.safetensors      the parameters, under the model's names
-    optimizer.safetensors  what the optimizer names as its state (AdamW: exp_avg.NAME, ..., updates)
-    checkpoint.json        a `Description`; each file's SHA-256 and its own
+    optimizer.safetensors  the optimizer's `state_tensors` (AdamW: exp_avg.NAME, ..., updates)
+    checkpoint.json        a `Description`, with the SHA-256 of itself and of each file
 """
 
 from rekindle.checkpoint.format import (
@@ -14,7 +14,7 @@ from rekindle.checkpoint.format import (
     Description,
     load,
 )
-from rekindle.checkpoint.retention import Keep, find, list_checkpoints, newest_whole, prune
+from rekindle.checkpoint.retention import Keep, find, list_checkpoints, newest_complete, prune
 from rekindle.checkpoint.writer import Saver, Snapshot, amend, save, write
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "find",
     "list_checkpoints",
     "load",
-    "newest_whole",
+    "newest_complete",
     "prune",
     "save",
     "write",

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and reading one."""
+"""The checkpoint format, and reading a checkpoint."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from rekindle.machine import Machine
 from rekindle.model import HasParameters, LanguageModel, ModelConfig
 from rekindle.model.shapes import check_shapes, expected_shapes
 from rekindle.optim import Optimizer
-from rekindle.runtime.sharding import laid_out_as
+from rekindle.runtime.sharding import shard_like
 
 FORMAT = 4
 READABLE = (2, 3, FORMAT)
@@ -31,19 +31,19 @@ _FILES_SCHEMA = {"files": {name: {"bytes": int, "sha256": str} for name in FILES
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint says of itself, beside its tensors."""
+    """The contents of checkpoint.json: everything but the tensors and the hashes."""
 
     step: int  # optimizer steps taken
     recipe: dict[str, Any] = field(metadata={"schema": recipes.SCHEMA})
-    model: dict[str, Any]  # its configuration
-    model_class: str  # its name in MODELS; a class that is not there: its own
-    optimizer_class: str  # its name in OPTIMIZERS, or its own
+    model: dict[str, Any]  # the model's configuration
+    model_class: str  # its name in MODELS, or else the name of the class
+    optimizer_class: str  # its name in OPTIMIZERS, or else the name of the class
     data_position: dict[str, int] = field(metadata={"schema": {"windows": int}})
     guard: dict[str, Any] = field(metadata={"schema": {"losses": [float], "skipped": int}})
     machine: Machine
     ranks: int = field(metadata={"schema": range(1, 2**31)})
     versions: dict[str, str]
-    # What only a run knows.
+    # Set only by a run, not by a `Trainer` without a run folder:
     data: dict[str, str] | None = field(
         default=None, metadata={"schema": (None, {"path": str, "fingerprint": str})}
     )
@@ -51,14 +51,14 @@ class Description:
         default=None, metadata={"schema": (None, {"name": str, "sha256": str})}
     )
     forked_from: str | None = None
-    evaluated: bool = False  # whether what follows this step, such as the validation, was done
+    evaluated: bool = False  # whether the evaluation due after this step was done
     validation_loss: float | None = None
-    updates: int | None = None  # of a checkpoint of format 2, which has no such tensor
+    updates: int | None = None  # format 2 only; later formats store it as a tensor
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as read from disk; its hashes have been checked."""
+    """A checkpoint read from disk, with its hashes checked."""
 
     path: Path
     description: Description
@@ -72,16 +72,16 @@ class Checkpoint:
 
     @property
     def tokens_read(self) -> int:
-        """Where in the data it stands, in tokens: a fork may cut them into other windows."""
+        """Position in the training data, in tokens; a fork may use another sequence length."""
         d = self.description
         return d.data_position["windows"] * d.recipe["batch.length"]
 
     def check_same(self, config: ModelConfig, model: type, optimizer: type) -> None:
-        """Raise `UserError` if it is not of this model and optimizer."""
+        """Raise `UserError` if the checkpoint belongs to a different model or optimizer."""
         before, now = self.description.model, dataclasses.asdict(config)
         if different := [k for k in now if before.get(k) != now[k]]:
             fields = "; ".join(f"{k} is {before.get(k)}, not {now[k]}" for k in different)
-            raise UserError(f"{self.path} holds another model ({fields})")
+            raise UserError(f"{self.path} holds a different model ({fields})")
         for was, name in (
             (self.description.model_class, lookup.name_of(model, lookup.models())),
             (self.description.optimizer_class, lookup.name_of(optimizer, lookup.optimizers())),
@@ -91,13 +91,13 @@ class Checkpoint:
 
     @torch.no_grad()
     def restore_model(self, model: HasParameters) -> None:
-        """Give `model` the weights it had."""
+        """Copy the saved weights into `model`."""
         for name, p in model.named_parameters():
-            p.copy_(laid_out_as(p, self.model[name]))
+            p.copy_(shard_like(p, self.model[name]))
 
     @torch.no_grad()
     def restore_optimizer(self, optimizer: Optimizer) -> None:
-        """Give `optimizer` the state it had."""
+        """Copy the saved state into `optimizer`."""
         tensors = optimizer.state_tensors()
         saved: dict[str, Tensor] = {}
         if (updates := self.description.updates) is not None:
@@ -109,23 +109,23 @@ class Checkpoint:
             {name: t.dtype for name, t in missing.items()},
         )
         for name, tensor in tensors.items():
-            tensor.copy_(laid_out_as(tensor, saved[name]))
+            tensor.copy_(shard_like(tensor, saved[name]))
 
 
 class DamagedError(UserError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose files are missing, damaged or invalid."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what}: name another checkpoint; `rekindle train` sets this one aside")
+        super().__init__(f"{what}: use another checkpoint; `rekindle train` sets this one aside")
         self.what = what
 
 
 def load(path: Path, model_class: type[LanguageModel] | None = None) -> Checkpoint:
-    """Read a checkpoint and check every byte. `model_class` is needed if its model is not in
-    `MODELS`.
+    """Read a checkpoint and check the hash of every file. `model_class` is needed if the model is
+    not in `MODELS`.
 
-    Raises `DamagedError` that names the damaged file, and `UserError` if the model's class is not
-    known.
+    Raises `DamagedError`, which names the damaged file, and `UserError` if the model's class is
+    unknown.
     """
     found = _read_description(path / DESCRIPTION)
     _check_files(path, found["files"])
@@ -133,19 +133,19 @@ def load(path: Path, model_class: type[LanguageModel] | None = None) -> Checkpoi
         description = schema.parse(Description, found)
     except ValueError as wrong:
         raise DamagedError(
-            f"{path / DESCRIPTION} is not the description of a checkpoint ({wrong})"
+            f"{path / DESCRIPTION} is not a valid checkpoint description ({wrong})"
         ) from None
     known = lookup.models().get(description.model_class)
     if (chosen := model_class or known) is None:
         raise UserError(
-            f"{path} holds a {description.model_class}, a model that is not Rekindle's: load it "
-            "from Python with its class"
+            f"{path} holds a {description.model_class}, which is not one of Rekindle's models: "
+            "load it from Python with its class"
         )
     try:
         config = chosen.Config.from_dict(description.model)
     except UserError as error:
         raise DamagedError(
-            f"{path / DESCRIPTION} describes no {chosen.__name__} ({error})"
+            f"{path / DESCRIPTION} does not describe a valid {chosen.__name__} ({error})"
         ) from None
     model = _read_tensors(
         path / "model.safetensors", lambda found: expected_shapes(chosen, config, found)
@@ -154,24 +154,26 @@ def load(path: Path, model_class: type[LanguageModel] | None = None) -> Checkpoi
 
 
 def _read_description(file: Path) -> dict[str, Any]:
-    """What `file` says, as the newest format has it."""
+    """The contents of `file`, converted to the newest format."""
     try:
         found = storage.read_json(file)
     except UserError as error:
         raise DamagedError(f"{file} is missing or damaged") from error
     if not isinstance(found, dict):
-        raise DamagedError(f"{file} is not the description of a checkpoint")
+        raise DamagedError(f"{file} is not a valid checkpoint description")
     if found.pop("sha256", None) != description_sha256(found):
-        raise DamagedError(f"{file} is damaged (it is not what was written)")
+        raise DamagedError(f"{file} is damaged (its SHA-256 does not match)")
     if found.get("format") not in READABLE:
-        raise UserError(f"{file} is not a checkpoint of format {FORMAT}")
+        raise UserError(
+            f"{file} does not have checkpoint format {FORMAT}: use another version of Rekindle"
+        )
     if wrong := schema.mismatch(found, _FILES_SCHEMA):
-        raise DamagedError(f"{file} is not the description of a checkpoint ({wrong})")
+        raise DamagedError(f"{file} is not a valid checkpoint description ({wrong})")
     return found if found["format"] == FORMAT else _upgraded(found)
 
 
 def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
-    """A description of format 2 or 3, of version 0.1, as format 4 has it."""
+    """Convert a description from format 2 or 3 (version 0.1) to format 4."""
     new = {**old, "model_class": "gpt2", "optimizer_class": "adamw"}
     new["evaluated"] = new.pop("examined", None)
     if isinstance(guard := old.get("guard"), dict):
@@ -187,22 +189,20 @@ def _check_files(folder: Path, files: dict[str, Any]) -> None:
     for name in FILES:
         file, entry = folder / name, files[name]
         try:
-            whole = file.stat().st_size == entry["bytes"]
-            whole = whole and storage.file_sha256(file) == entry["sha256"]
+            intact = file.stat().st_size == entry["bytes"]
+            intact = intact and storage.file_sha256(file) == entry["sha256"]
         except OSError as error:
             raise DamagedError(f"{file} cannot be read ({error.strerror})") from None
-        if not whole:
-            raise DamagedError(
-                f"{file} is damaged (it is not the {entry['bytes']} bytes that were written)"
-            )
+        if not intact:
+            raise DamagedError(f"{file} is damaged (its size or SHA-256 does not match)")
 
 
 def description_sha256(description: dict[str, Any]) -> str:
-    """Identifies what a description says, its own hash apart."""
+    """The SHA-256 of a description, which must not contain its own hash."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-_DTYPES = {  # safetensors' names
+_DTYPES = {  # by the names that safetensors uses
     "F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BOOL": torch.bool,
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
@@ -210,8 +210,8 @@ _DTYPES = {  # safetensors' names
 
 @contextmanager
 def _openable(file: Path) -> Iterator[Path]:
-    """A name under which safetensors can open `file`: it takes no name that is not UTF-8."""
-    if os.fsencode(file).isascii() or storage.spelled(file) == str(file):
+    """A path at which safetensors can open `file`, even if its real path is not valid UTF-8."""
+    if os.fsencode(file).isascii() or storage.printable(file) == str(file):
         yield file
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -225,9 +225,12 @@ def _read_tensors(
     shapes: Callable[[Collection[str]], Mapping[str, tuple[int, ...]]],
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of a file, which have the names and shapes that `shapes` expects of a file with
-    these names, and the types `dtypes` or else float32; otherwise `DamagedError`, before memory is
-    taken for them."""
+    """Read the tensors of a file.
+
+    `shapes` maps the names found in the file to the expected names and shapes; `dtypes` gives the
+    expected types, by default float32. Raises `DamagedError` on a mismatch, before allocating any
+    tensor.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""Which checkpoints there are, and which of them stay."""
+"""Finds checkpoints, and removes the ones that are no longer needed."""
 
 import math
 import re
@@ -14,18 +14,19 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints under `folder`, oldest first. Unfinished ones have other names."""
+    """The checkpoints in `folder`, oldest first. Unfinished ones have temporary names and are not
+    listed."""
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=_step)
 
 
-def newest_whole(
+def newest_complete(
     folder: Path, model_class: Any = None
 ) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """The newest whole checkpoint under `folder`, if there is any, and what is wrong with those
-    after it. `model_class`: as `load` has it.
+    """The newest undamaged checkpoint in `folder`, or None if there are no checkpoints; and what is
+    wrong with each newer one. `model_class`: see `load`.
 
-    Raises `UserError` if there are checkpoints but none is whole.
+    Raises `UserError` if all checkpoints are damaged.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(list_checkpoints(folder)):
@@ -35,14 +36,14 @@ def newest_whole(
             damaged[path] = error.what
     if damaged:
         raise UserError(
-            f"no checkpoint in {folder} is whole ({'; '.join(damaged.values())}): restore one from "
-            "a copy, or start anew in another --out"
+            f"all checkpoints in {folder} are damaged ({'; '.join(damaged.values())}): restore one "
+            "from a copy, or start again in a new --out"
         )
     return None, damaged
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that a run folder or a checkpoint folder stands for: itself, or the newest.
+    """The path of a checkpoint: `path` itself, or the newest checkpoint if `path` is a run folder.
 
     Raises `UserError` if it is neither.
     """
@@ -53,16 +54,16 @@ def find(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"there is no {path}")
     if (path / "checkpoints").is_dir():
-        raise UserError(f"the run {path} has no checkpoint yet: train it further")
+        raise UserError(f"the run {path} has no checkpoint yet: continue training it")
     raise UserError(
-        f"{path} is no run and no checkpoint: it has neither checkpoints/ nor {DESCRIPTION}"
+        f"{path} is not a run or a checkpoint: it has neither checkpoints/ nor {DESCRIPTION}"
     )
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `newest` ones (0: all), the `best` by validation loss, and those
-    at multiples of `every` steps (0: none)."""
+    """Which checkpoints to keep: the `newest` ones (0: all), the `best` ones by validation loss,
+    and those at multiples of `every` steps (0: none)."""
 
     newest: int = 0
     best: int = 0
@@ -70,7 +71,7 @@ class Keep:
 
 
 def prune(folder: Path, keep: Keep) -> None:
-    """Remove what `keep` does not name. The newest one, just written, always stays."""
+    """Remove the checkpoints that `keep` does not cover. The newest one always stays."""
     found = list_checkpoints(folder)
     old = found[: -keep.newest] if keep.newest else []
     losses = {path: _validation_loss(path) for path in found} if old and keep.best else {}
@@ -82,7 +83,7 @@ def prune(folder: Path, keep: Keep) -> None:
 
 
 def _validation_loss(path: Path) -> float:
-    """As its description has it; infinite if it was not measured or cannot be read."""
+    """The recorded validation loss; infinite if it was not measured or cannot be read."""
     try:
         return storage.read_json(path / DESCRIPTION, {"validation_loss": float})["validation_loss"]
     except UserError:

@@ -1,8 +1,9 @@
 """A batch is a pure function of (data, seed, step).
 
-The tokens are cut into windows of T + 1 at stride T (each target is predicted once). An epoch is a
-permutation of all windows, computed for any position without a list in memory, so resuming needs
-one integer and a change of ranks changes nothing but who reads which rows.
+The tokens are cut into windows of T + 1 at stride T, so each target is predicted once. An epoch is
+a permutation of all windows. The permutation is computed per position, without a list in memory:
+resuming needs only the step, and changing the number of ranks only changes which rank reads which
+rows.
 """
 
 import hashlib
@@ -19,14 +20,15 @@ from torch import Tensor
 from rekindle.data.shards import check_ids
 from rekindle.errors import UserError
 
-ROUNDS = 6  # of the Feistel network; even, so that its halves end where they began
-IGNORED = -100  # a target that counts for nothing (PyTorch's default `ignore_index`)
+ROUNDS = 6  # of the Feistel network; even, so that both halves end at their original widths
+IGNORED = -100  # a target that is not scored (PyTorch's default `ignore_index`)
 
 
 def permute(index: np.ndarray, size: int, key: bytes) -> np.ndarray:
-    """Where each `index` < `size` goes under the permutation of range(size) that `key` selects.
+    """Apply the permutation of range(`size`) selected by `key` to each `index` < `size`.
 
-    A Feistel network permutes the next power of two; whoever lands outside walks on until inside.
+    A Feistel network permutes the next power of two. Results outside range(`size`) are permuted
+    again until they fall inside (cycle walking).
     """
     bits = max(2, (size - 1).bit_length())
     digest = hashlib.blake2b(key, digest_size=8 * ROUNDS).digest()
@@ -46,7 +48,7 @@ def _feistel(value: np.ndarray, bits: int, round_keys: np.ndarray) -> np.ndarray
         high_bits = bits - low_bits
         low, high = value & _mask(low_bits), value >> np.uint64(low_bits)
         mixed = high ^ (_scramble(low ^ round_key) & _mask(high_bits))
-        value = low << np.uint64(high_bits) | mixed  # the halves change places, and sizes
+        value = low << np.uint64(high_bits) | mixed  # the halves swap positions and widths
         low_bits = high_bits
     return value
 
@@ -65,8 +67,8 @@ def _scramble(x: np.ndarray) -> np.ndarray:
 class Windows:
     """All windows of T + 1 tokens at stride T in a list of shards, numbered from 0.
 
-    A window does not cross shards. A shard gives whole multiples of `unit` tokens, itself a
-    multiple of T and by default T; the rest at its end is left out.
+    Windows never cross shards. Only a multiple of `unit` tokens of each shard is used, and the
+    remainder at its end is dropped. `unit` is a multiple of T; the default is T.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Windows:
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """The windows with these numbers: (n, T + 1) uint16.
 
-        Raises `UserError` that names the file and the place of an id beyond the vocabulary.
+        Raises `UserError`, with the file and position, if an id is outside the vocabulary.
         """
         out = np.empty((len(numbers), self.T + 1), np.uint16)
         for row, number in enumerate(numbers):
@@ -100,21 +102,22 @@ class Windows:
         return out
 
     def _locate(self, number: int) -> tuple[int, int]:
-        """Shard and first token of a window."""
+        """The shard of a window and the position of its first token there."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, (number - (int(self._ends[shard - 1]) if shard else 0)) * self.T
 
 
 def _check_ids(tokens: np.ndarray, shard: np.ndarray, start: int, vocab_size: int) -> None:
-    """Check `tokens`, those of `shard` from `start` on, again: the run checked them first."""
-    note = ", and did not when it was checked"
+    """Check `tokens`, read from `shard` at `start`. The run has checked the whole file before, so
+    an error here means that the file changed since."""
+    note = ", but passed the check when the run started"
     check_ids(tokens, vocab_size, getattr(shard, "filename", "a shard"), start, note)
 
 
 @dataclass(frozen=True)
 class Partition:
     """How one global batch is divided: each rank accumulates gradients over `accumulation`
-    forward passes of `micro_batch` rows."""
+    micro-batches of `micro_batch` rows."""
 
     micro_batch: int
     accumulation: int
@@ -123,7 +126,7 @@ class Partition:
 
     @classmethod
     def of(cls, rows: int, micro_batch: int, rank: int = 0, ranks: int = 1) -> "Partition":
-        """Divide `rows` rows. Raises `UserError` if they do not divide."""
+        """Divide `rows` rows. Raises `UserError` if they do not divide evenly."""
         if micro_batch < 1 or rows % (micro_batch * ranks):
             raise UserError(
                 f"a batch of {rows} rows does not divide into micro-batches of {micro_batch} rows "
@@ -133,30 +136,31 @@ class Partition:
 
 
 class Batches:
-    """The training batches of a run: `batch(step)` depends on nothing but its arguments."""
+    """The training batches of a run. Stateless: `batch(step, partition)` depends only on its
+    arguments."""
 
     def __init__(self, windows: Windows, rows: int, seed: int, order: str) -> None:
-        """Order: "shuffled", or "sequential" or "lecture", which take the windows as they are
-        numbered. Raises `UserError` if the data is smaller than one step."""
+        """`order` is "shuffled", "sequential" or "lecture"; the last two use the windows in the
+        order of their numbers. Raises `UserError` if the data is smaller than one step."""
         if len(windows) < rows:
             lecture = order == "lecture"
             pieces = "micro-batches" if lecture else "windows"
             flags = "--batch.tokens" + " or --batch.lecture-micro-tokens" * lecture
             raise UserError(
-                f"one step needs {rows * windows.T:,} tokens, the training split has "
+                f"one step needs {rows * windows.T:,} tokens, but the training split has "
                 f"{len(windows) * windows.T:,} in whole {pieces} of {windows.unit}: prepare more "
                 f"data or lower {flags}"
             )
         self.windows, self.rows, self.seed, self.order = windows, rows, seed, order
 
     def numbers(self, step: int) -> np.ndarray:
-        """The windows of the global batch of `step`, in order: (rows,) int64."""
+        """The window numbers of the global batch of `step`, in order: (rows,) int64."""
         position = step * self.rows + np.arange(self.rows)
         if self.order != "shuffled":
             return position % len(self.windows)
         epoch, index = np.divmod(position, len(self.windows))
         numbers = np.empty_like(index)
-        for e in np.unique(epoch):  # a batch may begin in one epoch and end in the next
+        for e in np.unique(epoch):  # a batch may start in one epoch and end in the next
             key = f"{self.seed} {e}".encode()
             numbers[epoch == e] = permute(index[epoch == e], len(self.windows), key)
         return numbers
@@ -165,8 +169,8 @@ class Batches:
         """Inputs and targets of one rank at one step: two (accumulation, micro_batch, T)
         int64.
 
-        Micro-step m of rank r takes the rows from (m·ranks + r)·micro_batch on, like the lecture's
-        loader.
+        Micro-batch m of rank r starts at row (m·ranks + r)·micro_batch of the global batch, as in
+        the lecture's loader.
         """
         p = partition
         numbers = self.numbers(step).reshape(p.accumulation, p.ranks, p.micro_batch)
@@ -179,12 +183,12 @@ def validation_batches(
     shards: Sequence[np.ndarray], T: int, limit: int, rows: int, rank: int = 0, ranks: int = 1,
     vocab_size: int = 2**16,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """The first `limit` targets of a split, each exactly once, in batches (rows, T) of one shape.
+    """Yield the first `limit` targets of a split, each exactly once, in batches of shape (rows, T).
 
-    Which targets are scored, and with which context, depends on `T` alone. What fills up a last
+    Which targets are scored, and with which context, depends only on `T`. Padding in the last
     window or batch has the target -100. All ranks get the same number of batches.
 
-    Raises `UserError` that names the file and the place of an id beyond the vocabulary.
+    Raises `UserError`, with the file and position, if an id is outside the vocabulary.
     """
     spans: list[tuple[int, int, int]] = []  # shard, first input, inputs
     for number, shard in enumerate(shards):
@@ -205,9 +209,9 @@ def validation_batches(
 
 
 class Prefetcher:
-    """Makes the batches of coming steps in a thread and copies them to the device in time.
+    """Prepares the batches of the next steps in a thread and copies them to the device.
 
-    `waited` is how long `next` has had to wait for data, in seconds.
+    `waited` is the total time that `next` has waited for data, in seconds.
     """
 
     def __init__(
@@ -223,19 +227,19 @@ class Prefetcher:
 
     def _work(self, first: int, last: int) -> None:
         try:
-            if self._device.type == "cuda":  # a thread begins with the first GPU
+            if self._device.type == "cuda":  # a new thread starts on the first GPU
                 torch.cuda.set_device(self._device)
             for step in range(first, last):
                 x, y = (torch.from_numpy(np.ascontiguousarray(a)) for a in self._make(step))
-                if self._device.type == "cuda":  # only from pinned memory is a copy asynchronous
+                if self._device.type == "cuda":  # copies are asynchronous only from pinned memory
                     x, y = x.pin_memory(), y.pin_memory()
                 if not self._put((x, y)):
                     return
-        except Exception as error:  # handed to the training thread, which raises it
+        except Exception as error:  # `next` raises it in the training thread
             self._put(error)
 
     def _put(self, item: tuple[Tensor, Tensor] | Exception) -> bool:
-        """Queue an item; False if nobody will come for it any more."""
+        """Queue an item; False if the prefetcher was closed."""
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.1)

@@ -1,20 +1,20 @@
-"""What a file holds by its first bytes, whatever its name says.
+"""Detect the type of a file from its first bytes, regardless of its name.
 
-Looked at where a file cannot be what it is taken for, so that the error says what it is.
+Used when a file does not have the expected format, so that the error can name the actual one.
 """
 
 import codecs
 import re
 from pathlib import Path
 
-HEAD = 1024  # bytes that are looked at
+HEAD = 1024  # bytes that are inspected
 
 LFS, GZIP, ZSTD, PAGE, PARQUET = "lfs", "gzip", "zstd", "page", "parquet"
 _UNPACK = "unpack it first"
-KINDS: dict[str, tuple[bytes, str]] = {  # name → what the file begins with; what it is, what to do
+KINDS: dict[str, tuple[bytes, str]] = {  # name → pattern of the first bytes; description and fix
     LFS: (
         rb"version https://git-lfs\.github\.com/spec/",
-        "a Git LFS pointer, not the data: get them with `git lfs pull`",
+        "a Git LFS pointer, not the data: download the data with `git lfs pull`",
     ),
     GZIP: (rb"\x1f\x8b\x08", "gzip data: decompress it first (`gunzip`)"),
     ZSTD: (rb"\x28\xb5\x2f\xfd", "Zstandard data: decompress it first (`unzstd`)"),
@@ -25,23 +25,24 @@ KINDS: dict[str, tuple[bytes, str]] = {  # name → what the file begins with; w
     "7z": (rb"7z\xbc\xaf\x27\x1c", f"a 7-Zip archive: {_UNPACK}"),
     "tar": (rb"(?s).{257}ustar", f"a tar archive: {_UNPACK}"),
     PARQUET: (rb"PAR1", "a Parquet file: use --parquet"),
-    "arrow": (rb"ARROW1", "an Arrow file: write it as Parquet, and use --parquet"),
-    "pdf": (rb"%PDF-", "a PDF: take its text out first"),
-    "sqlite": (rb"SQLite format 3\0", "an SQLite database: take its text out first"),
+    "arrow": (rb"ARROW1", "an Arrow file: convert it to Parquet and use --parquet"),
+    "pdf": (rb"%PDF-", "a PDF: extract its text first"),
+    "sqlite": (rb"SQLite format 3\0", "an SQLite database: extract its text first"),
     PAGE: (
         rb"\s*<(?i:!doctype html|html|head|body|\?xml)",
-        "a web page (HTML or XML), such as a server sends in place of a file: download it again",
+        "a web page (HTML or XML), perhaps a server's error page: download the file again",
     ),
 }
 _PATTERNS = {name: re.compile(start) for name, (start, _) in KINDS.items()}
 _MARKS = {
-    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # before UTF-16, whose mark begins it
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # first: it starts with UTF-16's mark
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 
 
-def what_is(head: bytes) -> str:
-    """The kind in `KINDS` of a file that begins with `head`, or UTF-16 or UTF-32; else empty."""
+def kind_of(head: bytes) -> str:
+    """The kind of a file that starts with `head`: a key of `KINDS`, "UTF-16" or "UTF-32", or
+    empty if it is none of them."""
     head = head[:HEAD]
     for name, pattern in _PATTERNS.items():
         if pattern.match(head):
@@ -50,7 +51,7 @@ def what_is(head: bytes) -> str:
 
 
 def _wide(head: bytes) -> str:
-    """UTF-16 or UTF-32 by its mark, or by the zeros that most Western letters have there."""
+    """Detect UTF-16 or UTF-32 by its byte order mark, or by the zero bytes of ASCII characters."""
     for name, marks in _MARKS.items():
         if head.startswith(marks):
             return name
@@ -63,13 +64,13 @@ def _wide(head: bytes) -> str:
 
 
 def describe(kind: str) -> str:
-    """What a file of this kind is and what to do, to follow "is"."""
+    """Describe a file of this kind and how to convert it, worded to follow "FILE is"."""
     if kind in KINDS:
         return KINDS[kind][1]
     return f"{kind} text: convert it to UTF-8 first (`iconv -f {kind} -t UTF-8`)"
 
 
 def head_of(path: Path) -> bytes:
-    """The first bytes of a file."""
+    """The first `HEAD` bytes of a file."""
     with open(path, "rb") as file:
         return file.read(HEAD)

@@ -1,14 +1,15 @@
-"""Where a text may be cut so that its tokens stay the same.
+"""Where a text can be cut without changing its tokens.
 
 GPT-2 first splits a text into words (the pattern in OpenAI's encoder.py), then merges bytes within
-each. It reads from left to right and looks ahead only from white space. So a cut changes nothing
-where a word ends whatever comes before: between a letter, digit or mark and white space, between a
-letter or digit and punctuation, and before the last of several spaces, which goes to what follows.
+each word. The pattern matches from left to right and looks ahead only from white space. So a cut is
+safe wherever a word ends in any context: between a letter, digit or mark and white space, between a
+letter or digit and punctuation, and before the last of several spaces, which belongs to the next
+word.
 """
 
 import re
 
-_WINDOW = 1 << 12  # bytes from the end that are searched first
+_WINDOW = 1 << 12  # bytes at the end that are searched first
 
 # The last byte or bytes of a character before the cut. UTF-8 has white space beyond ASCII only in
 # the blocks C2, E1, E2 and E3 80, which are not among these.
@@ -16,7 +17,7 @@ _VISIBLE = (
     rb"(?<=[\x21-\x7e])|(?<=[\xc3-\xdf][\x80-\xbf])|(?<=[\xe4-\xef][\x80-\xbf]{2})"
     rb"|(?<=\xe3[\x81-\xbf][\x80-\xbf])|(?<=[\xf0-\xf4][\x80-\xbf]{3})"
 )
-# ASCII, U+5000 to U+8FFF, of which all are letters, kana, and Hangul from U+B000 to U+CFFF.
+# ASCII, U+5000 to U+8FFF (all letters), kana, and Hangul from U+B000 to U+CFFF.
 _LETTER = (
     rb"(?<=[0-9A-Za-z])|(?<=[\xe5-\xe8][\x80-\xbf]{2})|(?<=[\xeb\xec][\x80-\xbf]{2})"
     rb"|(?<=\xe3\x81[\x81-\xbf])|(?<=\xe3\x82[\x80-\x96\xa1-\xbf])|(?<=\xe3\x83[\x80-\xba])"
@@ -29,8 +30,8 @@ _CUT = re.compile(
 
 
 def last_cut(text: bytes) -> int:
-    """The last byte at which UTF-8 `text` may be cut without a change of GPT-2's tokens, whatever
-    comes before and after `text`; 0 if there is none."""
+    """The last byte offset at which UTF-8 `text` can be cut without changing GPT-2's tokens, in any
+    context; 0 if there is none."""
     start = len(text)
     while start:
         end, start = start, max(0, 2 * start - len(text) - _WINDOW)
@@ -43,13 +44,13 @@ def last_cut(text: bytes) -> int:
 
 
 def first_cut(text: bytes, start: int) -> int:
-    """The first such byte from `start` on; the end of `text` if there is none."""
+    """The first safe cut at or after `start`; the end of `text` if there is none."""
     match = _CUT.search(text, start)
     return match.start() if match else len(text)
 
 
 def character(text: bytes | bytearray, end: int) -> int:
-    """Where the character at byte `end` of UTF-8 begins; the end of `text` if that is before."""
+    """The first byte of the UTF-8 character that contains byte `end`; at most the text's length."""
     if end >= len(text):
         return len(text)
     while end and text[end] & 0xC0 == 0x80:

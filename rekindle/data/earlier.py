@@ -1,7 +1,7 @@
 """What an earlier `prepare` left in a folder: all shards, some of them, or other data.
 
-A source whose files have identities is compared file by file. Where a file has changed before all
-was finished, the shards made before that file are kept, and preparing resumes behind them.
+A source whose files have identities is compared file by file. If a file changed before preparation
+finished, the shards of the files before it are kept and preparation resumes after them.
 """
 
 import re
@@ -18,17 +18,17 @@ from rekindle.errors import UserError
 from rekindle.schema import mismatch
 
 PENDING = {"documents": int, "pieces": [str]}
-POSITION = {  # in the source, behind a finished shard; one of the splits is pending
+POSITION = {  # in the source, after a finished shard; the other split has pending tokens
     "cursor": [int],
     "offset?": int,
     "pending": tuple({split: PENDING} for split in SPLITS),
 }
-SCHEMA = POSITION | {  # of what `prepare` saves with each shard
+SCHEMA = POSITION | {  # of the state that `prepare` saves with each shard
     "source": dict,
     "shards": [shards.SHARD],
     "tokenizer_sha256?": str,
     "fraction?": float,
-    # The last position in each file, and how many shards were finished then.
+    # The last position in each file, and how many shards were finished by then.
     "history?": [POSITION | {"finished": int}],
 }
 FILE = {"name": str, "bytes": int, "split": (str, None), "sha256": str}
@@ -42,23 +42,25 @@ START: dict[str, Any] = {
 def finished(
     source: Source, out: Path, settings: dict[str, Any], lock: storage.Lock
 ) -> Manifest | None:
-    """The manifest in `out` if it is of this source and these settings; None if there is none."""
+    """The manifest in `out`, or None if there is none.
+
+    Raises `UserError` if it belongs to another source or other settings."""
     if not (out / shards.MANIFEST).exists():
         return None
     manifest = shards.read_manifest(out)
     _compare(out, source, manifest.source, settings)
     shards.check_sizes(out, manifest)
-    if (out / shards.UNFINISHED).exists():  # killed between the manifest and this
+    if (out / shards.UNFINISHED).exists():  # killed after writing the manifest
         lock.take()
         storage.remove_folder(out / shards.UNFINISHED)
-    if storage.has_unfinished(out):  # or while that was removed
+    if storage.has_unfinished(out):  # killed while removing that folder
         lock.take()
         storage.remove_unfinished(out)
     return manifest
 
 
 def saved_state(source: Source, out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Where an earlier call was stopped; None for a fresh start."""
+    """The state in which an earlier call stopped; None for a fresh start."""
     path = out / shards.UNFINISHED / shards.STATE
     if not path.exists():
         return None
@@ -66,31 +68,31 @@ def saved_state(source: Source, out: Path, settings: dict[str, Any]) -> dict[str
     if any(len(entry["cursor"]) != 2 for entry in (state, *state.get("history", []))):
         raise UserError(f"{path} is damaged: remove {out} and prepare again")
     names = [*(entry["name"] for entry in state["shards"]), *pieces_of(state)]
-    if not all(map(shards.is_name, names)):  # pieces are removed when they are in a shard
-        raise UserError(f"{path} names files of other folders: remove {out} and prepare again")
+    if not all(map(shards.is_name, names)):  # these files get deleted later
+        raise UserError(f"{path} names files in other folders: remove {out} and prepare again")
     if _files(state["source"]) is None:
         _compare(out, source, state["source"], settings)
-    else:  # a file that has changed costs only what was made of it
+    else:  # after a changed file, the shards before it are still valid
         _compare_settings(out, state["source"], settings)
     for entry in state["shards"]:
         if len(shards.open_shard(out / entry["name"])) != entry["tokens"]:
             raise UserError(
-                f"{out / entry['name']} has changed since it was made: "
+                f"{out / entry['name']} has changed since it was written: "
                 f"remove the folder {out} and prepare again"
             )
     return state
 
 
 def pieces_of(state: dict[str, Any]) -> set[str]:
-    """The files of pending tokens that a state may be resumed with."""
+    """The files of pending tokens needed to resume from this state."""
     positions = [state, *state.get("history", [])]
     pending = [entry for position in positions for entry in position["pending"].values()]
     return {name for entry in pending for name in entry["pieces"]}
 
 
 def without_changed_files(state: dict[str, Any], source: Source) -> tuple[dict[str, Any], str]:
-    """The state before the first file that is not what it was, and a line that says so; the same
-    state and an empty line if all are."""
+    """The state before the first changed file, and a message about the change; the same state and
+    an empty message if no file changed."""
     before = _files(state["source"])
     if before is None or (now := source.identities(len(before))) is None:
         return state, ""
@@ -105,15 +107,15 @@ def without_changed_files(state: dict[str, Any], source: Source) -> tuple[dict[s
     back["offset"] = entry.get("offset", 0)
     back |= {"history": history, "shards": state["shards"][:kept]}
     back["source"] = state["source"] | {"files": before[: entry["cursor"][0] + 1]}
-    if not history:  # nothing is left that another share would contradict
+    if not history:  # no shard is kept, so another validation fraction is fine
         back.pop("fraction", None)
     difference = _difference(before, source.identities(len(source.files)) or now)
-    shares = f"{kept} of {len(state['shards'])} finished shards are kept"
-    return back, f"{difference}: {shares}, what follows is made again"
+    reused = f"{kept} of {len(state['shards'])} finished shards are kept"
+    return back, f"{difference}: {reused}, the rest is prepared again"
 
 
 def remove_others(out: Path, state: dict[str, Any]) -> None:
-    """Remove shards that are not, or no longer, among those of an unfinished preparation."""
+    """Remove shards that do not belong to this unfinished preparation."""
     kept = {entry["name"] for entry in state["shards"]}
     for path in out.glob("*.bin"):
         if re.fullmatch(r"(train|val)_\d{6}\.bin", path.name) and path.name not in kept:
@@ -121,7 +123,7 @@ def remove_others(out: Path, state: dict[str, Any]) -> None:
 
 
 def _files(record: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The identities of files in what a manifest or a state keeps of a source, if it has any."""
+    """The file identities in the source record of a manifest or state, or None if it has none."""
     files = record.get("files")
     return None if mismatch(files, [FILE]) else files
 
@@ -131,52 +133,52 @@ def _content(identity: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
-    """The first file that differs, in words."""
+    """Describe the first file that differs."""
     old = {entry["name"]: entry for entry in before}
     new = {entry["name"]: entry for entry in now}
     for name in [*old, *new]:
         if name not in new:
-            return f"{name} is not there any more"
+            return f"{name} no longer exists"
         if name not in old:
             return f"{name} is new"
         if old[name]["split"] != new[name]["split"]:
-            return f"{name} belongs to another split"
+            return f"{name} now belongs to another split"
         if _content(old[name]) != _content(new[name]):
             return f"{name} has changed"
-    return "the files come in another order"
+    return "the files are in another order"
 
 
 def _compare(out: Path, source: Source, record: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise `UserError` unless `record`, found in `out`, is of this source and these settings."""
+    """Raise `UserError` unless `record`, found in `out`, has this source and these settings."""
     _compare_settings(out, record, settings)
     before = _files(record)
     if before is not None and (now := source.identities(len(source.files))) is not None:
         if list(map(_content, before)) != list(map(_content, now)):
             raise UserError(
-                f"{out} was prepared from other text: {_difference(before, now)}; give another "
+                f"{out} was prepared from other text: {_difference(before, now)}; choose another "
                 "--out, or remove it"
             )
     elif not source.is_same(record):
         raise UserError(
             f"{out} was prepared from {record.get('name')!r} (revision {record.get('revision')}), "
-            f"and {source.name!r} is not the same text: give another --out, or remove it"
+            f"and {source.name!r} is not the same text: choose another --out, or remove it"
         )
 
 
 def _compare_settings(out: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
-    earlier = {"layout": "documents"} | record.get("settings", {})  # older ones name no layout
+    earlier = {"layout": "documents"} | record.get("settings", {})  # old records have no layout
     for key, value in settings.items():
         if earlier.get(key) != value:
             raise UserError(
                 f"{out} was prepared with {key} {earlier.get(key)}, not {value}: "
-                "give another --out, or remove it"
+                "choose another --out, or remove it"
             )
 
 
 def compare_vocabulary(out: Path, sha256: str, tokenizer: Tokenizer) -> None:
-    """Raise `UserError` if what is in `out` was made with another tokenizer of the same name."""
+    """Raise `UserError` if `out` was prepared with another tokenizer of the same name."""
     if sha256 != tokenizer.sha256:
         raise UserError(
-            f"{out} was prepared with another vocabulary of the name {tokenizer.name!r} (its "
-            "SHA-256 differs): give another --out, or remove it"
+            f"{out} was prepared with another vocabulary named {tokenizer.name!r} (its SHA-256 "
+            "differs): choose another --out, or remove it"
         )

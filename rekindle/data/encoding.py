@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 AHEAD = 2  # blocks that are read while every thread is busy
-LONGEST_WORD = 16 << 20  # bytes in which a tokenizer finds no place to cut; 20 times that in memory
+LONGEST_WORD = 16 << 20  # bytes without a safe cut; encoding them takes 20 times that in memory
 
 
 @dataclass(frozen=True)
@@ -25,32 +25,32 @@ class Encoded:
     """A block of documents, or of a part of one, as tokens."""
 
     block: Block
-    tokens: np.ndarray  # uint16, each document, and each part of one, led by end_of_text
-    starts: np.ndarray  # (documents + 1,) where each begins, and the end of the last
-    validation: np.ndarray  # (documents,) bool: belongs to the validation split
+    tokens: np.ndarray  # uint16; end_of_text comes before each document, and each part of one
+    starts: np.ndarray  # (documents + 1,) start of each document, then the end of the last
+    validation: np.ndarray  # (documents,) bool: in the validation split
 
 
 def encoded_blocks(
     source: Source, tokenizer: Tokenizer, cursor: tuple[int, int], fraction: float
 ) -> Iterator[Encoded]:
-    """All documents of `source` from `cursor` (file, documents of it to skip) on, encoded.
+    """Encode all documents of `source`, starting at `cursor` (file, documents in it to skip).
 
-    Threads, not processes: the encoder releases the interpreter's lock, and nothing is copied.
-    Only so many blocks are under way that memory does not depend on the size of the source.
+    Uses threads, not processes: the encoder releases the interpreter lock, and nothing is copied.
+    The number of blocks in flight is bounded, so memory does not depend on the source's size.
     """
     threads = usable_cores()
     with ThreadPoolExecutor(threads) as pool:
-        under_way: deque[Future[Encoded]] = deque()
+        in_flight: deque[Future[Encoded]] = deque()
         try:
             for block in _cut(_blocks(source, cursor), source, tokenizer):
                 split = source.files[block.file].split
-                under_way.append(pool.submit(_encode, block, tokenizer, split, fraction))
-                if len(under_way) > threads + AHEAD:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                in_flight.append(pool.submit(_encode, block, tokenizer, split, fraction))
+                if len(in_flight) > threads + AHEAD:
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield in_flight.popleft().result()
         finally:
-            for future in under_way:
+            for future in in_flight:
                 future.cancel()
 
 
@@ -61,8 +61,9 @@ def _blocks(source: Source, cursor: tuple[int, int]) -> Iterator[Block]:
 
 
 def _cut(blocks: Iterator[Block], source: Source, tokenizer: Tokenizer) -> Iterator[Block]:
-    """The blocks with parts of documents cut where their tokens are those of the whole: what
-    follows such a place in one part goes to the next."""
+    """Move the boundaries between parts of a document to safe cuts, where encoding the parts
+    separately gives the tokens of the whole: the text after a part's last safe cut is moved to
+    the next part."""
     import pyarrow as pa
 
     rest, begins = b"", False
@@ -80,9 +81,9 @@ def _cut(blocks: Iterator[Block], source: Source, tokenizer: Tokenizer) -> Itera
         rest = text[end:]
         if len(rest) > LONGEST_WORD:
             raise UserError(
-                f"{source.files[block.file].name}: document {block.first + 1} holds more than "
-                f"{LONGEST_WORD:,} bytes without a space or another place where --tokenizer "
-                f"{tokenizer.name} begins a new word: break them into lines, or leave them out"
+                f"{source.files[block.file].name}: document {block.first + 1} contains more than "
+                f"{LONGEST_WORD:,} bytes without a space or other word boundary for --tokenizer "
+                f"{tokenizer.name}: break the text into lines, or remove the document"
             )
 
 
@@ -90,7 +91,7 @@ def _encode(block: Block, tokenizer: Tokenizer, split: str | None, fraction: flo
     tokens, starts = tokenizer.encode_documents(block.texts)
     if split is not None:
         validation = np.full(len(block.texts), split == "val")
-    elif block.part:  # too long to be held out where the hash is not known
+    elif block.part:  # without a hash, the document is too long to be held out
         hash = block.part.hash
         validation = np.array([hash is not None and hash < _limit(fraction)])
     else:
@@ -101,7 +102,7 @@ def _encode(block: Block, tokenizer: Tokenizer, split: str | None, fraction: flo
 def is_validation(texts: "pa.StringArray", fraction: float) -> np.ndarray:
     """Which documents are validation: (documents,) bool, true for about `fraction` of them.
 
-    Decided by a hash of the text alone, so that the same text is on one side wherever it stands.
+    Depends only on a hash of the text, so copies of a text always land in the same split.
     """
     offsets, data = string_buffers(texts)
     view, limit = memoryview(data.data), _limit(fraction)
@@ -114,5 +115,5 @@ def is_validation(texts: "pa.StringArray", fraction: float) -> np.ndarray:
 
 
 def _limit(fraction: float) -> int:
-    """Documents whose `validation_hash` is below it are `fraction` of all."""
+    """The bound on `validation_hash` below which `fraction` of all documents lie."""
     return int(fraction * 2**64)

@@ -1,9 +1,9 @@
 """The file format of tokens on disk: one `manifest.json` and shards of uint16 in llm.c's layout.
 
-A shard is a header of 256 int32 (20240520, version 1, count of tokens) and the tokens. Each
-document is led by `<|endoftext|>`. A shard holds whole documents, except in the layout `lecture`,
-which cuts through them. The manifest names every file with its SHA-256, so that what was prepared
-is what is trained on.
+A shard is a header of 256 int32 (20240520, version 1, number of tokens) followed by the tokens.
+`<|endoftext|>` comes before each document. Shards hold whole documents, except in the layout
+`lecture`, which cuts documents. The manifest lists every file with its SHA-256, so that training
+can verify that it reads the tokens that were prepared.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from rekindle.errors import UserError
 from rekindle.schema import mismatch
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-BLOCK = 2**20  # bytes under one CRC-32: the SHA-256 says whether a file differs, these say where
+BLOCK = 2**20  # bytes per CRC-32: the SHA-256 shows whether a file differs, the CRCs show where
 MANIFEST = "manifest.json"
-UNFINISHED, STATE = ".progress", "state.json"  # folder of a preparation under way, and its file
+UNFINISHED, STATE = ".progress", "state.json"  # folder of an unfinished preparation, and its state
 SHARD = {
     "name": str, "split": str, "tokens": int, "documents": int, "sha256": str, "crc32?": str,
 }  # fmt: skip
@@ -44,12 +44,12 @@ class Shard:
     tokens: int
     documents: int
     sha256: str
-    crc32: str = ""  # of each `BLOCK` of the file, 8 hexadecimal digits each; empty: not known
+    crc32: str = ""  # of each `BLOCK` of the file, 8 hexadecimal digits each; empty if unknown
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds and where it came from."""
+    """The contents of a folder of shards, and their source."""
 
     tokenizer: str
     tokenizer_sha256: str
@@ -59,7 +59,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the tokens themselves, wherever the folder lies. Hex of a SHA-256."""
+        """Identifies the tokens, independent of the folder's location. SHA-256 as hex."""
         lines = [self.tokenizer_sha256, *(f"{s.split} {s.sha256}" for s in self.shards)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -70,7 +70,7 @@ class Manifest:
         return sum(shard.tokens for shard in self.split(split))
 
     def summary(self) -> str:
-        """The set in one line."""
+        """Token, document and shard counts in one line."""
         documents = sum(shard.documents for shard in self.shards)
         return (
             f"{self.tokens('train'):,} tokens to train on and {self.tokens('val'):,} for "
@@ -84,7 +84,7 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `folder/manifest.json`. Raises `UserError` if it is missing or malformed."""
     if not folder.is_dir():
-        raise UserError(f"there is no data folder {folder}: make one with `rekindle prepare`")
+        raise UserError(f"there is no data folder {folder}: create it with `rekindle prepare`")
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
@@ -94,30 +94,32 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = storage.read_json(path, {"format": int})
         if raw.pop("format") != 1:
-            raise UserError(f"{path} is of a newer format: update Rekindle")
+            raise UserError(f"{path} has a newer format: update Rekindle")
         if wrong := mismatch(raw, SCHEMA):
             raise ValueError(wrong)
         shards = tuple(Shard(**entry) for entry in raw.pop("shards"))
         manifest = Manifest(**raw, shards=shards)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a manifest of shards ({error}): prepare again") from None
+        raise UserError(f"{path} is not a shard manifest ({error}): prepare again") from None
     for shard in shards:
         if not is_name(shard.name) or shard.split not in ("train", "val"):
-            raise UserError(f"{path} names {shard.name!r}, which is no shard of this folder")
+            raise UserError(
+                f"{path} names {shard.name!r}, which is not a shard in this folder: prepare again"
+            )
     return manifest
 
 
 def is_name(name: str) -> bool:
-    """Whether it names a file of the folder it is found in, and cannot lead out of it."""
+    """Whether `name` is a plain file name, which cannot refer to anything outside its folder."""
     return Path(name).name == name and name[:1] not in ("", ".") and "\0" not in name
 
 
 def write_shard(
     path: Path, pieces: Iterable[np.ndarray], split: str = "train", documents: int = 0
 ) -> Shard:
-    """Write tokens (in order) as one shard; return its entry in a manifest.
+    """Write tokens (in order) as one shard; return its manifest entry.
 
-    Raises `UserError` if an id does not fit into the file's 16 bits.
+    Raises `UserError` if an id does not fit in 16 bits.
     """
     pieces = [_as_ids(piece, path) for piece in pieces]
     count = sum(map(len, pieces))
@@ -129,17 +131,17 @@ def write_shard(
 
 
 def _as_ids(tokens: np.ndarray, path: Path) -> np.ndarray:
-    """Tokens as they lie in a file. Other types than uint16 are checked first: NumPy would wrap
-    an id of 65,536 to 0."""
+    """Tokens in the file's type, little-endian uint16. Other types are checked first, because NumPy
+    would silently wrap an id of 65,536 to 0."""
     if tokens.dtype != np.uint16 and len(tokens):
         for extreme in (int(tokens.min()), int(tokens.max())):
             if not 0 <= extreme < 2**16:
-                raise UserError(f"{path}: the id {extreme} does not fit into 16 bits")
+                raise UserError(f"{path}: the id {extreme} does not fit in 16 bits")
     return np.ascontiguousarray(tokens, dtype="<u2")
 
 
 def block_sums(chunks: Iterable[Any]) -> str:
-    """The CRC-32 of each `BLOCK` of all bytes in `chunks`, in hexadecimal, one after the other."""
+    """The CRC-32 of each `BLOCK` of the bytes in `chunks`, concatenated as hex."""
     sums, room = [0], BLOCK
     for chunk in chunks:
         rest = memoryview(chunk).cast("B")
@@ -148,14 +150,14 @@ def block_sums(chunks: Iterable[Any]) -> str:
                 sums.append(0)
                 room = BLOCK
             sums[-1] = zlib.crc32(rest[:room], sums[-1])
-            taken = min(room, len(rest))
-            rest, room = rest[taken:], room - taken
+            used = min(room, len(rest))
+            rest, room = rest[used:], room - used
     return "".join(f"{crc:08x}" for crc in sums)
 
 
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, memory-mapped: (count,) uint16. Raises `UserError` if the header or
-    the length is wrong; the content is checked by `verify`."""
+    the length is wrong; `verify` checks the content."""
     try:
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
@@ -164,15 +166,15 @@ def open_shard(path: Path) -> np.ndarray:
     except OSError as error:
         raise UserError(f"the shard {path} cannot be read ({error.strerror})") from None
     if len(header) < HEADER_BYTES // 4 or tuple(header[:2]) != (MAGIC, VERSION):
-        kind = content.what_is(header.tobytes())
+        kind = content.kind_of(header.tobytes())
         if kind == content.LFS:
             raise UserError(f"{path} is {content.describe(kind)}")
         raise UserError(f"{path} does not start with the header of a token shard: prepare it again")
     count = int(header[2])
     if size != HEADER_BYTES + 2 * count:
         raise UserError(
-            f"{path} holds {size} bytes where its header promises {HEADER_BYTES + 2 * count}: "
-            "it is damaged or cut short; prepare it again"
+            f"{path} has {size} bytes, but its header says {HEADER_BYTES + 2 * count}: it is "
+            "damaged or truncated; prepare it again"
         )
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(count,))
 
@@ -183,27 +185,34 @@ def open_split(folder: Path, manifest: Manifest, split: str) -> list[np.ndarray]
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Every shard is there in its full length; `verify` also reads them. Raises `UserError`."""
+    """Raise `UserError` unless every shard exists with its full length. `verify` also checks the
+    content."""
     for shard in manifest.shards:
         path = folder / shard.name
         if (count := len(open_shard(path))) != shard.tokens:
-            raise UserError(f"{path} holds {count} tokens, its manifest says {shard.tokens}")
+            raise UserError(
+                f"{path} has {count} tokens, but its manifest says {shard.tokens}: prepare it again"
+            )
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
-    """Read every shard once, on all cores: its hash is the manifest's, its ids are in the
-    vocabulary. Raises `UserError` that names the file."""
+    """Read every shard once, on all cores, and compare its hash with the manifest and its ids with
+    the vocabulary. Raises `UserError` that names the damaged file."""
 
     def check(shard: Shard) -> None:
         path = folder / shard.name
         tokens = open_shard(path)
         if len(tokens) != shard.tokens:
-            raise UserError(f"{path} holds {len(tokens)} tokens, its manifest says {shard.tokens}")
+            raise UserError(
+                f"{path} has {len(tokens)} tokens, but its manifest says {shard.tokens}: "
+                "prepare it again"
+            )
         check_ids(tokens, manifest.vocab_size, path)
         if storage.file_sha256(path) != shard.sha256:
             where = _first_difference(path, shard)
             raise UserError(
-                f"{path} is not what was prepared (its SHA-256 differs{where}): make it again"
+                f"{path} has changed since it was prepared (its SHA-256 differs{where}): "
+                "prepare it again"
             )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -211,17 +220,17 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 
 def _first_difference(path: Path, shard: Shard) -> str:
-    """Where a file differs from what its CRC-32s tell of it, in words; empty if they do not."""
+    """Where a file first differs from the CRC-32s in its entry, in words; empty if unknown."""
     now = block_sums([path.read_bytes()])
     for start in range(0, len(now), 8):
         if shard.crc32[start : start + 8] not in ("", now[start : start + 8]):
             first = start // 8 * BLOCK
-            return f", first between the bytes {first:,} and {first + BLOCK:,}"
+            return f", first between bytes {first:,} and {first + BLOCK:,}"
     return ""
 
 
 class Unchanged:
-    """Whether the shards of a set are still the files they were when this was made."""
+    """Detects whether the files of a set of shards have changed since this object was created."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._before = {
@@ -229,17 +238,17 @@ class Unchanged:
         }
 
     def check(self) -> None:
-        """Raises `UserError` that names a file which was changed, replaced or removed."""
+        """Raise `UserError` if a file was changed, replaced or removed."""
         for path, before in self._before.items():
             if _identity(path) != before:
                 raise UserError(
-                    f"{path} was changed while the run was reading it: see that nothing writes "
-                    "there; the same command checks every hash and goes on"
+                    f"{path} changed while the run was reading it: make sure that nothing writes "
+                    "to it, then run the same command again, which checks every hash and resumes"
                 )
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """What changes when somebody writes to a file or puts another in its place."""
+    """Inode, size and modification time, which change when a file is written or replaced."""
     try:
         found = path.stat()
     except OSError:
@@ -248,7 +257,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 
 def describe_shard(path: Path, split: str, end_of_text: int, vocab_size: int) -> Shard:
-    """A manifest entry for a shard made elsewhere, read from the file itself and checked."""
+    """The manifest entry for a shard from elsewhere. Raises `UserError` if it is not valid."""
     tokens = open_shard(path)
     check_ids(tokens, vocab_size, path)
     documents = int(np.count_nonzero(tokens == end_of_text))
@@ -261,11 +270,11 @@ def describe_shard(path: Path, split: str, end_of_text: int, vocab_size: int) ->
 def check_ids(
     tokens: np.ndarray, vocab_size: int, where: object, first: int = 0, note: str = ""
 ) -> None:
-    """Raises `UserError` if `tokens`, those of the file `where` from its token `first` on, hold an
-    id beyond the vocabulary, and names the first one's place."""
+    """Raise `UserError`, with the position, if `tokens` contains an id outside the vocabulary.
+    `tokens` starts at token `first` of the file `where`."""
     if tokens.max(initial=0) >= vocab_size:
-        place = int(np.argmax(tokens >= vocab_size))
+        position = int(np.argmax(tokens >= vocab_size))
         raise UserError(
-            f"{where} holds the id {tokens[place]} beyond the vocabulary of {vocab_size} "
-            f"(first at token {first + place}){note}: prepare it again"
+            f"{where} contains the id {tokens[position]}, outside the vocabulary of {vocab_size} "
+            f"(first at token {first + position}){note}: prepare it again"
         )

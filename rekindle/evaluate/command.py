@@ -1,4 +1,4 @@
-"""`rekindle eval`: validation loss and tasks of any model that can be named."""
+"""`rekindle eval`: validation loss and task scores of a run or model."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,6 +15,7 @@ from rekindle.evaluate.loss import validation_loss
 from rekindle.evaluate.tasks import Task, get_task
 from rekindle.loading import Loaded, load
 from rekindle.observe.console import Console
+from rekindle.observe.progress import Progress
 from rekindle.recipes import Recipe
 from rekindle.runtime import distributed
 from rekindle.runtime.device import Device, get_device, keep_freed_memory
@@ -24,7 +25,7 @@ from rekindle.runtime.micro_batch import rows_for
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """A model, and what it is evaluated on."""
+    """A loaded model, and the device and ranks that evaluate it."""
 
     loaded: Loaded
     device: Device
@@ -32,14 +33,14 @@ class _Evaluation:
     console: Console
 
     def validate(self, data: Path, tokens: int | None) -> dict[str, Any]:
-        """Loss of the validation split of `data`, of at most `tokens` tokens."""
+        """Validation loss on `data`, over at most `tokens` tokens."""
         loaded, device = self.loaded, self.device
         manifest = shards.read_manifest(data)
         if manifest.tokenizer_sha256 != loaded.tokenizer.sha256:
-            known = loaded.tokenizer.name
+            expected = loaded.tokenizer.name
             raise UserError(
-                f"{data} was prepared with the tokenizer {manifest.tokenizer}, {loaded.name} knows "
-                f"{known}: prepare the text with --tokenizer {known}"
+                f"{data} was prepared with the tokenizer {manifest.tokenizer}, but {loaded.name} "
+                f"uses {expected}: prepare the text with --tokenizer {expected}"
             )
         if self.world.local_rank == 0:
             shards.verify(data, manifest)
@@ -54,6 +55,7 @@ class _Evaluation:
             rows=rows_for(loaded.model.config, T, device),
             device=device,
             world=self.world,
+            progress=Progress(self.console, "tokens", "validation").update,
         )
         loss.check_finite(loaded.model)
         bits = loss.bits_per_byte if math.isfinite(loss.bits_per_byte) else None
@@ -63,7 +65,7 @@ class _Evaluation:
             f"{data}"
         )
         values = {"loss": loss.nats, "bits_per_byte": bits, "tokens": loss.tokens}
-        return {"data": storage.spelled(data), **values}
+        return {"data": storage.printable(data), **values}
 
     def score(self, task: Task, where: str, limit: int | None) -> dict[str, float]:
         """Scores of the first `limit` items of a task."""
@@ -71,7 +73,8 @@ class _Evaluation:
         items = task.load(where, loaded.tokenizer)[:limit]
         block_size = loaded.model.config.block_size
         (packed,) = scoring.pack([(task, items)], block_size, device, self.world)
-        scores = scoring.evaluate(loaded.model, packed, device, say=self.console.progress)
+        progress = Progress(self.console, "candidates", task.title).update
+        scores = scoring.evaluate(loaded.model, packed, device, progress=progress)
         shown = [
             f"{name} {value:.4f}"
             + (f" ({round(value * len(items))}/{len(items)})" if name.startswith("acc") else "")
@@ -93,11 +96,11 @@ def evaluate_model(
     console: Console,
     note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Validation loss and tasks of a run or model, also under torchrun.
+    """Validation loss and task scores of a run or model; also works under torchrun.
 
-    `tasks`: for a task's name, the file its items are read from, or "hub". A run without `data` and
-    without tasks is scored on its own data. `note` gets what the name fits beside what was taken.
-    Raises `UserError` if there is nothing to score.
+    `tasks` maps a task's name to the file that holds its items, or to "hub". With neither `data`
+    nor tasks, a run is evaluated on the data it was trained on. `note` is called with a line of
+    text if `name` is ambiguous. Raises `UserError` if there is nothing to evaluate.
     """
     world = distributed.get_world()
     chosen = get_device(device, precision, world.local_rank)
@@ -107,8 +110,7 @@ def evaluate_model(
         data = Path(loaded.run.data["path"])
         if not data.is_dir():
             raise UserError(
-                f"the data that {loaded.name} was trained on is not at {data} any more: give "
-                "--data DIR"
+                f"the training data of {loaded.name} is no longer at {data}: give --data DIR"
             )
     if data is None and not tasks:
         raise UserError("nothing to evaluate: give --data DIR, --hellaswag FILE, or both")

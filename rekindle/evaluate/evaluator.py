@@ -1,4 +1,4 @@
-"""Evaluation of a model while it trains: validation loss, tasks, samples."""
+"""Evaluation during training: validation loss, tasks and samples."""
 
 import time
 import zlib
@@ -14,54 +14,99 @@ from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 from rekindle.evaluate import scoring
 from rekindle.evaluate.loss import validation_loss
-from rekindle.evaluate.scoring import Packed
+from rekindle.evaluate.scoring import Packed, run_body
 from rekindle.evaluate.tasks import Item, Task
 from rekindle.model import LanguageModel
 from rekindle.model.compute import Forward
 from rekindle.observe.console import Console
+from rekindle.observe.progress import Progress
 from rekindle.recipes import Recipe
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
-from rekindle.runtime.sharding import is_sharded, parts_callable
+from rekindle.runtime.sharding import is_sharded, unsharded_root
 from rekindle.sampling import cut_at_end, generate
 
 
+class InterruptedEvaluationError(Exception):
+    """A signal asked to stop while a model was being evaluated."""
+
+
 class Logger(Protocol):
-    """What the evaluator asks of a log."""
+    """The part of a metrics logger that the evaluator uses."""
 
     def record(self, kind: str, step: int, **values: Any) -> None: ...
 
 
 @dataclass
 class Evaluator:
-    """Evaluates a model in training. `evaluator(step)` does all of it, on every rank together."""
+    """Evaluates a model during training. Every rank must call `evaluator(step)`."""
 
     model: LanguageModel
-    forward: Forward  # the model or its compiled form: for the validation loss
+    forward: Forward  # the model or its compiled form, for the validation loss
     body: Callable[..., Tensor] | None  # the compiled form of the model's body, if there is one
-    recipe: Recipe  # says batch.length, eval_tokens and prompt
+    recipe: Recipe  # batch.length, eval_tokens, passage and prompt are used
     validation: Sequence[np.ndarray]  # shards; may be empty
     tasks: Sequence[Packed]
     tokenizer: Tokenizer
-    micro_batch: int  # rows of a forward pass
+    micro_batch: int  # sequences per forward pass
     device: Device
     world: World
     logger: Logger
     console: Console
+    # Whether a signal asked any rank to stop; every rank must call it. It ends an evaluation.
+    stop_requested: Callable[[], int] = lambda: 0
     token_bytes: np.ndarray = field(init=False)  # (vocab_size,)
 
     def __post_init__(self) -> None:
         self.token_bytes = self.tokenizer.token_bytes()
 
     def __call__(self, step: int) -> float | None:
-        """Evaluate; return the validation loss in nats per token if there are validation shards."""
+        """Evaluate; return the validation loss in nats per token if there are validation shards.
+
+        Raises `InterruptedEvaluationError` on every rank once a signal asked to stop.
+        """
         loss = self.validate(step) if self.validation else None
-        with parts_callable(self.model):
+        with unsharded_root(self.model):
             for packed in self.tasks:
+                self._check_stop()
                 self.score(packed, step)
+            self._check_stop()
             if step:  # samples of an untrained model are noise
                 self.sample(step)
         return loss
+
+    def compile(self) -> float:
+        """Compile the model for every shape that evaluation uses; return the seconds it took, 0
+        if the model is not compiled."""
+        if self.body is None:
+            return 0.0
+        began, shapes = time.perf_counter(), set()
+        with torch.no_grad(), self.device.autocast():
+            if self.validation:
+                sizes = self.micro_batch, self.recipe.batch.length
+                ids = torch.zeros(sizes, dtype=torch.long, device=self.device.torch)
+                self.forward(ids, ids)
+            for batch in (batch for packed in self.tasks for batch in packed.batches):
+                if batch.idx.shape not in shapes:
+                    shapes.add(batch.idx.shape)
+                    run_body(self.body, batch)
+        self.device.synchronize()
+        return time.perf_counter() - began
+
+    def _check_stop(self) -> None:
+        if self.stop_requested():
+            raise InterruptedEvaluationError
+
+    def _progress(self, unit: str, label: str, *, can_stop: bool) -> Callable[[int, float], None]:
+        """Shows progress; if `can_stop`, also ends the evaluation once a signal asked to."""
+        progress = Progress(self.console, unit, label)
+
+        def report(count: int, part: float) -> None:
+            progress.update(count, part)
+            if can_stop:
+                self._check_stop()
+
+        return report
 
     def validate(self, step: int) -> float:
         """Log the validation loss and return it, in nats per token."""
@@ -75,6 +120,7 @@ class Evaluator:
             rows=self.micro_batch,
             device=self.device,
             world=self.world,
+            progress=self._progress("tokens", "validation", can_stop=True),
         )
         seconds = time.perf_counter() - began
         values = {"loss": loss.nats, "bits_per_byte": loss.bits_per_byte, "tokens": loss.tokens}
@@ -88,22 +134,29 @@ class Evaluator:
 
     @torch.no_grad()
     def passage_losses(self) -> list[float]:
-        """Loss in nats of every token of the recipe's passage, which follows an end of text; on
-        the main rank, or on every rank of a sharded model together."""
+        """Loss in nats of each token of the recipe's passage, preceded by an end-of-text token.
+
+        Computed on the main rank, or on all ranks if the model is sharded; empty on the others.
+        """
         if not (self.world.is_main or is_sharded(self.model)):
             return []
         tokens = self.tokenizer.encode(self.recipe.passage)[: self.model.config.block_size]
         if not tokens:
             return []
         ids = torch.tensor([self.tokenizer.end_of_text, *tokens], device=self.device.torch)
-        with parts_callable(self.model), self.device.autocast():
+        with unsharded_root(self.model), self.device.autocast():
             hidden = self.model.body(ids[None, :-1])
             return self.model.losses(hidden[0], ids[1:]).tolist()
 
     def score(self, packed: Packed, step: int) -> None:
         """Log a task's metrics."""
         began = time.perf_counter()
-        scores = scoring.evaluate(self.model, packed, self.device, body=self.body)
+        # Ranks may have different numbers of batches, so only one alone can stop between them.
+        alone = self.world.size == 1
+        progress = self._progress("candidates", packed.task.title, can_stop=alone)
+        scores = scoring.evaluate(
+            self.model, packed, self.device, body=self.body, progress=progress
+        )
         seconds = time.perf_counter() - began
         task, total = packed.task, len(packed.items)
         metrics = metrics_of(task, scores)
@@ -115,7 +168,7 @@ class Evaluator:
         )
 
     def sample(self, step: int) -> None:
-        """Log two continuations of the recipe's prompt, made by the main rank."""
+        """Log two continuations of the recipe's prompt, generated by the main rank."""
         if not (self.world.is_main or is_sharded(self.model)):
             return
         prompt = self.tokenizer.encode(self.recipe.prompt)
@@ -126,7 +179,7 @@ class Evaluator:
         try:
             with self.device.autocast():
                 ids = generate(self.model, prompt, room, num=2, seed=42)
-        except UserError as error:  # the training loop says what to do about broken weights
+        except UserError as error:  # the training loop handles broken weights
             self.console.print(f"step {step:>5} | no samples: {error}")
             return
         end = self.tokenizer.end_of_text
@@ -137,7 +190,7 @@ class Evaluator:
 
 
 def metrics_of(task: Task, scores: Mapping[str, float]) -> dict[str, float]:
-    """`scores` without its counts, the task's own metric first."""
+    """`scores` without counts, the task's main metric first."""
     metrics = {name: value for name, value in scores.items() if isinstance(value, float)}
     return {task.metric: metrics.pop(task.metric), **metrics}
 
@@ -147,19 +200,20 @@ def load_for_training(
     tokenizer: Tokenizer,
     device: Device,
     world: World,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> list[tuple[Task, list[Item]]]:
-    """The tasks that a training run evaluates, with their items: the same on every rank.
+    """The tasks that a training run evaluates, with their items; the same on every rank.
 
-    `wanted` says for each task where its items are: a file, `hub`, `none`, or `auto`: from the hub
-    on a GPU, nowhere on a CPU, where scoring would take longer than the training.
+    `wanted` pairs each task with the source of its items: a file, `hub`, `none`, or `auto`, which
+    means the hub on a GPU and none on a CPU, where scoring would take longer than training.
+    `report` is called with one line for each task that is skipped.
     """
     found = []
     for task, where in wanted:
-        items = _load_or_leave_out(task, where, tokenizer, device, say)
+        items = _load_or_skip(task, where, tokenizer, device, report)
         if not world.min(len(items), device.torch):
             if items:
-                say(f"{task.title} is left out: another rank has no items")
+                report(f"{task.title} is skipped: another rank has no items")
             continue
         meaning = f"{task.title} has the checksum"
         advice = f"give every host the same --{task.name}"
@@ -169,15 +223,15 @@ def load_for_training(
 
 
 def _checksum(items: Sequence[Item]) -> int:
-    """Of all that the ranks' sums depend on: labels, and how long the texts are."""
+    """A checksum of what the sums over ranks depend on: labels and text lengths."""
     shapes = [(item.label, len(item.context), *map(len, item.candidates)) for item in items]
     return zlib.crc32(repr(shapes).encode())
 
 
-def _load_or_leave_out(
-    task: Task, where: str, tokenizer: Tokenizer, device: Device, say: Callable[[str], None]
+def _load_or_skip(
+    task: Task, where: str, tokenizer: Tokenizer, device: Device, report: Callable[[str], None]
 ) -> list[Item]:
-    """A task's items, or none. An unreachable hub does not stop a training that did not ask."""
+    """A task's items, or an empty list. With `auto`, a failed download is only reported."""
     if where == "none" or (where == "auto" and device.torch.type == "cpu"):
         return []
     try:
@@ -185,5 +239,5 @@ def _load_or_leave_out(
     except UserError as error:
         if where != "auto":
             raise
-        say(f"{task.title} is left out: {error}")
+        report(f"{task.title} is skipped: {error}")
         return []

@@ -1,7 +1,7 @@
-"""Validation loss over a fixed number of tokens, the same ones however the work is split."""
+"""Validation loss over a fixed set of tokens, for any batch size and number of ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +15,20 @@ from rekindle.model.finite import why_not_finite
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
+Progress = Callable[[int, float], None]  # units done by this rank, and the part (0 to 1) of all
+
+
+def no_progress(count: int, part: float) -> None:
+    """Report nothing."""
+
 
 @dataclass(frozen=True)
 class Loss:
-    """A validation loss. `nats` is per token; `bits_per_byte` does not depend on the tokenizer, and
-    is nan where all targets are ends of texts, which stand for no byte.
+    """A validation loss. `nats` is per token. `bits_per_byte` is comparable between tokenizers; it
+    is nan if every target is an end-of-text token, because those stand for no bytes.
 
-    Training looks at `nats` by itself; whoever tells a person calls `check_finite` first.
+    The loss may not be finite. Training checks `nats` itself; call `check_finite` before reporting
+    the loss to a user.
     """
 
     nats: float
@@ -29,7 +36,7 @@ class Loss:
     tokens: int
 
     def check_finite(self, model: HasParameters) -> None:
-        """Raises `UserError` that names what is wrong with `model` if this is no loss."""
+        """Raise `UserError` with the reason if the loss of `model` is not finite."""
         if not math.isfinite(self.nats):
             raise UserError(f"the validation loss is {self.nats}: {why_not_finite(model)}")
 
@@ -45,15 +52,19 @@ def validation_loss(
     rows: int,
     device: Device,
     world: World | None = None,
+    progress: Progress = no_progress,
 ) -> Loss:
-    """Mean cross-entropy of the first `tokens` targets of `shards` (all, if there are fewer).
+    """Mean cross-entropy of the first `tokens` targets of `shards` (all if there are fewer).
 
-    `forward` is a model or its compiled form and gets batches of one shape, (`rows`, `T`).
-    `token_bytes` (vocab_size,) says how much text an id stands for. Sums are kept in float64.
-    Raises `UserError` if the shards hold nothing to predict, or an id beyond the vocabulary.
+    `forward` is a model or its compiled form; all batches have the shape (`rows`, `T`).
+    `token_bytes` (vocab_size,) is the number of bytes of text per token id. Sums are float64.
+    `progress` is called after each batch, as often on every rank.
+    Raises `UserError` if the shards contain no targets, or an id outside the vocabulary.
     """
     world = world or World()
     totals = torch.zeros(3, dtype=torch.float64)  # nats, targets, bytes
+    mine = min(tokens, sum(max(0, len(shard) - 1) for shard in shards)) / world.size
+    done = 0
     for x, y in validation_batches(
         shards, T, tokens, rows, world.rank, world.size, len(token_bytes)
     ):
@@ -64,10 +75,11 @@ def validation_loss(
                 torch.from_numpy(y).to(device.torch, non_blocking=True),
             )
         assert mean is not None
-        if not len(real):  # a rank may run out a batch before the others, but all take every step
-            continue
-        nats = mean.item() * len(real)
-        totals += torch.tensor([nats, len(real), token_bytes[real].sum()], dtype=torch.float64)
+        if len(real):  # or this rank ran out of targets, but a sharded model needs all ranks
+            nats = mean.item() * len(real)
+            totals += torch.tensor([nats, len(real), token_bytes[real].sum()], dtype=torch.float64)
+        done += len(real)
+        progress(done, done / max(1, mine))
     totals = totals.to(device.torch) if device.torch.type == "cuda" else totals
     nats, count, size = world.totals(totals)
     if not count:

@@ -1,8 +1,8 @@
-"""Losses of candidates: how likely does a model find each text that may continue a context?
+"""Scores the candidate continuations of a context by their loss under a model.
 
-The context is computed once: an item is one row, its context and then its candidates. Each
-candidate takes the positions from the context's end on, and a mask keeps it from seeing the others.
-`pack` makes the rows once, `evaluate` scores them as often as wanted.
+Each context is computed only once: a row holds an item's context followed by all its candidates.
+The positions of every candidate start right after the context, and an attention mask hides the
+candidates from each other. `pack` builds the rows once; `evaluate` can then score them repeatedly.
 """
 
 from collections import Counter
@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rekindle.errors import UserError
+from rekindle.evaluate.loss import Progress, no_progress
 from rekindle.evaluate.tasks.base import Item, Task
 from rekindle.model import LanguageModel
 from rekindle.model.finite import first_not_finite, why_not_finite
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World
 
-SHAPES = 7  # torch.compile gives a function up after 8 graphs
-TOKENS, CPU_TOKENS = 16_384, 2_048  # of a batch; on a CPU more is not faster
-HEAD_TOKENS = 2_048  # that the head is applied to at once: their logits take 0.4 GB in float32
+SHAPES = 7  # torch.compile falls back to eager after 8 graphs of a function
+TOKENS, CPU_TOKENS = 16_384, 2_048  # per batch; larger batches are not faster on a CPU
+HEAD_TOKENS = 2_048  # per call of the head: their float32 logits take 0.4 GB
 
 
 @dataclass(frozen=True)
@@ -32,28 +33,28 @@ class Batch:
 
     idx: Tensor  # (B, T) token ids
     positions: Tensor  # (B, T): position of each token in its own text
-    segments: Tensor  # (B, T): 0 in a context and in padding, n in the row's nth candidate
-    predictors: Tensor  # (N,): which of the B·T tokens predict one whose loss counts
-    targets: Tensor  # (N,): the tokens to predict
-    owners: Tensor  # (N,) on the CPU: the candidate each target belongs to, counted over all items
+    segments: Tensor  # (B, T): 0 in the context and in padding, n in the row's nth candidate
+    predictors: Tensor  # (N,): indices among the B·T tokens of those that predict a target
+    targets: Tensor  # (N,): the tokens that are scored
+    owners: Tensor  # (N,) on the CPU: number of each target's candidate, over all items
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A task's items, and the rows of this rank's share of them."""
+    """A task's items, and this rank's share of them as batches."""
 
     task: Task
     items: Sequence[Item]  # all of them, on every rank
-    batches: list[Batch]  # of this rank's share
-    world: World  # the ranks that share the items
+    batches: list[Batch]  # this rank's share
+    world: World  # the ranks that the items are divided among
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A context, and candidates each of which continues it: as tokens."""
+    """A context and its candidate continuations, as tokens."""
 
     context: list[int]
-    candidates: dict[int, list[int]]  # by the candidate's number
+    candidates: dict[int, list[int]]  # by candidate number
 
     def __len__(self) -> int:
         return len(self.context) + sum(map(len, self.candidates.values()))
@@ -69,12 +70,12 @@ def pack(
     sharded: bool = False,
     tokens_per_batch: int | None = None,
 ) -> list[Packed]:
-    """Lay out this rank's share of each task's items, for a model of `limit` positions, in rows of
-    similar length on the device.
+    """Pack this rank's share of each task's items into batches of rows of similar length.
 
-    For a compiled model, and on a GPU, all tasks together have at most `SHAPES` shapes (B, T).
-    `sharded`: every rank gets the same number of batches, since all call the model together; then
-    every rank must call this.
+    `limit` is the model's block size; the batches are on the device. For a compiled model, and on
+    a GPU, all tasks together use at most `SHAPES` shapes (B, T). `sharded`: give every rank the
+    same number of batches, because all ranks run a sharded model together; every rank must then
+    call `pack`.
     """
     world = world or World()
     rows = [_share(items, limit, world) for _, items in work]
@@ -97,7 +98,7 @@ def pack(
 
 
 def _share(items: Sequence[Item], limit: int, world: World) -> list[_Row]:
-    """This rank's rows, the longest first: the memory they need is known at once."""
+    """This rank's rows, longest first, so that the first batch shows the peak memory."""
     numbers = [0, *accumulate(len(item.candidates) for item in items)]
     rows = [
         row
@@ -108,8 +109,9 @@ def _share(items: Sequence[Item], limit: int, world: World) -> list[_Row]:
 
 
 def _rows(item: Item, number: int, limit: int) -> list[_Row]:
-    """An item, whose first candidate has this `number`, as one row. If a text of its is longer than
-    `limit` each candidate gets its own row, since each drops another part of the context."""
+    """The rows of an item whose first candidate has this `number`: usually one. If any of its texts
+    is longer than `limit`, one row per candidate, since each drops a different part of the context.
+    """
     context, candidates = item.context, dict(enumerate(item.candidates, number))
     if len(context) + max(map(len, candidates.values())) <= limit:
         return [_Row(context, candidates)]
@@ -120,9 +122,9 @@ def _rows(item: Item, number: int, limit: int) -> list[_Row]:
 
 
 def _padded_lengths(rows: list[_Row], most: int | None) -> list[int]:
-    """The lengths T to which rows are padded: multiples of 8, at most so many of them."""
+    """The lengths T that rows are padded to: multiples of 8, at most `most` of them."""
     counts = Counter(-(-len(row) // 8) * 8 for row in rows)
-    while most and len(counts) > most:  # give up the length whose loss costs the least padding
+    while most and len(counts) > most:  # drop the length that adds the least padding
         pairs = pairwise(sorted(counts))
         short, longer = min(pairs, key=lambda pair: counts[pair[0]] * (pair[1] - pair[0]))
         counts[longer] += counts.pop(short)
@@ -130,8 +132,8 @@ def _padded_lengths(rows: list[_Row], most: int | None) -> list[int]:
 
 
 def _batch(rows: list[_Row], B: int, T: int, device: torch.device) -> Batch:
-    """`rows`, and rows of padding up to B. Padding stands last and counts as context: it sees
-    itself, as softmax demands, and no candidate sees it."""
+    """`rows`, filled up with padding rows to B. Padding comes last and belongs to the context's
+    segment: it attends to itself, because softmax needs a key, and no candidate attends to it."""
     idx, positions, segments = torch.zeros(3, B, T, dtype=torch.long)
     predictors, targets, owners = [], [], []
     for i, row in enumerate(rows):
@@ -139,7 +141,7 @@ def _batch(rows: list[_Row], B: int, T: int, device: torch.device) -> Batch:
         tokens, places, parts = list(row.context), list(range(C)), [0] * C
         for n, (owner, candidate) in enumerate(row.candidates.items(), 1):
             start = i * T + len(tokens)
-            before = [i * T + C - 1] if C else []  # the context's last token predicts the first
+            before = [i * T + C - 1] if C else []  # predicts the candidate's first token
             before += range(start, start + len(candidate) - 1)
             predictors += before
             targets += candidate[len(candidate) - len(before) :]
@@ -157,18 +159,18 @@ def _batch(rows: list[_Row], B: int, T: int, device: torch.device) -> Batch:
 
 
 def tree_mask(segments: Tensor) -> Tensor:
-    """(B, T) → (B, 1, T, T): a token sees the context and its own segment, up to itself."""
+    """(B, T) → (B, 1, T, T): a token attends to the context and its own segment, up to itself."""
     query, key = segments[:, None, :, None], segments[:, None, None, :]
     return ((key == 0) | (key == query)).tril()
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What a model makes of each candidate: for each item a tensor with one value per candidate."""
+    """A model's losses on candidates: one tensor per item, with one value per candidate."""
 
-    sums: Sequence[Tensor]  # losses of its scored tokens in nats, float64
-    counts: Sequence[Tensor]  # scored tokens, float64
-    greedy: Sequence[Tensor] | None  # whether each of them was the model's first choice
+    sums: Sequence[Tensor]  # summed loss of the scored tokens in nats, float64
+    counts: Sequence[Tensor]  # number of scored tokens, float64
+    greedy: Sequence[Tensor] | None  # whether every scored token was the model's first choice
 
 
 def evaluate(
@@ -177,15 +179,15 @@ def evaluate(
     device: Device,
     *,
     body: Callable[..., Tensor] | None = None,
-    say: Callable[[str], None] | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, float]:
-    """Score all items of a task, each rank its share; returns the task's scores on every rank.
+    """Score all items of a task, divided among the ranks; return its scores on every rank.
 
-    `body` is the compiled form of the model's body, if there is one. `say` gets lines of progress.
-    Raises `UserError` that names the first candidate whose loss is not finite, on every rank: a
-    score made of it would look like any other.
+    `body` is the compiled form of the model's body, if there is one. `progress` is called after
+    each batch, with the candidates scored. Raises `UserError` on every rank if a loss is not
+    finite, naming the first such candidate: a score computed from it would look valid.
     """
-    losses = candidate_losses(model, packed, device, body=body, say=say)
+    losses = candidate_losses(model, packed, device, body=body, progress=progress)
     _check_finite(model, packed, losses)
     return packed.task.score(packed.items, losses.sums, losses.counts, losses.greedy)
 
@@ -207,39 +209,43 @@ def candidate_losses(
     device: Device,
     *,
     body: Callable[..., Tensor] | None = None,
-    say: Callable[[str], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Losses:
-    """Score the candidates of all items, each rank its share; returns those of all ranks."""
+    """Score the candidates of all items, divided among the ranks; return all losses on each."""
     body = model.body if body is None else body
     world, sizes = packed.world, [len(item.candidates) for item in packed.items]
     mine = sum(sizes[world.rank :: world.size])
     found, done = [], 0
-    for batch in packed.batches:  # nothing in here waits for a GPU
+    for batch in packed.batches:  # this loop does not synchronize with the GPU
         found.append(_score_tokens(model, body, batch, device, greedy=packed.task.needs_greedy))
         done += len(batch.owners.unique())
-        if say:
-            say(f"{packed.task.title}: {done:,} of {mine:,} endings scored")
+        progress(done, done / max(1, mine))
     totals = torch.zeros(3, sum(sizes), dtype=torch.float64)
     for batch, (losses, hits) in zip(packed.batches, found, strict=True):
         totals[0].index_add_(0, batch.owners, losses.cpu().double())
         totals[1] += batch.owners.bincount(minlength=totals.shape[1])
         totals[2].index_add_(0, batch.owners, hits.cpu().double())
-    if world.size > 1:  # each rank has zeros for the candidates of others: the sum is exact
+    if world.size > 1:  # ranks have zeros for the others' candidates: the sum is exact
         totals = torch.tensor(world.totals(totals.to(device.torch)), dtype=torch.float64)
     sums, counts, hits = totals
     greedy = (hits == counts).split(sizes) if packed.task.needs_greedy else None
     return Losses(sums.split(sizes), counts.split(sizes), greedy)
 
 
+def run_body(body: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """Hidden states (B, T, C) of a batch."""
+    return body(batch.idx, positions=batch.positions, mask=tree_mask(batch.segments))
+
+
 def _score_tokens(
     model: LanguageModel, body: Callable[..., Tensor], batch: Batch, device: Device, *, greedy: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss of every scored token of `batch`, (N,) float32, and whether the token was the
-    model's first choice, (N,) bool: False if `greedy` is."""
+    model's first choice, (N,) bool; all False unless `greedy`."""
     losses, hits = [], []
     with device.autocast():
-        hidden = body(batch.idx, positions=batch.positions, mask=tree_mask(batch.segments))
-        predictors = hidden.flatten(0, 1)[batch.predictors]  # (N, C): no others need the head
+        hidden = run_body(body, batch)
+        predictors = hidden.flatten(0, 1)[batch.predictors]  # (N, C): only these need the head
         parts = zip(predictors.split(HEAD_TOKENS), batch.targets.split(HEAD_TOKENS), strict=True)
         for x, y in parts:
             logits = model.head(x)  # (n, V), padding rows included

@@ -1,1 +1,1 @@
-"""Other people's formats."""
+"""Reading and checking models in other formats."""

@@ -1,7 +1,7 @@
 """GPT-2 weights in Hugging Face's layout: a folder, or a model on the hub.
 
 OpenAI stored linear weights as (in, out), for its `Conv1D`; ours are (out, in), so they are
-transposed on the way in.
+transposed when read.
 """
 
 import re
@@ -19,35 +19,36 @@ from rekindle.model.shapes import check_shapes, expected_shapes, on_meta
 
 HUB = {name: f"openai-community/{name}" for name in SIZES}
 FILES = ("config.json", "model.safetensors")
-HOLDS = {FILES[0]: "sizes", FILES[1]: "weights"}
-OTHER_FORMS = {
-    "model.safetensors.index.json": "its weights in several files (model.safetensors.index.json)",
+CONTAINS = {FILES[0]: "sizes", FILES[1]: "weights"}
+OTHER_FORMATS = {
+    "model.safetensors.index.json": "weights in several files (model.safetensors.index.json)",
     "pytorch_model.bin": "pytorch_model.bin, a pickle",
-    "pytorch_model.bin.index.json": "several pytorch_model-*.bin, pickles",
-    "adapter_model.safetensors": "only changes to another model (adapter_model.safetensors)",
-    "tf_model.h5": "tf_model.h5 of TensorFlow",
-    "flax_model.msgpack": "flax_model.msgpack of Flax",
+    "pytorch_model.bin.index.json": "several pytorch_model-*.bin files, which are pickles",
+    "adapter_model.safetensors": "an adapter for another model (adapter_model.safetensors)",
+    "tf_model.h5": "tf_model.h5, for TensorFlow",
+    "flax_model.msgpack": "flax_model.msgpack, for Flax",
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _BUFFER = re.compile(r"(?:transformer\.)?h\.(\d+)\.attn\.(?:masked_)?bias")  # of a causal mask
-HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
-# What decides a GPT-2's function beside its sizes, where a config.json states it.
+# Fields of a config.json, other than sizes, that GPT-2's function depends on: if present, they
+# must have these values.
 EXPECTED = {
     "model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True,
     "add_cross_attention": False, "is_encoder_decoder": False, "layer_norm_epsilon": 1e-5,
 }  # fmt: skip
-# And what would change it. `auto_map` names code of the model's own.
+# Fields that would change the function. `auto_map` refers to custom code of the model.
 FOREIGN = ("pruned_heads", "quantization_config", "auto_map")
 
 
 def from_pretrained(name_or_folder: str | Path) -> GPT2:
-    """`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl` from the hub (or its cache), or a folder with
-    `config.json` and `model.safetensors`. Float32, on the CPU, not padded.
+    """Read `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl` from the hub (or its cache), or a
+    folder with `config.json` and `model.safetensors`. Float32, on the CPU, without padding rows.
 
-    Raises `UserError` if it cannot be had or is no GPT-2.
+    Raises `UserError` if the model is not available or is not a GPT-2.
     """
     name = str(name_or_folder)
     if name in HUB and not Path(name).is_dir():
@@ -56,7 +57,7 @@ def from_pretrained(name_or_folder: str | Path) -> GPT2:
 
 
 def from_files(config_file: Path, weights_file: Path) -> GPT2:
-    """The model that these two files describe. Raises `UserError` if it is no GPT-2."""
+    """Build the model from its two files. Raises `UserError` if it is not a GPT-2."""
     config = read_config(config_file)
     try:
         weights = convert(_read_weights(weights_file), config)
@@ -69,19 +70,20 @@ def from_files(config_file: Path, weights_file: Path) -> GPT2:
 
 
 def read_config(file: Path) -> GPT2Config:
-    """Hugging Face's `config.json` as ours. Raises `UserError` for anything but a plain GPT-2."""
+    """Convert Hugging Face's `config.json` to our configuration. Raises `UserError` for anything
+    but a plain GPT-2."""
     raw: Any = storage.read_json(file)
     if not isinstance(raw, dict):
-        raise UserError(f"{file} holds no JSON object: it is not the config.json of a GPT-2")
+        raise UserError(f"{file} is not a JSON object, so not the config.json of a GPT-2")
     for key, value in EXPECTED.items():
         if raw.get(key, value) != value:
-            raise UserError(f"{file}: {key} is {raw[key]!r}, which is not GPT-2's {value!r}")
+            raise UserError(f"{file}: {key} is {raw[key]!r}, but GPT-2's is {value!r}")
     for key in FOREIGN:
         if raw.get(key):
             raise UserError(f"{file}: {key} is {raw[key]!r}, which a plain GPT-2 does not have")
     for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
         if type(raw.get(key)) is not int or raw[key] < 1:
-            raise UserError(f"{file}: {key} is missing or no positive whole number")
+            raise UserError(f"{file}: {key} is missing or not a positive integer")
     try:
         config = GPT2Config(
             n_layer=raw["n_layer"],
@@ -93,17 +95,17 @@ def read_config(file: Path) -> GPT2Config:
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if raw.get("n_ctx", config.block_size) != config.block_size:
-        raise UserError(f"{file}: n_ctx is {raw['n_ctx']}, but n_positions {config.block_size}")
+        raise UserError(f"{file}: n_ctx is {raw['n_ctx']}, but n_positions is {config.block_size}")
     if raw.get("n_inner") not in (None, 4 * config.n_embd):
-        raise UserError(f"{file}: n_inner is {raw['n_inner']}, GPT-2's is 4 x n_embd")
+        raise UserError(f"{file}: n_inner is {raw['n_inner']}, but GPT-2's is 4 x n_embd")
     return config
 
 
 def convert(weights: dict[str, Tensor], config: GPT2Config) -> dict[str, Tensor]:
-    """Hugging Face's tensors under our names and shapes, float32.
+    """Convert Hugging Face's tensors to our names and shapes, in float32.
 
-    Raises `UserError` if one is missing, unknown, there twice or of another shape, or if the head
-    is not the embedding.
+    Raises `UserError` if a tensor is missing, unknown, duplicated or has the wrong shape, or if the
+    head differs from the embedding.
     """
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -111,63 +113,65 @@ def convert(weights: dict[str, Tensor], config: GPT2Config) -> dict[str, Tensor]
         if name == HEAD or (buffer and int(buffer[1]) < config.n_layer):
             continue
         if tensor.dtype not in FLOATS or (name.endswith(_CONV1D) and tensor.dim() != 2):
-            raise UserError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, no weight of ours")
+            shape = tuple(tensor.shape)
+            raise UserError(f"{name} has shape {shape} and {tensor.dtype}: not a GPT-2 weight")
         name = name if name.startswith("transformer.") else f"transformer.{name}"
         if name in ours:
-            raise UserError(f"it holds {name} twice, with and without transformer. before its name")
+            raise UserError(f"it contains {name} twice, with and without the prefix transformer.")
         ours[name] = tensor.t() if name.endswith(_CONV1D) else tensor
     _tie(ours, weights.get(HEAD))
     found = {name: tensor.shape for name, tensor in ours.items()}
     check_shapes(found, expected_shapes(GPT2, config, found))
     ours = {name: tensor.float().contiguous() for name, tensor in ours.items()}
-    # The table is one parameter; both of its names are given, so that none stays on `meta`.
-    return {**ours, HEAD: ours[TABLE]}
+    # The tied weight has two names. Return both, so that neither stays on the meta device.
+    return {**ours, HEAD: ours[EMBEDDING]}
 
 
 def _tie(ours: dict[str, Tensor], head: Tensor | None) -> None:
-    """Take the head for the embedding where a file has stored the tied pair under the head's name.
-    Raises `UserError` if they are two."""
+    """Use the head as the embedding if a file stores the tied weight only under the head's name.
+    Raises `UserError` if head and embedding differ."""
     if head is None:
         return
-    if TABLE not in ours and head.dtype in FLOATS:
-        ours[TABLE] = head
-    table = ours.get(TABLE)
-    if table is None or table.shape != head.shape or not _same(table, head):
+    if EMBEDDING not in ours and head.dtype in FLOATS:
+        ours[EMBEDDING] = head
+    embedding = ours.get(EMBEDDING)
+    if embedding is None or embedding.shape != head.shape or not _same(embedding, head):
         raise UserError(
-            f"{HEAD} differs from {TABLE}: this model has a head of its own, and GPT-2's is tied "
-            "to its embedding"
+            f"{HEAD} differs from {EMBEDDING}: this model has a separate head, but GPT-2's head is "
+            "tied to its embedding"
         )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers; nan is the same as nan."""
+    """Whether two tensors of the same shape are equal, counting nan as equal to nan."""
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def hub_files(name: str) -> tuple[Path, Path]:
-    """config.json and model.safetensors of a model of the hub, downloaded if need be."""
+    """config.json and model.safetensors of a model on the hub, downloaded if necessary."""
     config, weights = (
-        hub.download(HUB[name], file, instead="name a folder that holds " + " and ".join(FILES))
+        hub.download(HUB[name], file, instead="give a folder with " + " and ".join(FILES))
         for file in FILES
     )
     return config, weights
 
 
 def folder_files(folder: Path) -> tuple[Path, Path]:
-    """config.json and model.safetensors of a folder. Raises `UserError` that says what is there
-    instead, and how to make them of it."""
+    """config.json and model.safetensors in a folder. If one is missing, raises `UserError` that
+    names the format found instead and how to convert it."""
     config, weights = (folder / file for file in FILES)
     if not weights.is_file():
-        for name, what in OTHER_FORMS.items():
+        for name, found in OTHER_FORMATS.items():
             if (folder / name).is_file():
                 raise UserError(
-                    f"{folder} has no {FILES[1]}, but {what}, which is not read: load it with "
-                    "transformers and write it with model.save_pretrained(FOLDER)"
+                    f"{folder} has no {FILES[1]}, but {found}, which is not supported: load it "
+                    "with transformers and save it with model.save_pretrained(FOLDER)"
                 )
     for file in (config, weights):
         if not file.is_file():
             raise UserError(
-                f"{folder} has no {file.name}, which holds a model's {HOLDS[file.name]}"
+                f"{folder} has no {file.name}, which contains a model's {CONTAINS[file.name]}: "
+                "give a folder with both files"
             )
     return config, weights
 
@@ -177,8 +181,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load, load_file
 
     try:
-        if storage.spelled(file) == str(file):
+        if storage.printable(file) == str(file):
             return load_file(file)
-        return load(file.read_bytes())  # its library opens no path that is not UTF-8
+        return load(file.read_bytes())  # safetensors cannot open a path that is not UTF-8
     except (OSError, SafetensorError) as error:
-        raise UserError(f"it is not a whole safetensors file ({error})") from None
+        raise UserError(f"it is not a complete safetensors file ({error})") from None

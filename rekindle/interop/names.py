@@ -1,4 +1,4 @@
-"""What a name stands for: a run, a checkpoint or a folder here, or else a model of the hub."""
+"""Resolve a model name: a local run, checkpoint or model folder, or else a model on the hub."""
 
 import re
 from dataclasses import dataclass
@@ -13,16 +13,15 @@ from rekindle.interop.huggingface import HUB
 from rekindle.model import LanguageModel
 from rekindle.model.shapes import without_init
 
-# Other names that people know the four sizes by, without owner, case and punctuation: their numbers
-# of parameters as the paper, the model cards and later counts have them.
+# Other names of the four sizes, without owner, case and punctuation. The parameter counts are those
+# of the paper, of the model cards and of later counts.
 ALIASES = {
     "gpt2": "gpt2 gpt2small gpt2base gpt2117m gpt2124m",
     "gpt2-medium": "gpt2medium gpt2345m gpt2355m",
     "gpt2-large": "gpt2large gpt2762m gpt2774m",
     "gpt2-xl": "gpt2xl gpt215b gpt21542m gpt21558m",
 }
-# What a folder holds of a published model, or of a run: it is meant by its name, though
-# it may be incomplete.
+# Files that mark a folder as a published model, or as a run or checkpoint, even an incomplete one.
 PUBLISHED = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
 )  # fmt: skip
@@ -31,19 +30,19 @@ OURS = ("run.json", "checkpoints", DESCRIPTION)
 
 @dataclass(frozen=True)
 class Named:
-    """What a name stands for."""
+    """The model that a name refers to."""
 
-    name: str  # as it was given
-    folder: Path | None  # None: the model of the hub that has this name
+    name: str  # as given by the user
+    folder: Path | None  # None for the model on the hub with this name
     ours: bool = False  # whether the folder is a run or a checkpoint
-    note: str = ""  # what else the name fits, and which of them was taken
+    note: str = ""  # if the name is ambiguous: what else it matches, and which one is used
 
 
 def find(name: str) -> Named:
-    """Decide what `name` stands for: a folder goes before a model of the hub, and in a folder a run
-    or checkpoint before a model in Hugging Face's layout.
+    """Decide what `name` refers to. A folder takes precedence over a model on the hub, and within a
+    folder a run or checkpoint over a model in Hugging Face's layout.
 
-    Raises `UserError` with the name that was probably meant if it stands for nothing.
+    Raises `UserError`, with the most similar known name, if there is no such model.
     """
     path = Path(name)
     if path.is_dir() and (name not in HUB or _holds(path, OURS) or _holds(path, PUBLISHED)):
@@ -51,10 +50,10 @@ def find(name: str) -> Named:
     if name in HUB:
         return Named(name, None)
     if path.is_file():
-        raise UserError(f"{name} is a file: name the folder {path.parent} that it is in")
+        raise UserError(f"{name} is a file: give its folder, {path.parent}")
     near = _meant(name)
     hint = f": did you mean {near}?" if near else ""
-    raise UserError(f"{name} is no folder and none of the models {', '.join(HUB)}{hint}")
+    raise UserError(f"{name} is neither a folder nor one of the models {', '.join(HUB)}{hint}")
 
 
 def _holds(folder: Path, names: tuple[str, ...]) -> bool:
@@ -70,13 +69,13 @@ def _in_folder(name: str, path: Path) -> Named:
     if ours and (path / "config.json").is_file():
         others.append("a model in Hugging Face's layout (config.json)")
     if name in HUB:
-        others.append("a model of the hub")
-    note = f"{name} is the {kind} {path.absolute()} and {' and '.join(others)}: the {kind} is taken"
+        others.append("a model on the hub")
+    note = f"{name} is the {kind} {path.absolute()} and {' and '.join(others)}: using the {kind}"
     return Named(name, path, ours or not _holds(path, PUBLISHED), note if others else "")
 
 
 def _meant(name: str) -> str:
-    """The model of the hub whose name is nearest to `name`; empty if none is near."""
+    """The model on the hub whose name is most similar to `name`; empty if none is similar."""
     plain = re.sub("[^a-z0-9]", "", name.rstrip("/").rpartition("/")[2].lower())
     known = {alias: model for model, names in ALIASES.items() for alias in names.split()}
     near = get_close_matches(plain, known, n=1, cutoff=0.8)
@@ -84,8 +83,8 @@ def _meant(name: str) -> str:
 
 
 def read(named: Named) -> LanguageModel:
-    """The model alone, float32 and on the CPU. That of a run keeps the padding rows of its
-    embedding. Raises `UserError` if there is none, or it is damaged or no GPT-2."""
+    """Read the model, in float32 on the CPU. The model of a run keeps the padding rows of its
+    embedding. Raises `UserError` if it is missing, damaged or not a GPT-2."""
     if named.folder is None:
         return huggingface.from_files(*huggingface.hub_files(named.name))
     if named.ours:
@@ -94,7 +93,8 @@ def read(named: Named) -> LanguageModel:
 
 
 def newest(path: Path) -> Checkpoint:
-    """The checkpoint that `path` stands for, while training may remove it for a newer one."""
+    """Load the checkpoint that `path` refers to. Tries again if a training run removes it meanwhile
+    in favor of a newer one."""
     for _ in range(9):
         found = checkpoint.find(path)
         _check_copied(found)
@@ -103,16 +103,18 @@ def newest(path: Path) -> Checkpoint:
         except DamagedError:
             if found.exists():
                 raise
-    raise UserError(f"the checkpoints of {path} are removed faster than they can be read")
+    raise UserError(
+        f"the checkpoints of {path} are removed faster than they can be read: try again later"
+    )
 
 
 def _check_copied(folder: Path) -> None:
-    """Say of a checkpoint that was copied without its optimizer's state what to do."""
+    """Raise `UserError` if a checkpoint was copied without its optimizer state."""
     model, optimizer = (folder / name for name in checkpoint.FILES)
     if model.exists() and not optimizer.exists() and (folder / DESCRIPTION).exists():
         raise UserError(
-            f"{optimizer} is not there: a checkpoint is read whole, so copy it with all its files, "
-            "or name another checkpoint"
+            f"{optimizer} does not exist: a checkpoint needs all its files, so copy the complete "
+            "folder, or name another checkpoint"
         )
 
 

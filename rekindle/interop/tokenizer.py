@@ -1,4 +1,4 @@
-"""The tokenizer files beside a model in Hugging Face's layout: GPT-2's, or refused by name."""
+"""Check the tokenizer files of a model in Hugging Face's layout: only GPT-2's are accepted."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -8,13 +8,13 @@ from typing import Any
 from rekindle import storage
 from rekindle.errors import UserError
 
-# SHA-256 of GPT-2's tokens in the order of their ids, and of its merges in theirs, a line each, as
-# OpenAI's encoder.json and vocab.bpe have them.
+# SHA-256 of GPT-2's tokens, ordered by id, and of its merges, in order, one per line, from OpenAI's
+# encoder.json and vocab.bpe.
 TOKENS = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 MERGES = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
 END_OF_TEXT = ("<|endoftext|>", 50256)
 CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
-# Files of tokenizers that are not byte-pair encodings as GPT-2's is.
+# Files of tokenizers that are not byte-pair encodings like GPT-2's.
 OTHERS = (
     "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.model",
     "sentencepiece.bpe.model", "bpe.codes", "tekken.json",
@@ -22,15 +22,15 @@ OTHERS = (
 
 
 class _ForeignError(Exception):
-    """What in a file is not GPT-2's."""
+    """A difference between a tokenizer file and GPT-2's."""
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises `UserError` that names a file of `folder` which tells of another tokenizer than
-    GPT-2's. A folder that tells of none is taken for GPT-2's."""
+    """Raise `UserError` that names the file if a file in `folder` belongs to another tokenizer than
+    GPT-2's. A folder without tokenizer files is assumed to use GPT-2's."""
     for name in OTHERS:
         if (folder / name).exists():
-            raise _refused(folder / name, "GPT-2's has no such file")
+            raise _foreign(folder / name, "GPT-2's has no such file")
     for name, check in _CHECKS.items():
         file = folder / name
         if not file.is_file():
@@ -38,20 +38,20 @@ def check_tokenizer(folder: Path) -> None:
         try:
             check(_read_lines(file) if file.suffix in (".txt", ".bpe") else _read_object(file))
         except _ForeignError as error:
-            raise _refused(file, str(error)) from None
+            raise _foreign(file, str(error)) from None
 
 
-def _refused(file: Path, reason: str) -> UserError:
+def _foreign(file: Path, reason: str) -> UserError:
     return UserError(
-        f"{file} is of another tokenizer than GPT-2's ({reason}), which cannot be used yet; if the "
-        "model was trained with GPT-2's all the same, remove the file"
+        f"{file} belongs to another tokenizer than GPT-2's ({reason}), which is not supported; if "
+        "the model was trained with GPT-2's tokenizer, remove the file"
     )
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     value = storage.read_json(file)
     if not isinstance(value, dict):
-        raise _ForeignError("it holds no JSON object")
+        raise _ForeignError("it is not a JSON object")
     return value
 
 
@@ -95,7 +95,7 @@ def _check_value(described: dict[str, Any], key: str, *allowed: Any) -> None:
 
 
 def _check_fast(described: dict[str, Any]) -> None:
-    """tokenizer.json: all of a tokenizer in one file."""
+    """tokenizer.json: a complete tokenizer in one file."""
     model = _part(described, "model")
     _check_value(model, "type", "BPE", None)
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
@@ -111,7 +111,7 @@ def _check_fast(described: dict[str, Any]) -> None:
     _check_value(_part(described, "decoder"), "type", "ByteLevel", None)
     added = described.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
-        raise _ForeignError("added_tokens is no list of tokens")
+        raise _ForeignError("added_tokens is not a list of tokens")
     _check_added({str(token.get("content")): token.get("id") for token in added})
     _check_vocabulary(model.get("vocab"))
     _check_merges(model)
@@ -131,12 +131,12 @@ def _check_settings(described: dict[str, Any]) -> None:
         _check_value(described, key, False, None)
     added = _part(described, "added_tokens_decoder")
     if not all(isinstance(token, dict) for token in added.values()):
-        raise _ForeignError("added_tokens_decoder holds no tokens")
+        raise _ForeignError("added_tokens_decoder does not contain tokens")
     _check_added({str(t.get("content")): int(i) if i.isdecimal() else i for i, t in added.items()})
 
 
 def _check_config(described: dict[str, Any]) -> None:
-    """config.json, which is the model's, and may tell of its tokenizer."""
+    """config.json, the configuration of the model, which may also describe its tokenizer."""
     _check_value(described, "tokenizer_class", *CLASSES, None)
     for key in ("bos_token_id", "eos_token_id"):
         _check_value(described, key, 50256, [50256], None)

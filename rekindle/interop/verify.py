@@ -1,4 +1,4 @@
-"""Is our GPT-2 the same function as `transformers`' GPT-2? Logits, loss, text and gradients."""
+"""Compare our GPT-2 with the one in `transformers`: logits, loss, generated text and gradients."""
 
 import math
 import shutil
@@ -13,20 +13,20 @@ from torch import Tensor
 from rekindle import storage
 from rekindle.errors import UserError
 from rekindle.interop import huggingface, names
-from rekindle.interop.huggingface import TABLE
+from rekindle.interop.huggingface import EMBEDDING
 from rekindle.model.finite import why_not_finite
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import SIZES
 from rekindle.sampling import generate
 
-# Float32 on a CPU. Gradients are compared relative to the largest of their tensor.
+# Tolerances for float32 on a CPU. Gradients are relative to the largest one in their tensor.
 LOGITS, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-3
-ROWS, LENGTH, PROMPT, GREEDY = 2, 64, 8, 24  # tokens compared, where the context has room for them
+ROWS, LENGTH, PROMPT, GREEDY = 2, 64, 8, 24  # tokens compared, limited by the context length
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: the largest difference, and where it was."""
+    """One comparison: the largest difference and its location."""
 
     what: str
     difference: float
@@ -35,7 +35,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return self.difference <= self.tolerance  # false for NaN, too
+        return self.difference <= self.tolerance  # also false for nan
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Report:
 
     model: str
     rows: tuple[Row, ...]
-    note: str = ""  # what else the model's name fits, and which of them was taken
+    note: str = ""  # if the model's name is ambiguous: what else it matches, and which one is used
 
     @property
     def passed(self) -> bool:
         return all(row.passed for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it: a difference that is no number is None."""
+        """The report as JSON values: a difference that is not finite becomes None."""
         rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
         for row in rows:
             if not math.isfinite(row["difference"]):
@@ -72,22 +72,23 @@ class Report:
 
 
 def verify(model: str, *, random_weights: bool = False, layers: int | None = None) -> Report:
-    """Compare `model` (a run, a checkpoint, a model of the hub, or a folder in Hugging Face's
-    layout) with `transformers`, which reads what is published by itself and is given the weights of
-    a run.
+    """Compare `model` (a run, a checkpoint, a model on the hub, or a folder in Hugging Face's
+    layout) with `transformers`. It loads published models itself; for a run or checkpoint, our
+    weights are copied into its model.
 
-    With `random_weights` no network is needed: a random `transformers` model of that size (of
-    `layers` blocks, if given) is saved in its own format and read by us.
-    Raises `UserError` if `transformers` is missing, the model cannot be had, or is not finite.
+    With `random_weights` no network is needed: a random `transformers` model of that size (with
+    `layers` blocks, if given) is saved in its own format, which we then read.
+    Raises `UserError` if `transformers` is missing, the model is not available, or its weights are
+    not finite.
     """
     try:
         import transformers
     except ImportError:
         raise UserError(
-            "rekindle verify compares with transformers: pip install 'rekindle[verify]'"
+            "rekindle verify needs transformers: pip install 'rekindle[verify]'"
         ) from None
     if layers is not None and not random_weights:
-        raise UserError("--layers goes with --random-weights")
+        raise UserError("--layers needs --random-weights")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if random_weights:
@@ -98,40 +99,40 @@ def verify(model: str, *, random_weights: bool = False, layers: int | None = Non
     named = names.find(model)
     ours = names.read(named)
     if not isinstance(ours, GPT2):
-        raise UserError(f"{model} is a {type(ours).__name__}: verify compares GPT-2s")
+        raise UserError(f"{model} is a {type(ours).__name__}: verify supports only GPT-2")
     if any(not p.isfinite().all() for p in ours.parameters()):
         raise UserError(f"{model} cannot be compared: {why_not_finite(ours)}")
     if named.ours:
-        theirs = _give_theirs(ours)
+        theirs = _copy_to_theirs(ours)
     else:
         config, _ = (
             huggingface.folder_files(named.folder) if named.folder
             else huggingface.hub_files(named.name)
         )  # fmt: skip
         theirs = _load_theirs(config.parent)
-    return Report(storage.spelled(model), tuple(_compare(ours, theirs)), named.note)
+    return Report(storage.printable(model), tuple(_compare(ours, theirs)), named.note)
 
 
 def _load_theirs(folder: Path) -> Any:
-    """The model in `folder` as `transformers` reads it, float32 and without dropout."""
+    """Load the model in `folder` with `transformers`, in float32 and without dropout."""
     import transformers
 
-    if storage.spelled(folder) != str(folder):  # its libraries open no path that is not UTF-8
+    if storage.printable(folder) != str(folder):  # its libraries need a UTF-8 path
         with tempfile.TemporaryDirectory() as copy:
             for name in huggingface.FILES:
                 shutil.copy(folder / name, copy)
             return _load_theirs(Path(copy))
-    # An absolute path, or it might be taken for a name of the hub.
+    # A relative path could be mistaken for a model on the hub.
     theirs = transformers.GPT2LMHeadModel.from_pretrained(
         str(folder.absolute()), attn_implementation="eager"
     )
-    theirs.generation_config = transformers.GenerationConfig()  # greedy, whatever the folder says
+    theirs.generation_config = transformers.GenerationConfig()  # ignore the folder's own settings
     return theirs.float().eval()
 
 
-def _give_theirs(ours: GPT2) -> Any:
-    """A `transformers` model with the weights of `ours`, its padding rows included, as Conv1D has
-    them."""
+def _copy_to_theirs(ours: GPT2) -> Any:
+    """A `transformers` model with the weights of `ours`, including padding rows, transposed for
+    its Conv1D."""
     import transformers
 
     c = ours.config
@@ -144,20 +145,20 @@ def _give_theirs(ours: GPT2) -> Any:
         name: p.detach().t() if _is_conv1d(name) else p.detach()
         for name, p in ours.named_parameters()
     }
-    # strict=False: the head is the embedding, and is named once.
-    unknown = theirs.load_state_dict({**weights, "lm_head.weight": weights[TABLE]}, strict=False)
-    assert not unknown.unexpected_keys
+    # strict=False: the head and the embedding are one parameter.
+    result = theirs.load_state_dict({**weights, "lm_head.weight": weights[EMBEDDING]}, strict=False)
+    assert not result.unexpected_keys
     theirs.tie_weights()
     return theirs.eval()
 
 
 def _save_random(size: str, layers: int | None, folder: Path) -> None:
-    """Save a random `transformers` GPT-2. Biases and norms are random, too: at their usual zeros
-    and ones they could be exchanged without a trace."""
+    """Save a random `transformers` GPT-2. Biases and norms are random as well: with their usual
+    zeros and ones, swapped tensors would go unnoticed."""
     import transformers
 
     if size not in SIZES:
-        raise UserError(f"--random-weights takes a size, {' '.join(SIZES)}, not {size!r}")
+        raise UserError(f"--random-weights needs a size ({', '.join(SIZES)}), not {size!r}")
     c = SIZES[size]
     layers = c.n_layer if layers is None else layers
     if not 1 <= layers <= c.n_layer:
@@ -183,7 +184,7 @@ def _compare(ours: GPT2, theirs: Any) -> list[Row]:
         logits, _ = ours(x)
         expected = theirs(x).logits[..., :ids]
     if not logits.isfinite().all() and not expected.isfinite().all():
-        raise UserError(f"nothing can be compared, since logits are nan or inf: "
+        raise UserError(f"there is nothing to compare, because the logits are nan or inf: "
                         f"{why_not_finite(ours)}")  # fmt: skip
     _, loss = ours(x, y)
     loss.backward()
@@ -195,13 +196,13 @@ def _compare(ours: GPT2, theirs: Any) -> list[Row]:
         Row("logits", difference.max().item(), LOGITS, f"row {row}, position {position}"),
         Row("loss", abs(loss.item() - their_loss.item()), LOSS, f"{loss.item():.6f} nats"),
     ]
-    if T > 1:  # a single position has no room for a continuation
+    if T > 1:  # a context of one token has no room for a continuation
         rows.append(_compare_text(ours, theirs, x[:1, : min(PROMPT, T // 2)]))
     return [*rows, _compare_gradients(ours, theirs)]
 
 
 def _compare_text(ours: GPT2, theirs: Any, prompt: Tensor) -> Row:
-    """Greedy continuations; the difference is the number of tokens that differ."""
+    """Compare greedy continuations; the difference is the number of tokens that differ."""
     c = ours.config
     tokens = min(GREEDY, c.block_size - prompt.shape[1])
     mine = generate(ours, prompt[0].tolist(), tokens, temperature=0)[0]
@@ -212,7 +213,7 @@ def _compare_text(ours: GPT2, theirs: Any, prompt: Tensor) -> Row:
         suppress_tokens=padding or None,
     )[0]  # fmt: skip
     differing = (mine != expected).nonzero().flatten()
-    where = f"token {int(differing[0])}" if len(differing) else f"{tokens} tokens alike"
+    where = f"token {int(differing[0])}" if len(differing) else f"{tokens} equal tokens"
     return Row("text", float(len(differing)), 0.0, where)
 
 
@@ -221,7 +222,7 @@ def _compare_gradients(ours: GPT2, theirs: Any) -> Row:
     expected: dict[str, Tensor] = {}
     for name, p in theirs.named_parameters():
         gradient = p.grad.t() if _is_conv1d(name) else p.grad
-        name = TABLE if name == "lm_head.weight" else name
+        name = EMBEDDING if name == "lm_head.weight" else name
         expected[name] = expected[name] + gradient if name in expected else gradient
     if apart := sorted(mine.keys() ^ expected.keys()):
         whose = "transformers' model" if apart[0] in mine else "ours"

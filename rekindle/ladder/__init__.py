@@ -1,7 +1,7 @@
-"""The ladder: the lecture's optimisations one after the other, then ours, on this machine.
+"""The ladder: measures the lecture's optimizations one after another, then ours, on this machine.
 
-Every rung trains the same model from the same weights on the same tokens, in a process of its own;
-only how the step is computed changes.
+Every rung trains the same model from the same weights on the same tokens in a fresh process; only
+how the step is computed changes.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from rekindle.runtime.device import Device, cpu_model, get_device, why_not_compi
 
 
 def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) -> dict[str, Any]:
-    """Measure all rungs, telling of each, and write `out`/ladder.json; return what is in it.
+    """Measure all rungs, print each result, and write `out`/ladder.json; return its contents.
 
-    Raises `UserError` if the data cannot be used, or if not even the first rung can be measured.
+    Raises `UserError` if the data cannot be used or a rung fails.
     """
     chosen = get_device(device)
     on_gpu = chosen.torch.type == "cuda"
@@ -40,11 +40,11 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out} cannot be made ({error.strerror}): give another --out") from None
+        raise UserError(f"cannot create {out} ({error.strerror}): choose another --out") from None
     print(
-        f"{model.name} on {chosen.name}: {steps} steps of {rows} × {model.batch.length} tokens a "
-        f"rung, each in a fresh process\n\n"
-        + _COLUMNS.format("rung", "ms/step", "tokens/s", "gain", "util", "memory", "loss")
+        f"{model.name} on {chosen.name}: {steps} steps of {rows} × {model.batch.length} tokens "
+        f"per rung, each rung in a fresh process\n\n"
+        + _COLUMNS.format("rung", "ms/step", "tokens/s", "gain", "MFU", "memory", "loss")
     )
     levers = Levers(micro=min(rows, Levers.micro))
     result = {
@@ -55,7 +55,7 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
     for rung in rungs:
         levers = dataclasses.replace(levers, **rung.change)
         if levers.compile and (reason := why_not_compile(chosen.torch)):
-            print(f"{rung.name:<20} left out: {reason}")
+            print(f"{rung.name:<20} skipped: {reason}")
             levers = dataclasses.replace(levers, compile=False)
             continue
         levers, figures = measure_what_fits(work, levers)
@@ -66,7 +66,7 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
 
 
 def environment(device: Device) -> dict[str, Any]:
-    """What a figure depends on."""
+    """The hardware and versions that the measurements depend on."""
     import torch
 
     return {
@@ -79,20 +79,25 @@ def environment(device: Device) -> dict[str, Any]:
 
 
 def measure_what_fits(work: Work, levers: Levers) -> tuple[Levers, dict[str, Any]]:
-    """Halve the micro-batch until it fits into memory."""
+    """Measure with the micro-batch size halved until it fits into memory.
+
+    Returns the levers that were used and their figures. Raises `UserError` if one row is too large.
+    """
     while True:
         figures = measure_in_fresh_process(work, levers)
         if not figures.get("out_of_memory"):
             return levers, figures
         if levers.micro == 1:
-            raise UserError(f"not one row of {work.recipe} fits into memory: name a smaller recipe")
+            raise UserError(
+                f"not even one row of {work.recipe} fits into memory: choose a smaller recipe"
+            )
         levers = dataclasses.replace(levers, micro=levers.micro // 2)
 
 
 def measure_in_fresh_process(work: Work, levers: Levers) -> dict[str, Any]:
-    """`measure.measure` where nothing before it left a cache, a setting or memory in use."""
-    question = json.dumps({"work": asdict(work), "levers": asdict(levers)})
-    command = [sys.executable, "-m", "rekindle.ladder.measure", question]
+    """Run `measure.measure` in a process without caches, settings or memory of earlier rungs."""
+    request = json.dumps({"work": asdict(work), "levers": asdict(levers)})
+    command = [sys.executable, "-m", "rekindle.ladder.measure", request]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         last = (process.stderr.strip() or "no message").split("\n")[-1]
@@ -114,7 +119,7 @@ def _line(rung: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any], seconds: float) -> str:
-    """What a person takes home."""
+    """The last line that is printed: the total speedup."""
     first, last = result["rungs"][0], result["rungs"][-1]
     return (
         f"\n{last['tokens_per_s'] / first['tokens_per_s']:.1f} times faster than `{first['rung']}`,"

@@ -1,4 +1,4 @@
-"""One rung, measured: `train.train_step` for a few steps, in a process of its own.
+"""Measures one rung: runs `train.train_step` for a few steps in its own process.
 
 python -m rekindle.ladder.measure '{"work": {...}, "levers": {...}}'
 """
@@ -31,20 +31,20 @@ from rekindle.runtime.device import PEAKS, Device, get_device
 from rekindle.runtime.distributed import World
 from rekindle.trainer import Trainer, build
 
-LR = 3e-4  # constant, as where the lecture measures its speed
+LR = 3e-4  # constant, as in the lecture's speed measurements
 SEED = 1337
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured: a model, its data, and so many steps of so many rows."""
+    """What to measure: a model, its data, the number of steps and the rows per step."""
 
     recipe: str
     data: str
     device: str
     rows: int
     steps: int = 20
-    warmup: int = 5  # steps that are not timed, compilation among them
+    warmup: int = 5  # untimed steps, which include compilation
 
 
 def measure(work: Work, levers: Levers) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def measure(work: Work, levers: Levers) -> dict[str, Any]:
 
 
 def make_trainer(work: Work, levers: Levers) -> Trainer:
-    """A trainer that computes as the levers say, from the same weights whatever they are."""
+    """A trainer that computes with these levers. Initial weights are the same for all levers."""
     recipe = _recipe(work)
     machine = Machine(
         device=work.device,
@@ -95,7 +95,7 @@ def _measure(trainer: Trainer, work: Work, levers: Levers) -> dict[str, Any]:
     seconds = [b - a for a, b in pairwise(ends)]
     timed = seconds[work.warmup :]
     rate = work.rows * length / median(timed)
-    peak = PEAKS.get(device.name)  # of bf16, on every rung, so that the MFU climbs as well
+    peak = PEAKS.get(device.name)  # the bf16 peak on every rung, so that MFUs are comparable
     config: GPT2Config = trainer.recipe.model  # type: ignore[assignment]
     flops = on_meta(GPT2, config.for_training()).flops_per_token(length)
     deciles = quantiles(timed, n=10) if len(timed) > 1 else timed * 9
@@ -106,7 +106,7 @@ def _measure(trainer: Trainer, work: Work, levers: Levers) -> dict[str, Any]:
         "ms_per_step_p90": deciles[-1] * 1e3,
         "tokens_per_s": rate,
         "utilisation": rate * flops / peak if peak else None,
-        "first_step_s": seconds[0],  # compilation is in it
+        "first_step_s": seconds[0],  # includes compilation
         "peak_memory_gib": peak_memory(device) / 2**30,
         "first_loss": losses[0],
         "loss": losses[-1],
@@ -116,7 +116,7 @@ def _measure(trainer: Trainer, work: Work, levers: Levers) -> dict[str, Any]:
 
 
 def _recipe(work: Work) -> Recipe:
-    """The recipe with a constant learning rate, for a model of the data's vocabulary."""
+    """The recipe with a constant learning rate and the data's vocabulary size."""
     recipe = recipes.get_recipe(work.recipe)
     size = shards.read_manifest(Path(work.data)).vocab_size
     length = recipe.batch.length
@@ -133,7 +133,7 @@ def _recipe(work: Work) -> Recipe:
 
 
 def padded_model(config: GPT2Config) -> GPT2:
-    """The model with a padded embedding and the weights it has without."""
+    """The model with a padded embedding; all other weights equal those of the unpadded model."""
     weights = GPT2(config).state_dict()
     model = GPT2(config.for_training())
     embedding = torch.zeros_like(model.lm_head.weight)
@@ -144,7 +144,7 @@ def padded_model(config: GPT2Config) -> GPT2:
 
 
 def peak_memory(device: Device) -> int:
-    """Bytes: of the GPU's memory as torch has taken it, or of the whole process on a CPU."""
+    """Peak memory in bytes: allocated by torch on a GPU, or of the process on a CPU."""
     if device.torch.type == "cuda":
         return torch.cuda.max_memory_allocated(device.torch)
     import resource
@@ -154,7 +154,7 @@ def peak_memory(device: Device) -> int:
 
 
 def attention_kernel(trainer: Trainer) -> str | None:
-    """The GPU kernel that torch has chosen for attention, by its own name."""
+    """The name of the GPU kernel that torch chose for attention; None on a CPU."""
     if trainer.device.torch.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -168,13 +168,13 @@ def attention_kernel(trainer: Trainer) -> str | None:
     return next((n for n in names if any(mark in n.lower() for mark in marks)), None)
 
 
-def _answer(question: str) -> dict[str, Any]:
-    asked = json.loads(question)
+def _handle(request: str) -> dict[str, Any]:
+    values = json.loads(request)
     try:
-        return measure(Work(**asked["work"]), Levers(**asked["levers"]))
+        return measure(Work(**values["work"]), Levers(**values["levers"]))
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
 
 
 if __name__ == "__main__":
-    print(json.dumps(_answer(sys.argv[1])))
+    print(json.dumps(_handle(sys.argv[1])))

@@ -1,7 +1,7 @@
-"""What is trained: pure PyTorch, without files, processes or clocks.
+"""The models: pure PyTorch, without files, processes or clocks.
 
-`LanguageModel` is the contract that every model fulfils, and `MODELS` names them. Imports no torch.
-A new model is a file here, its configuration in another, and a line in `MODELS`.
+Every model implements `LanguageModel` and is listed in `MODELS`. To add one, write the model and
+its configuration in a file each, and add a line to `MODELS`. This module does not import torch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ MODELS = {"gpt2": "rekindle.model.gpt2.GPT2", "modern": "rekindle.model.modern.M
 
 
 class ModelConfig(Protocol):
-    """What every model's frozen dataclass has; each adds its own fields, and flags among them."""
+    """What every model's configuration, a frozen dataclass, has. Each adds fields and flags."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -35,46 +35,46 @@ class ModelConfig(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head; ids from `vocab_size` on are never real."""
+        """Rows of the embedding and of the head; ids from `vocab_size` on are padding."""
         ...
 
     @classmethod
     def from_dict(cls, described: dict[str, Any]) -> "Self":
-        """The configuration that a checkpoint describes. Raises `UserError` if there is none."""
+        """The configuration that a checkpoint describes. Raises `UserError` if it is invalid."""
         ...
 
     def for_training(self) -> "Self":
-        """The same model, padded to sizes that a device handles faster."""
+        """The same model with sizes padded to what a device handles faster."""
         ...
 
 
 class Cache(Protocol):
-    """What a model remembers of the positions it has seen, for generating one token at a time.
+    """A model's state after the tokens so far, for generating one token at a time.
 
-    The first pass may be a single row, with which all rows begin.
+    The first forward pass may have a single row, which is then copied to all rows.
     """
 
     @property
     def positions(self) -> "Tensor | None":
-        """Where the next token stands, (1,), once `fix` was called; what `body` is given."""
+        """Position of the next token, (1,), to pass to `body`; None until `fix` is called."""
         ...
 
     @property
     def mask(self) -> "Tensor | None":
-        """Which slots the next token may look at; None: those it is given."""
+        """The slots that the next token may attend to, to pass to `body`; None until `fix`."""
         ...
 
     def advance(self, positions: int) -> None:
-        """So many positions have been seen by all blocks."""
+        """Move the end of the cache after a forward pass over this many positions."""
         ...
 
     def fix(self) -> None:
-        """Keep all shapes from now on, so that a step is compiled once."""
+        """Keep all shapes constant from now on, so that a step is compiled only once."""
         ...
 
 
 class HasParameters(Protocol):
-    """What saving, comparing and counting weights ask of a model: any `nn.Module` will do."""
+    """The part of `nn.Module` that is used to save, compare and count weights."""
 
     def parameters(self) -> Iterator["nn.Parameter"]: ...
     def named_parameters(self) -> Iterator[tuple[str, "nn.Parameter"]]: ...
@@ -83,8 +83,8 @@ class HasParameters(Protocol):
 class LanguageModel(HasParameters, Protocol):
     """A language model, an `nn.Module`. B sequences, T positions, C channels, V rows of the head.
 
-    Training calls the module itself, which is `forward`. `forward`, `body`, `head` and `losses`
-    agree with one another: `head(body(idx))` without padding rows is what `forward` returns.
+    Training calls the module itself, which runs `forward`. `forward`, `body`, `head` and `losses`
+    are consistent: `forward(idx)` returns `head(body(idx))` without the padding rows.
     """
 
     Config: ClassVar[type[Any]]  # its frozen dataclass
@@ -96,11 +96,11 @@ class LanguageModel(HasParameters, Protocol):
 
     @property
     def blocks(self) -> Sequence["nn.Module"]:
-        """The residual blocks in order: the units of sharding and of recomputation."""
+        """The residual blocks in order: the units of sharding and activation checkpointing."""
         ...
 
     def use(self, compute: "Compute") -> "Self":
-        """Compute like this from now on; returns the model. The weights stay as they are."""
+        """Set how the model computes; returns the model. The weights do not change."""
         ...
 
     def __call__(
@@ -110,15 +110,15 @@ class LanguageModel(HasParameters, Protocol):
         ...
 
     def cast(self, dtype: "torch.dtype", rows: int = 0) -> "Self":
-        """Cast the weights of all matmuls once, for a model that is sampled from in batches of
-        `rows` and not trained; returns the model."""
+        """Cast the weights of all matmuls once, for sampling in batches of `rows` without
+        training; returns the model."""
         ...
 
     def forward(
         self, idx: "Tensor", targets: "Tensor | None" = None, cache: "Any | None" = None
     ) -> tuple["Tensor | None", "Tensor | None"]:
-        """Token ids (B, T) → (logits (B, T, vocab_size), None), or with `targets` (B, T), of which
-        -100 are ignored, (None, mean cross-entropy in nats)."""
+        """Token ids (B, T) → (logits (B, T, vocab_size), None). With `targets` (B, T): (None, mean
+        cross-entropy in nats); targets of -100 are ignored."""
         ...
 
     def body(
@@ -128,35 +128,35 @@ class LanguageModel(HasParameters, Protocol):
         positions: "Tensor | None" = None,
         mask: "Tensor | None" = None,
     ) -> "Tensor":
-        """Token ids (B, T) → (B, T, C), what the head reads.
+        """Token ids (B, T) → the head's input (B, T, C).
 
-        `positions` (T,) or (B, T): where in the text the tokens stand, if not one after the other
-        from the cache's end on. `mask` (B or 1, 1, T, S), boolean: True where a token may look at
-        one of S, if not at itself and all before.
+        `positions` (T,) or (B, T): the tokens' positions in their texts; by default consecutive,
+        starting at the end of the cache. `mask` (B or 1, 1, T, S), boolean: True where a token may
+        attend to one of the S keys; by default to itself and all earlier ones.
         """
         ...
 
     def head(self, x: "Tensor") -> "Tensor":
-        """(..., C) → logits (..., V), padding rows included, as the loss counts them."""
+        """(..., C) → logits (..., V) with padding rows, which are part of the loss."""
         ...
 
     def losses(self, x: "Tensor", targets: "Tensor") -> "Tensor":
         """(N, C), (N,) → the cross-entropy of each target in nats, (N,) float32, 0 where it is
-        -100. Not all logits exist at once if no gradient is asked for."""
+        -100. Without gradients, the logits are computed in pieces to save memory."""
         ...
 
     def parameter_roles(self) -> dict[str, str]:
-        """{name: role} for exactly the `named_parameters`. What optimizers distinguish:
-        "embedding" (the head too, if it is tied), "value_embedding", "head", "matrix" (of a hidden
-        layer), "vector" (a bias, gain or gate) and "scalar" (a learned factor)."""
+        """{name: role} for exactly the `named_parameters`. Optimizers distinguish the roles
+        "embedding" (also of a tied head), "value_embedding", "head", "matrix" (of a hidden layer),
+        "vector" (a bias, gain or gate) and "scalar" (a learned factor)."""
         ...
 
     def parameter_count(self) -> int:
-        """Numbers in all parameters, without padding rows."""
+        """Number of weights in all parameters, without padding rows."""
         ...
 
     def flops_per_token(self, T: int) -> int:
-        """Floating-point operations per trained token in a context of T tokens."""
+        """Floating-point operations per training token in a context of T tokens."""
         ...
 
     def new_cache(self, B: int, capacity: int) -> Cache:

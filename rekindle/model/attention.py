@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch, beside `F.scaled_dot_product_attention`.
+"""Attention in plain PyTorch, as an alternative to `F.scaled_dot_product_attention`.
 
 Shapes: B sequences, H heads of size D, T queries, S keys.
 """
@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention written out: (B, H, T, D) queries, (B, H, S, D) keys and values → (B, H, T, D).
+    """Explicit attention: (B, H, T, D) queries, (B, H, S, D) keys and values → (B, H, T, D).
 
-    `mask` is True where a query may look at a key; with `causal`, at itself and what is before.
+    `mask` is True where a query may attend to a key. With `causal`, it may attend to itself and
+    earlier positions.
     """
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, S)
     if causal:
@@ -23,9 +24,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
 
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same for one query, the keys first: (B, H, 1, D) → (B, H, 1, D).
+    """Attention for a single query, computed as keys times query: (B, H, 1, D) → (B, H, 1, D).
 
-    For bf16 on a CPU: the fused kernel takes three times as long at batch 1, and six at 32.
+    Used for bf16 on a CPU, where the fused kernel is three times slower at batch size 1 and six
+    times slower at 32.
     """
     scores = (k @ q.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, H, S, 1)
     if mask is not None:
@@ -34,8 +36,8 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    """The same by FlexAttention, with its block mask: on a GPU inside a compiled model, where it
-    skips what is hidden; on a CPU it is slow and has no gradients."""
+    """The same with FlexAttention and its block `mask`. In a compiled model on a GPU it skips fully
+    masked blocks. On a CPU it is slow and has no backward pass."""
     from torch.nn.attention.flex_attention import flex_attention
 
     y = flex_attention(q, k, v, block_mask=mask)

@@ -1,4 +1,4 @@
-"""The key-value cache: what attention has to remember of the positions already seen."""
+"""The key-value cache: keys and values of the positions that have already been processed."""
 
 import torch
 from torch import Tensor
@@ -22,26 +22,26 @@ class LayerCache:
             return self.k, self.v
         start, end = cache.length, cache.length + k.shape[2]
         if start == 0:
-            # Zeros: what no query may look at still meets a weight of zero, and zero times what
-            # the memory held before could be NaN.
+            # Zeros, because masked slots get an attention weight of zero, and zero times
+            # uninitialized memory could be NaN.
             shape = (cache.B, k.shape[1], cache.capacity, k.shape[3])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
-        self.k[:, :, start:end], self.v[:, :, start:end] = k, v  # a single row becomes all B
+        self.k[:, :, start:end], self.v[:, :, start:end] = k, v  # a single row is copied to all B
         return (self.k[:, :, :end], self.v[:, :, :end]) if start else (k, v)
 
 
 class KVCache:
     """Keys and values of all layers for B rows and up to `capacity` positions, allocated once.
 
-    A forward pass appends to every layer; `advance` then moves on by as many positions. What comes
-    first may be a single row, with which all B begin. It is allocated in the type that comes.
+    A forward pass appends to every layer; `advance` then moves the end of the cache. The first pass
+    may have a single row, which is copied to all B rows. Its keys and values set the data type.
 
-    Attention is given the positions filled so far, whose number grows. After `fix` it is given all
-    of the capacity and a mask instead, so that every step has the same shapes and reads where it
-    stands from a tensor: it can be compiled once, and recorded as a CUDA graph.
+    Attention first reads only the positions filled so far, so its shapes grow. After `fix` it reads
+    the full capacity with a mask, and the position comes from a tensor. Every step then has the
+    same shapes, so it can be compiled once and recorded as a CUDA graph.
     """
 
-    positions: Tensor | None = None  # (1,): where the next token stands, of a fixed cache
+    positions: Tensor | None = None  # (1,): position of the next token; None until `fix`
 
     def __init__(self, n_layer: int, B: int, capacity: int) -> None:
         self.B, self.capacity, self.length = B, capacity, 0
@@ -52,7 +52,7 @@ class KVCache:
 
     @property
     def mask(self) -> Tensor | None:
-        """Which slots the next token may look at, (1, 1, 1, capacity); None: those it is given."""
+        """The slots that the next token may attend to, (1, 1, 1, capacity); None until `fix`."""
         if self.positions is None:
             return None
         return torch.arange(self.capacity, device=self.positions.device).view(1, 1, 1, -1) <= (
@@ -65,8 +65,8 @@ class KVCache:
             self.positions += positions
 
     def fix(self) -> None:
-        """Keep all shapes from now on. The prompt must be in it; then one token at a time."""
+        """Keep all shapes constant. Call it after the prompt; then pass one token at a time."""
         self.positions = torch.tensor([self.length], device=self._layers[0].k.device)
         tensors = [t for layer in self._layers for t in (layer.k, layer.v)]
-        for tensor in (self.positions, *tensors):  # a CUDA graph may write to them where they lie
+        for tensor in (self.positions, *tensors):  # a CUDA graph may then write to them in place
             torch._dynamo.mark_static_address(tensor, guard=False)

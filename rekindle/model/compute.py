@@ -1,4 +1,4 @@
-"""How a model computes, whichever model it is."""
+"""How a model computes, independent of its architecture."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ Forward = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model computes, never what: all of these give the same result within rounding."""
+    """How a model computes. All settings give the same result up to rounding."""
 
-    dtype: torch.dtype = torch.float32  # of the residual stream; weights are cast where they act
-    # "plain": the scores written out, as the lecture begins; "flex": FlexAttention where windows or
-    # documents hide tokens, which was not run on a GPU yet
+    dtype: torch.dtype = torch.float32  # of the residual stream; weights are cast when used
+    # "plain": explicit scores, as in the first part of the lecture; "flex": FlexAttention where
+    # windows or documents mask tokens, not measured on a GPU yet
     attention: str = "fused"
-    separate_qkv: bool = False  # three products, whose gradients need no copy into one
-    loss_kernel: bool = False  # head and loss as one operator, whose gradient replaces the logits
-    mlp_kernel: bool = False  # GELU inside the products around it
-    fp8_head: bool = False  # where there are gradients, a coarser rounding: see `fp8`
-    recompute: bool = False  # keep only the blocks' inputs for backward: a third slower
+    separate_qkv: bool = False  # three matmuls, whose gradients need not be copied into one
+    loss_kernel: bool = False  # head and loss as one operator; the gradient overwrites the logits
+    mlp_kernel: bool = False  # GELU fused into the matmuls around it
+    fp8_head: bool = False  # the head in FP8 where gradients are computed; rounds more, see `fp8`
+    recompute: bool = False  # activation checkpointing: a third slower, needs less memory

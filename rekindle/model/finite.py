@@ -1,4 +1,4 @@
-"""Why a model's numbers are not finite: the first weight to blame, or none."""
+"""Finds out why a model computes nan or inf."""
 
 import torch
 
@@ -6,16 +6,16 @@ from rekindle.model import HasParameters
 
 
 def why_not_finite(model: HasParameters) -> str:
-    """The reason why `model` computes nan or inf, in a few words: its first weight that is not
-    finite, with its place, or that its activations overflow. Looks at each weight once."""
+    """A short reason why `model` computes nan or inf: the name and index of the first weight that
+    is not finite, or that the activations overflow. Reads every weight once."""
     for name, p in model.named_parameters():
-        tensor = getattr(p, "_local_tensor", p).detach()  # of a sharded one this rank's part
+        tensor = getattr(p, "_local_tensor", p).detach()  # this rank's shard, if sharded
         bad = ~tensor.isfinite()
         if not bool(bad.any()):
             continue
-        place = bad.nonzero()[0].tolist()
-        value = float(tensor[tuple(place)])
-        where = "" if tensor.shape != p.shape else f" at {place}"
+        index = bad.nonzero()[0].tolist()
+        value = float(tensor[tuple(index)])
+        where = "" if tensor.shape != p.shape else f" at {index}"
         return f"its weights are broken: {name} is {value}{where}"
     return (
         "every weight is finite, so the activations overflow: use --precision fp32, or a model "
@@ -24,6 +24,6 @@ def why_not_finite(model: HasParameters) -> str:
 
 
 def first_not_finite(values: torch.Tensor) -> int | None:
-    """The index of the first of `values` (N,) that is not finite, if there is one."""
+    """The index of the first of `values` (N,) that is not finite, or None."""
     bad = (~values.isfinite()).nonzero()
     return int(bad[0]) if len(bad) else None

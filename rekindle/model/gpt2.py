@@ -1,4 +1,4 @@
-"""GPT-2, exactly: the architecture of Radford et al. 2019 with OpenAI's parameter names.
+"""GPT-2: exactly the architecture of Radford et al. 2019, with OpenAI's parameter names.
 
 Shapes in comments: B sequences in a batch, T positions, C = n_embd channels, H heads of size
 D = C / H, V rows of the (padded) vocabulary.
@@ -22,17 +22,17 @@ from rekindle.model.linear import Linear, cast_linears, losses_in_pieces
 
 
 class LayerNorm(nn.LayerNorm):
-    """In its input's type, computed in float32: bf16 rounds neither weights nor their gradients."""
+    """Returns its input's type but computes in float32: weights and gradients are not rounded."""
 
     def forward(self, input: Tensor) -> Tensor:
-        # The CPU's kernel takes bf16 beside float32 weights without a copy, but rounds gradients.
+        # The CPU's kernel accepts bf16 input with float32 weights, but rounds their gradients.
         copied = input.device.type != "cpu" or torch.is_grad_enabled()
         x = input.to(self.weight.dtype) if copied else input
         return super().forward(x).to(input.dtype)
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position looks at itself and those before it, in H heads side by side."""
+    """Multi-head attention; each position attends to itself and all earlier ones."""
 
     compute: Compute = Compute()
 
@@ -52,8 +52,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)  # (B, H, S, D)
         S = k.shape[2]
         if mask is None and S > T > 1:
-            raise ValueError("a cache takes the prompt at once, then one token at a time")
-        causal = mask is None and T > 1  # one new position may look at all of them
+            raise ValueError("with a cache, pass the prompt at once, then one token at a time")
+        causal = mask is None and T > 1  # a single new position attends to all
         if T == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
             y = attend_once(q, k, v, mask)
         elif self.compute.attention == "plain":
@@ -72,7 +72,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around GELU in its tanh form, as OpenAI trained it."""
+    """Two linear layers with GELU in between, in the tanh form that OpenAI used."""
 
     compute: Compute = Compute()
 
@@ -90,7 +90,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: each part reads the stream normalised and adds to it."""
+    """Pre-norm residual block: each part reads the normalized stream and adds to it."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens → the residual stream, normalised: all of GPT-2 but its head."""
+    """All of GPT-2 except its head: tokens → the normalized residual stream."""
 
     compute: Compute = Compute()
 
@@ -124,9 +124,9 @@ class Transformer(nn.Module):
     ) -> Tensor:  # fmt: skip
         """(B, T) token ids → (B, T, C).
 
-        `positions` (T,) or (B, T): where in the text the tokens stand, if not one after the other
-        from the cache's end on. `mask` (B or 1, 1, T, S): True where a token may look at one of S
-        (those of the cache, or the T themselves), if not at itself and all before.
+        `positions` (T,) or (B, T): the tokens' positions in their texts; by default consecutive,
+        starting at the end of the cache. `mask` (B or 1, 1, T, S): True where a token may attend to
+        one of the S keys (of the cache, or of the T tokens); by default itself and earlier ones.
         """
         if positions is None:
             past = 0 if cache is None else cache.length
@@ -146,29 +146,29 @@ class GPT2(nn.Module):
 
     Config: ClassVar = GPT2Config
     compute: Compute = Compute()
-    # `rekindle.loading` sets it, because a model reads no files: GPT2.from_pretrained("gpt2").
+    # Set by `rekindle.loading`, since models do not read files: GPT2.from_pretrained("gpt2").
     from_pretrained: ClassVar[Callable[[str | Path], "GPT2"]]
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        # The order of construction is the lecture's: with its seed it gives its initial weights.
+        # Constructed in the lecture's order, so that its seed gives its initial weights.
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.tie()
         self._init_weights()
 
     def tie(self) -> None:
-        """Make the table that reads tokens and the head that writes them one parameter."""
+        """Share one parameter between the token embedding and the head."""
         self.transformer.wte.weight = self.lm_head.weight
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The residual blocks in order: the units of sharding and of recomputation."""
+        """The residual blocks in order: the units of sharding and activation checkpointing."""
         return list(self.transformer.h)
 
     def use(self, compute: Compute) -> "GPT2":
-        """Compute like this from now on; returns the model. The weights stay as they are."""
+        """Set how the model computes; returns the model. The weights do not change."""
         for module in self.modules():
             if isinstance(module, CausalSelfAttention | MLP | Transformer | GPT2):
                 module.compute = compute
@@ -180,9 +180,11 @@ class GPT2(nn.Module):
         return self
 
     def _init_weights(self) -> None:
-        """The lecture's: 0.02, and less for what adds to the residual stream 2·n_layer times.
+        """The lecture's initialization: std 0.02, scaled by 1/sqrt(2·n_layer) for the layers that
+        add to the residual stream.
 
-        As there, PyTorch's own initialisers have drawn before, and the tied table is drawn twice.
+        As in the lecture, PyTorch's default initialization has used the random generator before,
+        and the tied embedding is drawn twice.
         """
         residual_std = 0.02 * (2 * self.config.n_layer) ** -0.5
         for name, module in self.named_modules():
@@ -196,10 +198,10 @@ class GPT2(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) → `(logits, loss)`.
 
-        With `targets` (B, T), the mean cross-entropy in nats over the targets that are not -100,
-        and no logits. Without, the logits (B, T, vocab_size) and no loss. The rows that only pad
-        the table count in the loss' softmax, as in the lecture; nobody outside sees their logits.
-        Raises `ValueError` if T (and what the cache holds) passes `block_size`.
+        With `targets` (B, T): no logits, and the mean cross-entropy in nats over the targets that
+        are not -100. Without: the logits (B, T, vocab_size) and no loss. Padding rows take part in
+        the loss' softmax, as in the lecture, but their logits are not returned.
+        Raises `ValueError` if T plus the length of the cache exceeds `block_size`.
         """
         if idx.shape[1] + (0 if cache is None else cache.length) > self.config.block_size:
             raise ValueError(f"the context is longer than block_size = {self.config.block_size}")
@@ -219,7 +221,7 @@ class GPT2(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) token ids → (B, T, C), what the head reads; see `Transformer.forward`."""
+        """(B, T) token ids → the head's input (B, T, C); see `Transformer.forward`."""
         return self.transformer(idx, cache, positions, mask)
 
     def head(self, x: Tensor) -> Tensor:
@@ -228,11 +230,11 @@ class GPT2(nn.Module):
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """(N, C) outputs of the body, (N,) targets → the cross-entropy of each in nats, (N,)
-        float32, 0 where the target is -100. Without gradients, few logits exist at a time."""
+        float32, 0 where the target is -100. Without gradients, few logits are held at a time."""
         return losses_in_pieces(self.head, x, targets)
 
     def parameter_roles(self) -> dict[str, str]:
-        """What each parameter is: "embedding" (which is also the head), "matrix" or "vector"."""
+        """Role of each parameter: "embedding" (also the tied head), "matrix" or "vector"."""
         embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
         return {
             name: "embedding" if name in embeddings else "matrix" if p.dim() == 2 else "vector"
@@ -240,15 +242,15 @@ class GPT2(nn.Module):
         }
 
     def parameter_count(self) -> int:
-        """Weights and biases, without the padding rows of the embedding."""
+        """Number of weights and biases, without the padding rows of the embedding."""
         c = self.config
         padding = (c.padded_vocab_size - c.vocab_size) * c.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self, T: int) -> int:
-        """Floating-point operations per trained token in a context of T tokens: 6 for every weight
-        of a matmul, the head's padding rows included, and attention counted in full
-        (12·n_layer·n_embd·T), as in appendix B of the PaLM paper."""
+        """Floating-point operations per training token in a context of T tokens: 6 for every weight
+        of a matmul, including the head's padding rows, plus 12·n_layer·n_embd·T for attention
+        without a causal discount, as in appendix B of the PaLM paper."""
         roles = self.parameter_roles()
         weights = sum(p.numel() for n, p in self.named_parameters() if roles[n] == "matrix")
         weights += self.lm_head.weight.numel()

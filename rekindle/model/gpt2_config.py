@@ -1,4 +1,4 @@
-"""The shape of a GPT-2, and its four published sizes. Imports no torch, so that recipes can."""
+"""GPT-2's configuration and its four published sizes. Recipes need it without importing torch."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -9,9 +9,9 @@ from rekindle.flags import flag
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Everything that decides a GPT-2's parameters and arithmetic.
+    """Everything that determines a GPT-2's parameters and arithmetic.
 
-    Raises `UserError` if no GPT-2 can have these sizes.
+    Raises `UserError` if the sizes are invalid.
     """
 
     n_layer: int = flag(12, "blocks")
@@ -38,14 +38,14 @@ class GPT2Config:
 
     @classmethod
     def from_dict(cls, described: dict[str, Any]) -> "GPT2Config":
-        """The configuration that a file describes, with every field present.
+        """The configuration that a file describes; every field must be present.
 
-        Raises `UserError` if a field is missing or no GPT-2 can have these sizes.
+        Raises `UserError` if a field is missing or the sizes are invalid.
         """
         values: dict[str, Any] = {f.name: described.get(f.name) for f in fields(cls)}
         for name, value in values.items():
             if type(value) is not int or value < 1:
-                raise UserError(f"{name} is missing or no positive whole number")
+                raise UserError(f"{name} is missing or not a positive whole number")
         return cls(**values)
 
     def for_training(self) -> "GPT2Config":
@@ -54,7 +54,7 @@ class GPT2Config:
         return replace(self, padded_vocab_size=-(-self.vocab_size // 128) * 128)
 
 
-# Radford et al. 2019, table 2; the heads are those of the released checkpoints.
+# Radford et al. 2019, table 2; numbers of heads from the released checkpoints.
 SIZES = {
     "gpt2": GPT2Config(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),  # 355M

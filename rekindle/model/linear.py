@@ -1,4 +1,4 @@
-"""Linear layers whose weights stay float32, and a head that is given a few rows at a time."""
+"""Linear layers with float32 weights, and losses computed a few rows at a time."""
 
 from collections.abc import Callable
 
@@ -6,20 +6,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HEAD_ROWS = 2_048  # that `losses` gives the head at once: their logits take 0.4 GB in float32
+HEAD_ROWS = 2_048  # per call of the head in `losses`: their float32 logits take 0.4 GB
 
 
 class Linear(nn.Linear):
-    """A linear layer in its input's type: the weights stay float32 and are cast where they act.
+    """A linear layer that computes in its input's type: float32 weights are cast when used.
 
-    If they have been cast for good (`cast_linears`), it is the input that is cast to their type.
+    After `cast_linears`, the input is cast to the type of the weights instead.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(*self.cast(input))
 
     def cast(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input, weight and bias in one type."""
+        """Input, weight and bias, cast to one type."""
         if self.weight.dtype != torch.float32:
             return input.to(self.weight.dtype), self.weight, self.bias
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -27,12 +27,12 @@ class Linear(nn.Linear):
 
 
 def cast_linears(model: nn.Module, dtype: torch.dtype, rows: int = 0) -> None:
-    """Cast the weights of all linear layers once, for a model that is sampled from.
+    """Cast the weights of all linear layers once, for sampling.
 
-    Otherwise each pass casts them anew, which for a single token takes longer than the matmuls. The
-    results are the same: embeddings and norms stay float32, so a head that was tied to the
-    embedding is cast and no longer tied. For one or two `rows` of one token, float32 weights on a
-    CPU with more outputs than inputs are laid out by columns: a third faster to read.
+    Otherwise each forward pass casts them again, which takes longer than the matmuls of a single
+    token. Results are the same, because embeddings and norms stay float32; a head that was tied to
+    the embedding is no longer tied. For one or two `rows` on a CPU, float32 weights with more
+    outputs than inputs are stored column by column, which is a third faster to read.
     """
     for module in model.modules():
         if not isinstance(module, Linear):
@@ -48,6 +48,6 @@ def cast_linears(model: nn.Module, dtype: torch.dtype, rows: int = 0) -> None:
 
 def losses_in_pieces(head: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor) -> Tensor:
     """(N, C), (N,) targets → the cross-entropy of each in nats, (N,) float32, 0 where the target is
-    -100. Without gradients, the logits of at most `HEAD_ROWS` rows exist at a time."""
+    -100. Without gradients, only the logits of `HEAD_ROWS` rows are held at a time."""
     pieces = zip(x.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
     return torch.cat([F.cross_entropy(head(x).float(), y, reduction="none") for x, y in pieces])

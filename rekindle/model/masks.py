@@ -1,4 +1,4 @@
-"""Who may look at whom, where windows and documents hide tokens."""
+"""Attention masks for sliding windows and documents."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ def visible_tokens(
     *,
     flex: bool = False,
 ) -> tuple[Any, Any]:
-    """Who may look at whom, for layers without and with a window: broadcast to (B, 1, T, S), or
-    None where each token looks at all before it. With `flex`, FlexAttention's block masks for whole
-    texts, whose places in a text are those in the row."""
+    """Attention masks for layers without and with a window, each broadcastable to (B, 1, T, S), or
+    None where each token attends to itself and all earlier ones. With `flex`, block masks for
+    FlexAttention, if there is neither a `cache` nor a `mask`."""
     c, T = config, idx.shape[1]
     S = (0 if cache is None else cache.length) + T if mask is None else mask.shape[-1]
     if c.document_token < 0 and not 0 < c.window < S:
@@ -34,14 +34,14 @@ def visible_tokens(
         visible = visible & (queries.unsqueeze(2) == keys.unsqueeze(1)).unsqueeze(1)
     if not c.window:
         return visible, visible
-    keys = positions if cache is None else slots  # what a cache holds stands in order
+    keys = positions if cache is None else slots  # the slots of a cache are in text order
     near = positions.unsqueeze(-1) - keys.unsqueeze(-2) < c.window  # (T, S) or (B, T, S)
     return visible, visible & near.unsqueeze(-3)
 
 
 def _block_masks(config: ModernConfig, idx: Tensor) -> tuple[Any, Any]:
-    """The same for FlexAttention, which skips blocks of 128 x 128 pairs that are all hidden."""
-    from torch.nn.attention.flex_attention import create_block_mask  # takes a second
+    """The same masks for FlexAttention, which skips fully masked blocks of 128 x 128 pairs."""
+    from torch.nn.attention.flex_attention import create_block_mask  # the import takes a second
 
     (B, T), documents = idx.shape, (idx == config.document_token).cumsum(1)
 
@@ -60,8 +60,8 @@ def _block_masks(config: ModernConfig, idx: Tensor) -> tuple[Any, Any]:
 def _documents(
     config: ModernConfig, idx: Tensor, cache: KVCache | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The number of the document that each token stands in, (B, T), and each one looked at,
-    (B, S): how many documents begin among what it sees."""
+    """The document number of each query, (B, T), and of each key, (B, S): how many documents begin
+    among the tokens that it sees."""
     begins = idx == config.document_token
     if cache is None:
         count = begins.cumsum(1) if mask is None else (mask[:, 0] & begins[:, None]).sum(-1)

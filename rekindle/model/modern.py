@@ -1,8 +1,8 @@
-"""The modern model: GPT-2's shape with what the public speed records have found since.
+"""The modern model: GPT-2 with the improvements of public training speed records.
 
-Each idea has a switch in `ModernConfig`, where its source and its measured worth stand.
+Each idea has a switch in `ModernConfig`, next to its source and its measured benefit.
 
-Shapes in comments: B sequences in a batch, T positions, S of them looked at, C = n_embd channels,
+Shapes in comments: B sequences in a batch, T positions, S keys, C = n_embd channels,
 H heads of size D, V rows of the (padded) vocabulary.
 """
 
@@ -23,9 +23,9 @@ from rekindle.model.linear import Linear, cast_linears, losses_in_pieces
 from rekindle.model.masks import visible_tokens
 from rekindle.model.modern_config import ModernConfig
 
-GATE_CHANNELS = 12  # of the stream, that the gates of the value embeddings read
+GATE_CHANNELS = 12  # of the residual stream, read by the gates of value embeddings
 ROLES = {
-    "wte": "embedding",  # and the head, if they are tied
+    "wte": "embedding",  # and the head, if it is tied
     "values": "value_embedding",
     "lm_head": "head",
     "gate": "vector",
@@ -36,20 +36,20 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, (B or 1, T, 1, D / 2)
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm without parameters: unit mean square over the channels. The matrices that follow
-    learn any scale [modded-nanogpt]."""
+    """RMSNorm without parameters: unit mean square over the channels. The next matrix can learn any
+    scale [modded-nanogpt]."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary positions: turn (B, T, H, D) by an angle for each pair of channels, in its type."""
+    """Rotary positions: rotate each pair of channels of (B, T, H, D). Keeps the type of `x`."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
-    """Every position looks at itself and those before it, in H heads side by side."""
+    """Multi-head attention; each position attends to itself and all earlier ones."""
 
     compute: Compute = Compute()
 
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         C = config.n_embd
-        # Three matrices, not one of three times the rows: Muon makes each orthogonal by itself.
+        # Three matrices, not one with three times the rows: Muon orthogonalizes each separately.
         self.q, self.k, self.v = (Linear(C, C, bias=False) for _ in range(3))
         self.proj = Linear(C, C, bias=False)
         gated = has_value and config.value_gates
@@ -94,10 +94,10 @@ class Attention(nn.Module):
         return self.proj(self._attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        causal = mask is None and q.shape[2] > 1  # one new position may look at all of them
+        causal = mask is None and q.shape[2] > 1  # a single new position attends to all
         if q.shape[2] == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
             return attend_once(q, k, v, mask)
-        if mask is not None and not torch.is_tensor(mask):
+        if mask is not None and not torch.is_tensor(mask):  # FlexAttention's block mask
             return attend_blocks(q, k, v, mask)
         if self.compute.attention == "plain":
             return attend(q, k, v, mask, causal)
@@ -105,7 +105,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around the square of ReLU."""
+    """Two linear layers with the square of ReLU in between."""
 
     def __init__(self, config: ModernConfig) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, first: Tensor, *attention: Any) -> Tensor:
-        """`first` (B, T, C): the normalised embedding. `attention`: what else attention takes."""
+        """`first` (B, T, C): the normalized embedding. `attention`: more inputs of `Attention`."""
         if self.shortcut is not None:
             stream, embedding = self.shortcut.to(x.dtype).unbind()
             x = stream * x + embedding * first
@@ -137,10 +137,10 @@ class Block(nn.Module):
 
 
 class Modern(nn.Module):
-    """The language model."""
+    """The modern language model."""
 
     Config: ClassVar = ModernConfig
-    has_fp8_head: ClassVar = True  # if `compute` asks for it
+    has_fp8_head: ClassVar = True  # supports `Compute(fp8_head=True)`
     compute: Compute = Compute()
 
     def __init__(self, config: ModernConfig) -> None:
@@ -158,17 +158,17 @@ class Modern(nn.Module):
         self._init_weights()
 
     def _table(self, layer: int) -> int | None:
-        """Which value embedding a layer has, if any: the first and the last layers share them."""
+        """The value embedding of a layer, if any; the first and the last layers share them."""
         tables, from_end = self.config.value_embeddings, self.config.n_layer - 1 - layer
         return layer if layer < tables else tables - 1 - from_end if from_end < tables else None
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The residual blocks in order: the units of sharding and of recomputation."""
+        """The residual blocks in order: the units of sharding and activation checkpointing."""
         return list(self.h)
 
     def use(self, compute: Compute) -> "Modern":
-        """Compute like this from now on; returns the model. The weights stay as they are."""
+        """Set how the model computes; returns the model. The weights do not change."""
         for module in self.modules():
             if isinstance(module, Attention | Modern):
                 module.compute = compute
@@ -182,10 +182,11 @@ class Modern(nn.Module):
     def _init_weights(self) -> None:
         c = self.config
         for name, p in self.named_parameters():
-            if name == "wte.weight":  # the head's too, if they are tied
+            if name == "wte.weight":  # also of a tied head
                 nn.init.normal_(p, std=1.0 if c.untied else 0.02)
             elif "shortcut" in name:
-                nn.init.eye_(p[None])  # 1 and 0
+                nn.init.zeros_(p[1:])
+                nn.init.ones_(p[:1])
             elif "gate" in name or (c.zero_init and ("proj" in name or "lm_head" in name)):
                 nn.init.zeros_(p)
             else:
@@ -195,7 +196,7 @@ class Modern(nn.Module):
         self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) → logits or, with `targets`, the loss, as in `LanguageModel`. Raises
-        `ValueError` if T and what the cache holds pass `block_size`."""
+        `ValueError` if T plus the length of the cache exceeds `block_size`."""
         if idx.shape[1] + (0 if cache is None else cache.length) > self.config.block_size:
             raise ValueError(f"the context is longer than block_size = {self.config.block_size}")
         x = self.body(idx, cache)  # (B, T, C)
@@ -214,8 +215,8 @@ class Modern(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) token ids → (B, T, C), what the head reads. `positions` (T,) or (B, T) and `mask`
-        (B or 1, 1, T, S) as in `LanguageModel`; windows and documents hide more than `mask`."""
+        """(B, T) token ids → the head's input (B, T, C). `positions` (T,) or (B, T) and `mask`
+        (B or 1, 1, T, S) as in `LanguageModel`; windows and documents mask further tokens."""
         if positions is None:
             past = 0 if cache is None else cache.length
             positions = torch.arange(past, past + idx.shape[1], device=idx.device)
@@ -234,8 +235,8 @@ class Modern(nn.Module):
         return norm(x)
 
     def _rotation(self, positions: Tensor) -> Rotation | None:
-        """Angles of the rotary positions. Half of the pairs turn, from one radian a token to one
-        in `rotary_base`; the others stand still and compare contents alone."""
+        """Cosines and sines of the rotary angles. Half of the pairs rotate, by 1 to 1 / rotary_base
+        radians per token; the others do not depend on the position."""
         base, pairs = self.config.rotary_base, self.config.head_size // 4
         if not base:
             return None
@@ -252,25 +253,26 @@ class Modern(nn.Module):
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """(N, C), (N,) targets → the cross-entropy of each in nats, (N,) float32, 0 where it is
-        -100. Without gradients, the logits of at most `HEAD_ROWS` rows exist at a time."""
+        -100. Without gradients, only the logits of `HEAD_ROWS` rows are held at a time."""
         return losses_in_pieces(self.head, x, targets)
 
     def parameter_roles(self) -> dict[str, str]:
-        """What each parameter is; those without a line in `ROLES` are matrices."""
+        """Role of each parameter; those without an entry in `ROLES` are matrices."""
         return {
             name: next((ROLES[part] for part in name.split(".") if part in ROLES), "matrix")
             for name, _ in self.named_parameters()
         }
 
     def parameter_count(self) -> int:
-        """Numbers in all parameters, without the padding rows of the embeddings and the head."""
+        """Number of weights, without the padding rows of the embeddings and the head."""
         c = self.config
-        padded = (1 + c.value_embeddings + c.untied) * (c.padded_vocab_size - c.vocab_size)
-        return sum(p.numel() for p in self.parameters()) - padded * c.n_embd
+        padding = (c.padded_vocab_size - c.vocab_size) * c.n_embd
+        padded = 1 + c.value_embeddings + c.untied
+        return sum(p.numel() for p in self.parameters()) - padded * padding
 
     def flops_per_token(self, T: int) -> int:
-        """Floating-point operations per trained token in a context of T tokens: 6 for every weight
-        of a matmul, and 12·n_embd for each token that a layer's window spans."""
+        """Floating-point operations per training token in a context of T tokens: 6 for every weight
+        of a matmul, plus 12·n_embd per layer and token in its window."""
         c, roles = self.config, self.parameter_roles()
         in_matmuls = ("matrix", "vector")
         weights = sum(p.numel() for n, p in self.named_parameters() if roles[n] in in_matmuls)
@@ -278,5 +280,5 @@ class Modern(nn.Module):
         return 6 * (weights + self.lm_head.weight.numel()) + 12 * c.n_embd * sum(spans)
 
     def new_cache(self, B: int, capacity: int) -> KVCache:
-        """A key-value cache; with document masks its last layer holds the documents' numbers."""
+        """An empty cache. With document masks, an extra last layer holds document numbers."""
         return KVCache(self.config.n_layer + (self.config.document_token >= 0), B, capacity)

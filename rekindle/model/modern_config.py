@@ -1,5 +1,5 @@
-"""The shape of the modern model, and a switch for each of its ideas. Imports no torch, so that
-recipes can."""
+"""The modern model's configuration, with a switch for each of its ideas. Recipes need it without
+importing torch."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -13,14 +13,16 @@ SIZES = ("n_layer", "n_embd", "head_size", "block_size", "vocab_size", "padded_v
 
 @dataclass(frozen=True)
 class ModernConfig:
-    """Everything that decides the model's parameters and arithmetic; 0, False or -1 switches an
-    idea off. Behind each stands its source, where [modded] is modded-nanogpt, and its worth: by how
-    much the loss is higher without it, in nats a byte (4 layers, 128 wide, 150 steps, one seed;
-    less than 0.015 is noise: benchmarks/LOG.md). The record gained more from some: 15 % of its time
-    by value embeddings, 24 % by shortcuts, soft-cap and momentum warm-up. Windows and documents
-    stay off, because a mask that is computed in full saves no time.
+    """Everything that determines the model's parameters and arithmetic. 0, False or -1 disables an
+    idea.
 
-    Raises `UserError` if no model can have these values.
+    Comments give each idea's source ([modded] is modded-nanogpt) and how much higher the loss is
+    without it, in nats per byte (4 layers, 128 wide, 150 steps, one seed; differences below 0.015
+    are noise: benchmarks/LOG.md). The speed record gained more from some: 15 % of its time by value
+    embeddings, 24 % by shortcuts, soft-cap and momentum warm-up. Windows and document masks are off
+    by default, because a mask that is computed in full saves no time.
+
+    Raises `UserError` if the values are invalid.
     """
 
     n_layer: int = flag(12, "blocks")
@@ -30,25 +32,25 @@ class ModernConfig:
     vocab_size: int = 50257  # real ids
     padded_vocab_size: int = 0  # rows of the embeddings and the head, with padding; 0: vocab_size
     # 2 pi times the base is the longest wavelength [Su 2021; modded]: 0.67
-    rotary_base: int = flag(1024, "base of the rotary positions; 0: no positions")
+    rotary_base: int = flag(1024, "base of the rotary positions; 0 disables them")
     # To unit mean square [Henry 2020]: 0.034
     qk_norm: bool = flag(True, "normalize queries and keys")
     relu_squared: bool = flag(True, "ReLU² instead of GELU")  # [So 2021, Primer]: 0.026
     # [modded]: 0.080
-    zero_init: bool = flag(True, "output projections and the head begin at zero")
-    untied: bool = flag(True, "the head has weights of its own")  # [modded]: 0.09
-    soft_cap: float = flag(15.0, "largest logit of the head; 0: any")  # [Gemma 2]: 0.000
+    zero_init: bool = flag(True, "initialize output projections and the head to zero")
+    untied: bool = flag(True, "do not tie the head to the embedding")  # [modded]: 0.09
+    soft_cap: float = flag(15.0, "soft cap on the head's logits; 0 disables it")  # [Gemma 2]: 0.000
     # [modded]: 0.012
-    value_embeddings: int = flag(3, "how many layers at either end have value embeddings")
+    value_embeddings: int = flag(3, "number of layers at either end with value embeddings")
     # [nanochat]: 0.016
-    value_gates: bool = flag(True, "gates on the value embeddings, one a head")
+    value_gates: bool = flag(True, "gate the value embeddings, one gate per head")
     # [modded]: 0.002
-    embedding_shortcut: bool = flag(True, "the embedding is added to the input of every block")
+    embedding_shortcut: bool = flag(True, "add the embedding to the input of every block")
     # [nanochat]: -0.011 with 32 of 128
-    window: int = flag(0, "tokens that 3 of 4 layers look back at; 0: all")
+    window: int = flag(0, "attention window of 3 in 4 layers, in tokens; 0: none")
     # -0.001
     document_token: int = flag(
-        -1, "id that begins a document, which attention does not leave; -1: none"
+        -1, "token id that begins a document, which attention stays within; -1: none"
     )
 
     def __post_init__(self) -> None:
@@ -69,22 +71,22 @@ class ModernConfig:
 
     @staticmethod
     def _check(name: str, value: Any, default: Any) -> None:
-        """Raises `UserError` unless `value` is of the type of `default` and not too small."""
+        """Raise `UserError` unless `value` has the type of `default` and is not too small."""
         least = 1 if name in SIZES else min(default, 0)
-        wanted, fits = f"a whole number of at least {least}", type(value) is int and value >= least
+        wanted, valid = f"a whole number of at least {least}", type(value) is int and value >= least
         if isinstance(default, bool):
-            wanted, fits = "true or false", type(value) is bool
+            wanted, valid = "true or false", type(value) is bool
         elif isinstance(default, float):
             is_number = type(value) in (int, float)
-            wanted, fits = "a number of at least 0", is_number and 0 <= value < math.inf
-        if not fits:
+            wanted, valid = "a number of at least 0", is_number and 0 <= value < math.inf
+        if not valid:
             raise UserError(f"{name} must be {wanted}, but is {value!r}")
 
     @classmethod
     def from_dict(cls, described: dict[str, Any]) -> "ModernConfig":
-        """The configuration that a file describes, with every field present.
+        """The configuration that a file describes; every field must be present.
 
-        Raises `UserError` if a field is missing or no model can have these values.
+        Raises `UserError` if a field is missing or a value is invalid.
         """
         names = [f.name for f in fields(cls)]
         if missing := [name for name in names if name not in described]:
@@ -98,14 +100,14 @@ class ModernConfig:
 
     @property
     def attention_scale(self) -> float:
-        """What queries times keys are multiplied by.
+        """The factor applied to the dot products of queries and keys.
 
-        Normalised ones have a product of at most head_size, so the largest score is scale times
-        that. The rule keeps it at 0.12 · 128 = 15.36 [modded, whose heads have 128]: the bare 0.12
-        holds heads of 32 to 3.84, which costs 0.11 nats a byte.
+        Normalized queries and keys have a dot product of at most head_size, so the largest score is
+        scale · head_size. This rule fixes it at 0.12 · 128 = 15.36 [modded, with heads of 128]. A
+        constant 0.12 would limit heads of 32 to 3.84, which costs 0.11 nats per byte.
         """
         return 15.36 / self.head_size if self.qk_norm else self.head_size**-0.5
 
     def is_windowed(self, layer: int) -> bool:
-        """Three layers with a window, then one without, and none in the last [nanochat]."""
+        """Three windowed layers, then one without, and none in the last layer [nanochat]."""
         return bool(self.window) and (layer + 1) % 4 != 0 and layer != self.n_layer - 1

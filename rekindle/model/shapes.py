@@ -1,4 +1,4 @@
-"""The shapes of a model's parameters, taken from the model itself, and a file's against them."""
+"""The shapes of a model's parameters, and checks of a file's tensors against them."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
@@ -13,8 +13,8 @@ Module = TypeVar("Module", bound=HasParameters)
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Skips `torch.nn.init`. On the meta device it has no effect but costs 2 s the first time,
-    because `normal_` there imports PyTorch's compiler."""
+    """Skips `torch.nn.init`. On the meta device, initialization has no effect, but the first
+    `normal_` takes 2 s because it imports PyTorch's compiler."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -26,19 +26,19 @@ class _WithoutInit(TorchFunctionMode):
 
 
 def on_meta(model_class: Callable[[Any], Module], config: Any) -> Module:
-    """`model_class(config)` on the meta device: parameters with shapes but without memory.
+    """Build `model_class(config)` on the meta device: parameters have shapes but no memory.
 
     Raises `UserError` if PyTorch cannot have tensors of these sizes.
     """
     try:
         with torch.device("meta"), _WithoutInit():
             return model_class(config)
-    except (RuntimeError, TypeError) as error:  # the product of the sizes, or one, passes 2^63
+    except (RuntimeError, TypeError) as error:  # a size or a product of sizes exceeds 2^63
         raise UserError(f"a model of these sizes cannot be built: {config}") from error
 
 
 def without_init(model_class: Callable[[Any], Module], config: Any) -> Module:
-    """`model_class(config)` whose parameters hold nothing yet: they are about to be overwritten."""
+    """Build `model_class(config)` with uninitialized parameters, to be overwritten."""
     with _WithoutInit():
         return model_class(config)
 
@@ -48,8 +48,8 @@ def expected_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the parameters of `model_class(config)`, for a file with tensors `found`.
 
-    Raises `UserError` before anything is built if the file has fewer tensors than `config.n_layer`:
-    a file may claim any number of layers.
+    Raises `UserError` if the file has fewer tensors than `config.n_layer`. That is checked before
+    the model is built, because a file may claim any number of layers.
     """
     if config.n_layer > len(found):
         raise UserError(f"n_layer is {config.n_layer}, but there are only {len(found)} tensors")
@@ -60,7 +60,7 @@ def expected_shapes(
 def check_shapes(
     found: Mapping[str, Iterable[int]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raises `UserError` that names a tensor which is missing, unknown or of another shape."""
+    """Raise `UserError` naming a tensor that is missing, unknown or has the wrong shape."""
     unknown = set(found)
     for name, shape in expected.items():
         if name not in found:

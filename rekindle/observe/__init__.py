@@ -1,1 +1,1 @@
-"""What a person sees."""
+"""Progress lines, logs and plots."""

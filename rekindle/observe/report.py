@@ -1,4 +1,4 @@
-"""Pictures: a run's loss curve, and the ladder."""
+"""Plots: the loss curve of a run, and the ladder."""
 
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,19 @@ def draw_loss(run: Path, picture: Path) -> Path:
     """Draw training and validation loss of `run` into `picture` (one of `PICTURES`); return its
     path.
 
-    Raises `UserError` if there is no log, no matplotlib, or `picture` cannot be one.
+    Raises `UserError` if there is no log, no matplotlib, or `picture` has another suffix.
     """
     plt = _pyplot()
     _check_picture(picture)
     if not (run / "metrics.jsonl").is_file():
-        raise UserError(f"{run} has no metrics.jsonl: it is no run, or has not begun")
+        raise UserError(f"{run} has no metrics.jsonl: it is not a run, or has not started")
     records = storage.read_json_lines(run / "metrics.jsonl", RECORD)
     training = [r for r in records if r["kind"] == "train"]
     validation = [r for r in records if r["kind"] == "validation" and r.get("loss") is not None]
     if wrong := mismatch([*training, *validation], [{"loss": (None, float)}]):
         raise UserError(f"{run / 'metrics.jsonl'} is damaged ({wrong})")
     if not training:
-        raise UserError(f"{run} has taken no step yet: there is nothing to draw")
+        raise UserError(f"{run} has not completed a step yet: there is nothing to plot")
 
     title = _title(run)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
@@ -67,7 +67,7 @@ def draw_ladder(result: dict[str, Any], picture: Path) -> Path:
     axes.set_xlim(0, 1.25 * fastest)
     axes.set_xlabel("tokens per second")
     axes.set_title(
-        f"{result['recipe']}, {result['rows']} × {result['length']} tokens a step, on "
+        f"{result['recipe']}, {result['rows']} × {result['length']} tokens per step, on "
         f"{result['device']} (torch {result['versions']['torch']}, {result['date']})",
         fontsize=10, loc="left",
     )  # fmt: skip
@@ -82,19 +82,18 @@ def _pyplot() -> Any:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        raise UserError("drawing needs matplotlib: pip install 'rekindle[plot]'") from None
+        raise UserError("plots need matplotlib: pip install 'rekindle[plot]'") from None
     return pyplot
 
 
 def _check_picture(picture: Path) -> None:
-    """Refuse what matplotlib would not draw, or would write under another name."""
+    """Raise `UserError` for a path that matplotlib cannot write, or would write under another
+    name."""
     if picture.is_dir():
         raise UserError(f"{picture} is a folder: name a file in it, such as {picture / 'loss.png'}")
     if picture.suffix.lower() not in PICTURES:
         *kinds, last = PICTURES
-        raise UserError(
-            f"{picture} is no picture: let its name end in {', '.join(kinds)} or {last}"
-        )
+        raise UserError(f"cannot draw {picture}: its name must end in {', '.join(kinds)} or {last}")
 
 
 def _save(figure: Any, picture: Path) -> Path:
@@ -111,9 +110,9 @@ def _label_last(axes: Any, record: dict[str, Any]) -> None:
 
 def _title(run: Path) -> str:
     numbers = {"model.n_layer": int, "model.n_embd": int, "batch.tokens": int, "seed": int}
-    form = {"recipe": {"name": str, **numbers}}
-    recipe = storage.read_json(run / "run.json", form)["recipe"]
+    schema = {"recipe": {"name": str, **numbers}}
+    recipe = storage.read_json(run / "run.json", schema)["recipe"]
     return (
         f"{recipe['name']}: {recipe['model.n_layer']} layers, {recipe['model.n_embd']} wide, "
-        f"{recipe['batch.tokens']:,} tokens a step, seed {recipe['seed']}"
+        f"{recipe['batch.tokens']:,} tokens per step, seed {recipe['seed']}"
     )

@@ -1,5 +1,5 @@
-"""Gradients → weights. A new optimizer is a file here, its numbers in another, and a line in
-`OPTIMIZERS`."""
+"""Optimizers. To add one, write the optimizer and its configuration in a file each, and add a line
+to `OPTIMIZERS`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -13,8 +13,8 @@ OPTIMIZERS = {"adamw": "rekindle.optim.adamw.AdamW", "muon": "rekindle.optim.muo
 
 
 class OptimizerConfig(Protocol):
-    """What every optimizer's frozen dataclass has; each adds its own fields, and flags among them.
-    Imports no torch."""
+    """What every optimizer's configuration, a frozen dataclass, has. Each adds fields and flags.
+    Its module must not import torch."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -25,7 +25,7 @@ class OptimizerConfig(Protocol):
 
 
 class Optimizer(Protocol):
-    """What training asks of an optimizer, which is built as `Class(model, config)`."""
+    """The interface of an optimizer, which is built as `Class(model, config)`."""
 
     Config: ClassVar[type[Any]]  # its frozen dataclass
 
@@ -36,19 +36,19 @@ class Optimizer(Protocol):
         ...
 
     def step(self, skip: "Tensor") -> None:
-        """One update. Where `skip`, a scalar bool on the device, is true, nothing changes: neither
-        weights nor state, its own count of updates included."""
+        """Update the weights. If `skip`, a scalar bool on the device, is true, nothing changes:
+        neither the weights nor the state, including the count of updates."""
         ...
 
     def state_tensors(self) -> "dict[str, Tensor]":
-        """All that it remembers, by name: allocated when it is built, of any type and shape, whole
-        or sharded like the parameters. It is what is saved, compared between ranks and counted;
-        to restore it, values are copied into these tensors."""
+        """The complete optimizer state by name. Tensors are allocated on construction, may have any
+        type and shape, and may be sharded like the parameters. They are saved in checkpoints and
+        compared between ranks; to restore them, values are copied into them."""
         ...
 
 
 def __getattr__(name: str) -> Any:
-    """Recipes import a configuration from here, without torch."""
+    """Import `grad_norm` on first use, so that recipes can import this package without torch."""
     if name == "grad_norm":
         return import_module("rekindle.optim.gradients").grad_norm
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

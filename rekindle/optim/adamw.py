@@ -1,4 +1,4 @@
-"""AdamW as the lecture sets it up."""
+"""AdamW, configured as in the lecture."""
 
 from typing import ClassVar
 
@@ -11,10 +11,10 @@ STATES = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW:
-    """PyTorch's AdamW, with weight decay on matrices (embeddings too), none on biases and norms.
+    """PyTorch's AdamW, with weight decay on matrices and embeddings but not on biases and norms.
 
-    Its state is allocated here and not in the first step, so that a lack of memory shows early and
-    a checkpoint always has the same tensors. `fused=False` is slower, for comparison.
+    The state is allocated on construction, not in the first step, so that a lack of memory shows
+    early and every checkpoint has the same tensors. `fused=False` is slower, for comparison.
     """
 
     Config: ClassVar = AdamWConfig
@@ -43,22 +43,22 @@ class AdamW:
             self._adamw.state[p] = {"step": updates, **state}
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the next step, in all groups."""
+        """Set the learning rate of the next step, in all groups."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
 
     @torch.no_grad()
     def step(self, skip: Tensor) -> None:
-        """Update the weights from their gradients; if `skip` (a scalar on the device) is true,
-        change nothing. The fused kernels read it there, so the host does not wait for it."""
+        """Update the weights from their gradients. If `skip` (a scalar on the device) is true,
+        nothing changes. The fused kernels read it there, so the host does not wait for it."""
         if not self._fused and skip:
             return
         self._adamw.found_inf = skip.float() if self._fused else None  # type: ignore[attr-defined]
         self._adamw.step()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`exp_avg.NAME` and `exp_avg_sq.NAME`, of each parameter's shape, and `updates`, the
-        number of steps that were not skipped, which PyTorch counts for each parameter."""
+        """`exp_avg.NAME` and `exp_avg_sq.NAME`, shaped like each parameter, and `updates`, the
+        number of steps that were not skipped, once per parameter as PyTorch counts them."""
         states = {
             f"{key}.{name}": self._adamw.state[p][key]
             for key in STATES

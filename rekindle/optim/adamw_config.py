@@ -1,4 +1,4 @@
-"""AdamW's numbers. Imports no torch, so that recipes can."""
+"""AdamW's hyperparameters. Recipes need them without importing torch."""
 
 from dataclasses import dataclass
 

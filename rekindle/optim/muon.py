@@ -1,8 +1,8 @@
-"""Muon: momentum that is made orthogonal before it becomes an update of a matrix (Jordan et al.
-2024, https://kellerjordan.github.io/posts/muon/). AdamW trains whatever is no hidden matrix.
-With AdamW for the matrices too, a loss is 0.20 nats a byte higher (benchmarks/LOG.md).
+"""Muon: updates matrices by their orthogonalized momentum (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon/). AdamW trains all other parameters. With AdamW for the
+matrices too, the loss was 0.20 nats per byte higher (benchmarks/LOG.md).
 
-Shapes in comments: K matrices of one shape, R rows and C columns, are one stack.
+Shapes in comments: a stack holds K matrices of one shape, with R rows and C columns.
 """
 
 from typing import Any, ClassVar
@@ -19,10 +19,11 @@ STATES = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def orthogonalize(stack: Tensor) -> Tensor:
-    """Bring the singular values of each matrix in (K, R, C) near 1: to 0.7-1.2, unless they are
-    tiny. Five Newton-Schulz steps with Jordan's coefficients, which lift small values fastest."""
+    """Bring the singular values of each matrix in (K, R, C) close to 1 (0.7 to 1.2, unless they are
+    tiny) by five Newton-Schulz steps with Jordan's coefficients, which raise small values fastest.
+    """
     tall = stack.shape[1] > stack.shape[2]
-    x = stack.mT if tall else stack  # its Gram matrix is the smaller one
+    x = stack.mT if tall else stack  # has the smaller Gram matrix
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -31,9 +32,10 @@ def orthogonalize(stack: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def orthogonalize_shares(stack: Tensor) -> Tensor:
-    """`orthogonalize` a (K, R, C) that all ranks hold: each does K / ranks of the matrices and
-    gathers the rest, so that all get the same bits. Zeros fill up a share that is too small."""
+def orthogonalize_on_ranks(stack: Tensor) -> Tensor:
+    """`orthogonalize` a stack (K, R, C) that every rank holds. Each rank computes K / ranks of the
+    matrices, padded with zeros to equal shares, and an all-gather gives every rank the same bits.
+    """
     if not dist.is_initialized():
         return orthogonalize(stack)
     ranks, rank, K = dist.get_world_size(), dist.get_rank(), len(stack)
@@ -46,11 +48,12 @@ def orthogonalize_shares(stack: Tensor) -> Tensor:
 
 
 class Muon:
-    """Muon for those parameters of a `LanguageModel` whose role is "matrix", AdamW for the others.
+    """Muon for the parameters of a `LanguageModel` with the role "matrix", AdamW for the others.
 
-    Matrices of one shape are one stack: a step is a few batched matmuls, where `torch.optim.Muon`
-    loops over the tensors. Between ranks, all hold the whole state, which is allocated here, and
-    share the work on the matrices. Raises `UserError` if the model is sharded.
+    Matrices of the same shape are stacked, so a step is a few batched matmuls, while
+    `torch.optim.Muon` loops over the tensors. The state is allocated on construction. With several
+    ranks, each holds the full state and orthogonalizes its share of the matrices. Raises
+    `UserError` if the model is sharded.
     """
 
     Config: ClassVar = MuonConfig
@@ -63,6 +66,7 @@ class Muon:
             raise UserError("muon cannot train a sharded model yet: leave out --shard")
         device = next(iter(named.values())).device
         self._state: dict[str, Tensor] = {}
+
         stacks: dict[torch.Size, list[str]] = {}
         for name, p in named.items():
             if roles[name] == "matrix":
@@ -75,10 +79,16 @@ class Muon:
 
         others = [n for n in named if roles[n] != "matrix"]
         rates = {n: config.adamw_lr(roles[n]) / config.lr for n in others}  # relative to matrices
-        groups = [{"params": [named[n]], "scale": rates[n]} for n in others]
-        betas, eps = (config.beta1, config.beta2), config.eps
-        self._adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=0.0, fused=True)
-        updates = torch.zeros(1 + len(others), device=device)  # Muon's, and one for each of AdamW's
+        self._adamw = torch.optim.AdamW(
+            [{"params": [named[n]], "scale": rates[n]} for n in others],
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=0.0,
+            fused=True,
+        )
+        updates = torch.zeros(
+            1 + len(others), device=device
+        )  # Muon's, then one per AdamW parameter
         self._updates = updates[0]
         for name, count in zip(others, updates[1:], strict=True):
             state = {key: torch.zeros_like(named[name]) for key in STATES}
@@ -87,16 +97,16 @@ class Muon:
         self._state["updates"] = updates
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of matrices in the next step; the others keep their ratios to it."""
+        """Set the matrices' learning rate for the next step; the others keep their ratios to it."""
         self._lr = lr
 
     @torch.no_grad()
     def step(self, skip: Tensor) -> None:
-        """Update the weights from their gradients; where `skip` (a scalar on the device) is true,
-        nothing changes, and the host does not wait to know."""
+        """Update the weights from their gradients. If `skip` (a scalar on the device) is true,
+        nothing changes. The host does not wait for it."""
         momentum = self._momentum()
         for matrices, buffer in self._stacks:
-            self._step(matrices, buffer, momentum, skip)
+            self._step_stack(matrices, buffer, momentum, skip)
         self._updates += ~skip
         for group in self._adamw.param_groups:
             group["lr"] = self._lr * group["scale"]
@@ -104,20 +114,22 @@ class Muon:
         self._adamw.step()
 
     def _momentum(self) -> Tensor:
-        """Momentum rises in a straight line to its final value [modded-nanogpt]."""
+        """The momentum, which rises linearly to its final value [modded-nanogpt]."""
         c = self._config
         done = ((self._updates + 1) / max(1, c.momentum_warmup)).clamp(max=1)  # 0 ... 1
         return c.momentum_start + (c.momentum - c.momentum_start) * done
 
-    def _step(self, matrices: list[Tensor], buffer: Tensor, momentum: Tensor, skip: Tensor) -> None:
+    def _step_stack(
+        self, matrices: list[Tensor], buffer: Tensor, momentum: Tensor, skip: Tensor
+    ) -> None:
         gradient = torch.stack([p.grad for p in matrices if p.grad is not None])  # (K, R, C)
         averaged = buffer.lerp(gradient, 1 - momentum)
         buffer.copy_(torch.where(skip, buffer, averaged))
         update = gradient.lerp(averaged, momentum) if self._config.nesterov else averaged
         # bf16 is enough [Jordan] and fast on a GPU.
-        update = orthogonalize_shares(update.bfloat16() if update.is_cuda else update).float()
-        # A matrix of more rows than columns may change its output by as much as its input's size
-        # differs: what makes one rate fit all widths [Bernstein, "Deriving Muon"].
+        update = orthogonalize_on_ranks(update.bfloat16() if update.is_cuda else update).float()
+        # Scale the updates of matrices with more rows than columns, so that one learning rate suits
+        # all widths [Bernstein, "Deriving Muon"].
         update *= max(1, update.shape[1] / update.shape[2]) ** 0.5
         if self._config.weight_decay:
             decay = self._config.weight_decay * torch.stack(matrices)
@@ -128,7 +140,7 @@ class Muon:
         torch._foreach_sub_(matrices, list(change))  # pyright: ignore[reportPrivateImportUsage]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`momentum.NAME` of matrices; `exp_avg.NAME` and `exp_avg_sq.NAME` of the others, all of
-        each parameter's shape; and `updates`, the number of steps that were not skipped, once for
-        Muon and once for each parameter of AdamW's."""
+        """`momentum.NAME` of matrices; `exp_avg.NAME` and `exp_avg_sq.NAME` of the others, shaped
+        like their parameters; and `updates`, the number of steps that were not skipped, once for
+        Muon and once per AdamW parameter."""
         return dict(self._state)

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: two kinds of schedule."""
+"""Learning rate schedules: cosine and trapezoidal."""
 
 import math
 
@@ -12,12 +12,12 @@ def learning_rate(
     final: float,
     cooldown: float | None = None,
 ) -> float:
-    """The learning rate of the update numbered `step`, from 0: by the lecture's cosine, or with a
-    `cooldown` by `linear_learning_rate`.
+    """The learning rate at step `step`, counted from 0: the lecture's cosine schedule, or
+    `linear_learning_rate` if `cooldown` is given.
 
-    Linear from peak/warmup at step 0 to `peak` at the end of warm-up, a cosine from there to
-    `final`·peak at `steps`, and that value from then on. Never negative, and a run shorter than its
-    warm-up only warms up.
+    Linear from peak/warmup at step 0 to `peak` at the end of warm-up, then a cosine to `final`·peak
+    at `steps`, and constant from there. Never negative. A run shorter than its warm-up only warms
+    up.
     """
     if cooldown is not None:
         return linear_learning_rate(
@@ -34,13 +34,13 @@ def learning_rate(
 def linear_learning_rate(
     step: int, *, peak: float, warmup: int, steps: int, cooldown: float, final: float
 ) -> float:
-    """Warm-up, constant, linear cool-down: the learning rate at the update numbered `step`, from 0.
+    """Warm-up, constant, linear cool-down: the learning rate at step `step`, counted from 0.
 
-    Linear from peak/warmup at step 0 to `peak` at the end of warm-up, `peak` until the last
-    `cooldown` (0 to 1) of the `steps` begins, from there a straight line to `final`·peak at
-    `steps`, and that value from then on. Where the two lines meet the smaller one counts, so a run
+    Linear from peak/warmup at step 0 to `peak` at the end of warm-up, then `peak` until the last
+    fraction `cooldown` (0 to 1) of the `steps` begins, then linear to `final`·peak at `steps`, and
+    constant from there. If warm-up and cool-down overlap, the smaller value applies, so a run
     shorter than its warm-up never reaches the peak. Known as WSD or trapezoid (Hu et al. 2024,
-    MiniCPM; Hägele et al. 2024): a run can be prolonged from its constant part.
+    MiniCPM; Hägele et al. 2024). A run can be extended from its constant part.
     """
     if step >= steps:
         return final * peak

@@ -1,4 +1,4 @@
-"""Every number of every training run."""
+"""Recipes: all hyperparameters of a training run."""
 
 from rekindle.recipes.base import (
     FREE_ON_RESUME,
@@ -11,8 +11,10 @@ from rekindle.recipes.base import (
     flatten,
     override,
     warnings,
+    with_vocabulary,
 )
-from rekindle.recipes.named import RECIPES, get_recipe, with_rules, with_steps
+from rekindle.recipes.files import find_recipe, named_in
+from rekindle.recipes.named import RECIPES, customized, get_recipe, with_steps
 
 __all__ = [
     "FREE_ON_RESUME",
@@ -22,11 +24,14 @@ __all__ = [
     "Recipe",
     "Schedule",
     "check",
+    "customized",
     "differences",
+    "find_recipe",
     "flatten",
     "get_recipe",
+    "named_in",
     "override",
     "warnings",
-    "with_rules",
     "with_steps",
+    "with_vocabulary",
 ]

@@ -1,4 +1,4 @@
-"""What a recipe is: frozen dataclasses, each number with its source and its help; and their checks.
+"""The dataclasses of a recipe, in which each number has its source and its help; and their checks.
 
 Imports no torch. Sources: [lecture] "Let's reproduce GPT-2 (124M)", karpathy/build-nanogpt;
 [GPT-3] Brown et al. 2020, table 2.1 and appendix B.
@@ -18,17 +18,20 @@ from rekindle.optim.adamw_config import AdamWConfig
 
 @dataclass(frozen=True)
 class Batch:
-    """What one optimizer step sees. How it is split is the machine's business, not the recipe's."""
+    """The global batch of one optimizer step. Its partition into micro-batches is not part of a
+    recipe: it depends on the machine."""
 
-    tokens: int = flag(524_288, "tokens of one optimizer step, over all ranks")  # 2**19 [lecture]
-    length: int = flag(1024, "tokens in a window (T)")
-    order: str = flag("shuffled", "shuffled, sequential as the files are, or lecture as its loader")
-    # Micro-batch of the published run, on its one rank: B=64, T=1024 [lecture]. Its loader drops
-    # the rest of a shard that does not fill a whole one.
+    tokens: int = flag(524_288, "tokens per optimizer step, over all ranks")  # 2**19 [lecture]
+    length: int = flag(1024, "tokens per row (T)")
+    order: str = flag(
+        "shuffled",
+        "shuffled, sequential (as in the files) or lecture (as in the lecture's data loader)",
+    )
+    # Micro-batch of the published run, on its one rank: B=64, T=1024 [lecture].
     lecture_micro_tokens: int = flag(
         65_536,
-        "with the order lecture: tokens of one micro-batch of the lecture's run over all its "
-        "ranks; the rest of a shard that does not fill one is dropped",
+        "with --batch.order lecture: tokens per micro-batch of the lecture's run, over all its "
+        "ranks; the end of a shard that does not fill one is dropped",
     )
 
     @property
@@ -37,23 +40,25 @@ class Batch:
 
     @property
     def unit(self) -> int:
-        """Tokens of which a shard gives whole multiples; the rest at its end is left out."""
+        """A shard is used in multiples of this many tokens; the rest at its end is dropped."""
         return self.lecture_micro_tokens if self.order == "lecture" else self.length
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine, or a constant rate with a linear cool-down at the end."""
+    """Linear warm-up, then a cosine decay, or a constant rate and a linear cool-down."""
 
-    kind: str = flag("cosine", "cosine, or linear: constant, then a linear cool-down")
+    kind: str = flag("cosine", "cosine, or linear (constant, then a linear cool-down)")
     warmup: int = flag(715, "steps of linear warm-up")  # 375M tokens as in [GPT-3]
-    final: float = flag(0.1, "last learning rate, as a fraction of the peak")
-    cooldown: float = flag(0.6, "with linear: fraction of the steps that the cool-down takes")
+    final: float = flag(0.1, "final learning rate as a fraction of the peak")
+    cooldown: float = flag(
+        0.6, "with --schedule.kind linear: fraction of the steps used for the cool-down"
+    )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run, but for its data, its folder and its machine."""
+    """Everything that defines a training run, except its data, its folder and its machine."""
 
     name: str
     about: str
@@ -61,33 +66,40 @@ class Recipe:
     batch: Batch = Batch()
     optim: Any = field(default_factory=AdamWConfig)  # an `OptimizerConfig`
     schedule: Schedule = Schedule()
-    steps: int = flag(19_073, "optimizer steps in all")  # 10B tokens at 524,288 a step [lecture]
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")  # [lecture]
+    steps: int = flag(
+        19_073, "total number of optimizer steps"
+    )  # 10B tokens at 524,288 a step [lecture]
+    grad_clip: float = flag(1.0, "maximum norm of the gradient; 0 disables clipping")  # [lecture]
     spike: float = flag(
         10.0,
         "skip a step whose loss is more than X robust standard deviations above the recent median; "
-        "0: never",
+        "0 disables this",
     )
-    seed: int = flag(1337, "seed of the initial weights and of the data's order")  # [lecture]
+    seed: int = flag(1337, "seed of the initial weights and the data order")  # [lecture]
     eval_every: int = flag(250, "steps between validations; 0: only at the end")  # [lecture]
-    eval_tokens: int = flag(10_485_760, "validation tokens to score, always the same")  # [lecture]
+    eval_tokens: int = flag(
+        10_485_760, "validation tokens per evaluation, the same every time"
+    )  # [lecture]
     checkpoint_every: int = flag(250, "steps between checkpoints; 0: only at the end")
-    keep_checkpoints: int = flag(3, "newest checkpoints to keep; 0: all")
-    keep_best: int = flag(1, "checkpoints of the lowest validation loss to keep as well")
-    keep_every: int = flag(0, "keep the checkpoints at multiples of N steps as well; 0: none")
-    prompt: str = flag("Hello, I'm a language model,", "what the samples begin with")  # [lecture]
-    # A plain sentence or two, so that the curves show what is learned: words, names, agreement.
+    keep_checkpoints: int = flag(3, "number of newest checkpoints to keep; 0: all")
+    keep_best: int = flag(1, "number of best checkpoints, by validation loss, to keep in addition")
+    keep_every: int = flag(0, "also keep the checkpoints at multiples of N steps; 0: none")
+    tokenizer: str = flag(
+        "gpt2", "tokenizer for text given with --text, --jsonl or another source", "NAME"
+    )
+    prompt: str = flag("Hello, I'm a language model,", "prompt of the samples")  # [lecture]
+    # Plain sentences, so that the curves show what is learned: words, names, grammar.
     passage: str = flag(
         "The capital of France is Paris. Two and two are four, and the children who live next "
         "door are playing in the garden.",
-        "text whose loss is logged token by token at every validation",
+        "text whose loss is logged for each token at every validation",
     )
 
 
-# May differ when a run is resumed: none of them changes a step already taken.
+# May change when a run is resumed, since none of them affects the steps already taken.
 FREE_ON_RESUME = (
     "about", "steps", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
-    "keep_best", "keep_every", "prompt", "passage",
+    "keep_best", "keep_every", "tokenizer", "prompt", "passage",
 )  # fmt: skip
 
 ORDERS = ("shuffled", "sequential", "lecture")
@@ -96,7 +108,7 @@ SCHEDULES = ("cosine", "linear")
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A dataclass as dotted names: `{"optim.lr": 0.0006, ...}`, which are also its flags."""
+    """A nested dataclass as a flat dict, whose keys are also the flags: `{"optim.lr": 0.0006}`."""
     flat: dict[str, Any] = {}
     for item in fields(value):
         inner = getattr(value, item.name)
@@ -106,7 +118,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def override(value: Any, changes: dict[str, Any], prefix: str = "") -> Any:
-    """A copy of a dataclass with the dotted names in `changes` set.
+    """A copy of a dataclass with the fields in `changes`, by dotted name.
 
     Raises `UserError` that names the flags if a dataclass does not accept its new values.
     """
@@ -124,15 +136,21 @@ def override(value: Any, changes: dict[str, Any], prefix: str = "") -> Any:
         raise UserError(message) from None
 
 
+def with_vocabulary(recipe: Recipe, vocab_size: int) -> Recipe:
+    """The recipe for data with `vocab_size` token ids, with the embedding padded for training."""
+    sizes = dataclasses.replace(recipe.model, vocab_size=vocab_size, padded_vocab_size=0)
+    return dataclasses.replace(recipe, model=sizes.for_training())
+
+
 def check(recipe: Recipe) -> None:
-    """Refuse numbers that cannot be trained with. Raises `UserError` that names the flag."""
+    """Raise `UserError`, which names the flag, if a value of the recipe is invalid."""
     for name, value in flatten(recipe).items():
-        if name.startswith("model."):  # which checks itself
+        if name.startswith("model."):  # checks itself
             continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, str):
             _check_text(flag, value)
-        if isinstance(value, int | float) and not value >= 0:  # nor is nan
+        if isinstance(value, int | float) and not value >= 0:  # also rejects nan
             raise UserError(f"{flag} must be at least 0, but is {value}")
         if value == math.inf:
             raise UserError(f"{flag} must be a finite number, but is {value}")
@@ -160,15 +178,15 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_text(flag: str, text: str) -> None:
-    """Refuse what neither a tokenizer nor a JSON file can hold. Raises `UserError`."""
+    """Raise `UserError` unless `text` is valid Unicode, as tokenizers and JSON require."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{flag} is not UTF-8: give it in the encoding of this terminal") from None
+        raise UserError(f"{flag} is not UTF-8: check the encoding of your terminal") from None
 
 
 def warnings(recipe: Recipe) -> list[str]:
-    """What a recipe says that its user may not mean, a line each."""
+    """Likely mistakes in a recipe, one line each."""
     found, warmup = [], recipe.schedule.warmup
     if warmup >= recipe.steps:
         found.append(
@@ -182,25 +200,25 @@ def warnings(recipe: Recipe) -> list[str]:
 
 def _check_schedule(schedule: Schedule) -> None:
     if schedule.kind not in SCHEDULES:
-        raise UserError(f"--schedule.kind is {' or '.join(SCHEDULES)}, not {schedule.kind!r}")
+        raise UserError(f"--schedule.kind must be {' or '.join(SCHEDULES)}, not {schedule.kind!r}")
     for name, value in (("final", schedule.final), ("cooldown", schedule.cooldown)):
         if value > 1:
-            raise UserError(f"--schedule.{name} is a fraction, at most 1, but is {value}")
+            raise UserError(f"--schedule.{name} must be at most 1, but is {value}")
 
 
 def _check_order(batch: Batch) -> None:
     if batch.order not in ORDERS:
-        raise UserError(f"--batch.order is {' or '.join(ORDERS)}, not {batch.order!r}")
+        raise UserError(f"--batch.order must be {' or '.join(ORDERS)}, not {batch.order!r}")
     flag = f"--batch.lecture-micro-tokens {batch.lecture_micro_tokens}"
     if batch.order != "lecture" and batch.lecture_micro_tokens != Batch.lecture_micro_tokens:
-        raise UserError(f"{flag} means nothing with --batch.order {batch.order}: leave it out")
+        raise UserError(f"{flag} has no effect with --batch.order {batch.order}: leave it out")
     if batch.unit < 1 or batch.unit % batch.length:
         raise UserError(f"{flag} is not a whole number of windows of --batch.length {batch.length}")
 
 
 DEFAULTS = flatten(Recipe("", ""))
-# Of a flattened recipe in a JSON file. The model's and the optimizer's fields depend on their
-# classes, and fields newer than the file are missing.
+# Schema of a flattened recipe in a JSON file. Fields of the model and the optimizer depend on their
+# classes. Fields newer than the file are missing.
 SCHEMA: dict[str, Any] = {
     f"{f.name}?": f.type
     for f in flags_of(Recipe("", ""))
@@ -212,9 +230,9 @@ REMOVED = ("batch.micro",)  # the micro-batch size belongs to the machine
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two flattened recipes disagree on, field by field, but for what may change.
+    """The fields in which two flattened recipes differ, except those that may change.
 
-    A field that `before` does not have is newer than the run, and has its default.
+    A field that `before` does not have is newer than the run, and counts as its default.
     """
     defaults = {name: value for name, value in DEFAULTS.items() if name in now}
     before = {**defaults, **{RENAMED.get(name, name): value for name, value in before.items()}}

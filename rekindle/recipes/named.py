@@ -1,4 +1,4 @@
-"""Every named training run. A recipe is named first and overridden by flags.
+"""The named recipes. Flags override their numbers.
 
 Imports no torch. Sources: [lecture] "Let's reproduce GPT-2 (124M)", karpathy/build-nanogpt;
 [GPT-3] Brown et al. 2020, table 2.1 and appendix B; [sweep] garg-aayush/building-from-scratch;
@@ -8,7 +8,6 @@ architecture.
 
 import dataclasses
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from rekindle.errors import UserError
@@ -20,8 +19,8 @@ from rekindle.recipes.base import Batch, Recipe, Schedule, override
 
 
 def _fast(name: str, about: str, model: ModernConfig, steps: int, **numbers: Any) -> Recipe:
-    """A recipe of the modern model, whose rates, warm-up and momentum follow rules of its width and
-    steps. Its gradients are not clipped: Muon's update has the same size whatever theirs is."""
+    """A recipe of the modern model: learning rates, warm-up and momentum follow from its width and
+    steps. Gradients are not clipped, since the size of Muon's update does not depend on theirs."""
     return Recipe(
         name=name,
         about=about,
@@ -34,40 +33,41 @@ def _fast(name: str, about: str, model: ModernConfig, steps: int, **numbers: Any
     )
 
 
-def with_steps(recipe: Recipe, steps: int) -> Recipe:
-    """A recipe of another length, with the numbers that its rules give for that."""
-    recipe = dataclasses.replace(recipe, steps=steps)
+def by_rules(recipe: Recipe) -> Recipe:
+    """The recipe with the hyperparameters that follow from its width and steps derived again."""
     if not isinstance(recipe.optim, MuonConfig):
         return recipe
-    schedule = dataclasses.replace(recipe.schedule, warmup=warmup_steps(steps))
-    optim = MuonConfig.by_rule(recipe.model.n_embd, steps)
+    schedule = dataclasses.replace(recipe.schedule, warmup=warmup_steps(recipe.steps))
+    optim = MuonConfig.by_rule(recipe.model.n_embd, recipe.steps)
     return dataclasses.replace(recipe, schedule=schedule, optim=optim)
 
 
-RULED: dict[str, Any] = {  # numbers that follow rules of the steps
-    "optim.lr?": float, "optim.momentum_warmup?": int, "optim.weight_decay?": float,
-    "schedule.warmup?": int,
-}  # fmt: skip
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with another number of steps, and the hyperparameters that follow from it."""
+    return by_rules(dataclasses.replace(recipe, steps=steps))
 
 
-def with_rules(recipe: Recipe, out: Path, steps: int | None) -> Recipe:
-    """A recipe with the numbers that its rules give for a run of so many steps. A run that has
-    begun in `out` keeps its numbers, so that it can be made longer. Raises `UserError` if that
-    run's description is damaged."""
-    if not isinstance(recipe.optim, MuonConfig):
-        return recipe
-    if not (out / "run.json").is_file():
-        return recipe if steps is None else with_steps(recipe, steps)
-    from rekindle import storage  # imports NumPy, which --help should not wait for
+def customized(
+    recipe: Recipe, changes: dict[str, Any], steps_at_start: int | None = None
+) -> Recipe:
+    """The recipe with the numbers in `changes`, by dotted name.
 
-    begun = storage.read_json(out / "run.json", {"recipe": RULED})["recipe"]
-    names = [name.removesuffix("?") for name in RULED]
-    return override(recipe, {name: begun[name] for name in names if name in begun})
+    Hyperparameters that follow from the model's width and the steps are derived again, unless
+    `changes` contains them. A run that has started keeps those of its `steps_at_start`. Raises
+    `UserError`, which names the flags.
+    """
+    ruled = ("optim.", "schedule.")
+    first = {name: value for name, value in changes.items() if not name.startswith(ruled)}
+    changed = override(recipe, first)
+    started = dataclasses.replace(changed, steps=steps_at_start or changed.steps)
+    if started.steps != recipe.steps or started.model != recipe.model:
+        changed = dataclasses.replace(by_rules(started), steps=changed.steps)
+    return override(changed, {k: v for k, v in changes.items() if k.startswith(ruled)})
 
 
 _LECTURE = Recipe(
     name="gpt2-124m",
-    about="GPT-2 124M as the lecture trains it: 10B tokens, in its order (--layout lecture)",
+    about="GPT-2 124M as in the lecture: 10B tokens in its order (--layout lecture)",
     batch=Batch(order="lecture"),
 )
 
@@ -78,7 +78,7 @@ RECIPES = {
         dataclasses.replace(
             _LECTURE,
             name="gpt2-124m-tuned",
-            about="the same with a global shuffle and 3 x the learning rate",
+            about="the same with a global shuffle and 3 times the learning rate",
             batch=Batch(order="shuffled"),
             optim=AdamWConfig(lr=1.8e-3),  # 3.005 instead of 3.08 at the end [sweep]
         ),
@@ -105,13 +105,13 @@ RECIPES = {
         ),
         _fast(
             "gpt2-124m-fast",
-            "the modern model and Muon; predicted to need 1.7B tokens for GPT-2's loss",
+            "the modern model with Muon; predicted to reach GPT-2's loss after 1.7B tokens",
             ModernConfig(),
             steps=3_250,  # a prediction, from [track 3]
         ),
         Recipe(
             name="gpt2-10m",
-            about="a GPT-2 of 10M parameters that 2 CPU cores train in a quarter of an hour",
+            about="a GPT-2 with 10M parameters that trains in 15 minutes on 2 CPU cores",
             model=GPT2Config(n_layer=6, n_head=5, n_embd=160, block_size=256),
             batch=Batch(tokens=8_192, length=256),
             optim=AdamWConfig(lr=3e-3),  # [ours]
@@ -130,6 +130,7 @@ RECIPES = {
             eval_every=100,
             eval_tokens=131_072,
             checkpoint_every=100,
+            tokenizer="bytes",
             prompt="The ",
         ),
         Recipe(
@@ -143,11 +144,12 @@ RECIPES = {
             eval_every=200,
             eval_tokens=131_072,
             checkpoint_every=200,
+            tokenizer="bytes",
             prompt="The ",
         ),
         Recipe(
             name="demo-gpu",
-            about="a larger one for `rekindle demo` on a GPU",
+            about="a larger byte-level GPT-2 for `rekindle demo` on a GPU",
             model=GPT2Config(n_layer=6, n_head=6, n_embd=384, block_size=256),
             batch=Batch(tokens=65_536, length=256),
             optim=AdamWConfig(lr=2e-3),
@@ -156,6 +158,7 @@ RECIPES = {
             eval_every=200,
             eval_tokens=1_048_576,
             checkpoint_every=200,
+            tokenizer="bytes",
             prompt="The ",
         ),
     )
@@ -165,6 +168,7 @@ RECIPES = {
 def get_recipe(name: str) -> Recipe:
     """The recipe called `name`. Raises `UserError` with the nearest names."""
     if name not in RECIPES:
-        near = get_close_matches(name, RECIPES, n=3, cutoff=0.3) or list(RECIPES)
-        raise UserError(f"there is no recipe {name!r}: did you mean {' or '.join(near)}?")
+        near = get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+        advice = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(RECIPES)}"
+        raise UserError(f"there is no recipe {name!r}: {advice}")
     return RECIPES[name]

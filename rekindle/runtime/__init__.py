@@ -1,1 +1,1 @@
-"""What keeps a run going: devices, processes, checkpoints."""
+"""Devices, processes, stop signals, and checks that protect a run."""

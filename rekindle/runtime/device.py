@@ -1,4 +1,4 @@
-"""One place decides what a run computes on, in which precision, and whether it can compile."""
+"""Chooses the device and its precision, and whether the model can be compiled there."""
 
 import ctypes
 import os
@@ -14,8 +14,8 @@ import torch
 from rekindle.errors import UserError
 from rekindle.model.compute import Compute
 
-# Dense bf16 peak in FLOP/s by the name the driver gives, from NVIDIA's data sheets (without
-# sparsity). Names must match in full: a laptop's RTX 4090 is not a desktop's.
+# Peak dense bf16 FLOP/s (without sparsity) by the driver's name for the GPU, from NVIDIA's data
+# sheets. Names must match in full: the laptop RTX 4090 is slower than the desktop RTX 4090.
 PEAKS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA GB200": 2500e12,
@@ -37,54 +37,59 @@ PEAKS = {
     "NVIDIA GeForce RTX 3090": 71e12,
 }
 
-# On a CPU attention written out is faster than the fused one up to here (benchmarks/LOG.md).
+# Up to this many tokens, plain attention is faster on a CPU than fused attention
+# (benchmarks/LOG.md).
 SHORT = 256
 
-# autocast: products in bf16, the residual stream in float32, as in the lecture. bf16: the stream as
-# well, which is faster; the weights themselves are float32 in all of them.
+# autocast: matmuls in bf16, the residual stream in float32, as in the lecture. bf16: the residual
+# stream in bf16 too, which is faster. The weights are float32 in all cases.
 PRECISIONS = ("auto", "autocast", "bf16", "tf32", "fp32")
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run computes, and how."""
+    """The device that a run computes on, and its precision."""
 
     torch: torch.device
-    name: str  # what a person calls it
-    precision: str  # one of PRECISIONS, decided
+    name: str  # human-readable
+    precision: str  # one of PRECISIONS other than "auto"
 
     def autocast(self) -> AbstractContextManager[object]:
-        """bf16 where it helps, fp32 where it matters, as `torch.autocast` knows; or nothing."""
+        """`torch.autocast` to bf16 if that is the precision; otherwise a context that does
+        nothing."""
         if self.precision != "autocast":
             return nullcontext()
         return torch.autocast(self.torch.type, dtype=torch.bfloat16)
 
     def synchronize(self) -> None:
-        """Wait until the device has done all it was given; a CPU always has."""
+        """Wait until the device has finished all its work."""
         if self.torch.type != "cpu":
             getattr(torch, self.torch.type).synchronize()
 
     @property
     def dtype(self) -> "torch.dtype":
-        """Of the model's residual stream."""
+        """The type of the residual stream."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
     def product_dtype(self) -> "torch.dtype":
-        """Of what the matrix products multiply."""
+        """The type of a matmul's inputs."""
         return torch.bfloat16 if self.precision in ("autocast", "bf16") else torch.float32
 
     @property
     def peak_flops(self) -> float | None:
-        """FLOP/s at best in this precision, or None where no data sheet was read."""
+        """Peak FLOP/s in this precision, or None if unknown."""
         if self.precision not in ("autocast", "bf16"):
             return None
         return PEAKS.get(self.name)
 
 
 def get_device(wanted: str = "auto", precision: str = "auto", local_rank: int = 0) -> Device:
-    """Decide on a device and its precision. Raises `UserError` if what is wanted, or what is
-    plainly there, cannot be used; training never falls back to the CPU in silence."""
+    """Choose a device and its precision.
+
+    Raises `UserError` if the wanted device, or a GPU that is present, cannot be used: training
+    never falls back to the CPU silently.
+    """
     kind = _choose(wanted)
     if kind == "cuda":
         device = torch.device("cuda", local_rank)
@@ -102,7 +107,7 @@ def get_device(wanted: str = "auto", precision: str = "auto", local_rank: int = 
 
 def _choose(wanted: str) -> str:
     if wanted not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(f"--device is auto, cpu, cuda or mps, not {wanted!r}")
+        raise UserError(f"--device must be auto, cpu, cuda or mps, not {wanted!r}")
     if wanted == "cpu":
         return "cpu"
     if wanted in ("auto", "cuda") and torch.cuda.is_available():
@@ -110,17 +115,19 @@ def _choose(wanted: str) -> str:
     if wanted in ("auto", "mps") and torch.backends.mps.is_available():
         return "mps"
     if wanted == "mps":
-        raise UserError("--device mps: this torch finds no Apple GPU (macOS 14 on Apple silicon?)")
+        raise UserError(
+            "--device mps: this torch finds no Apple GPU; it needs macOS 14 on Apple silicon"
+        )
     if (gpu := gpu_on_machine()) and wanted == "auto":
-        raise UserError(f"{gpu} but {_why_no_cuda()}; or say --device cpu")
+        raise UserError(f"{gpu} but {_why_no_cuda()}; or use --device cpu")
     if wanted == "cuda":
         raise UserError(f"--device cuda: {_why_no_cuda()}")
     return "cpu"
 
 
 def gpu_on_machine() -> str | None:
-    """What tells that a GPU is built in, whatever torch thinks of it; None if there is none or
-    `CUDA_VISIBLE_DEVICES` hides it."""
+    """A phrase that says which GPU the operating system has, whether or not torch can use it; None
+    if there is none or `CUDA_VISIBLE_DEVICES` hides it."""
     if _hidden():
         return None
     if any(Path("/dev").glob("nvidia[0-9]*")) or (os.name == "nt" and shutil.which("nvidia-smi")):
@@ -131,13 +138,13 @@ def gpu_on_machine() -> str | None:
 
 
 def _hidden() -> bool:
-    """Whether the user has said that no GPU is to be seen."""
+    """Whether the user hides all GPUs from torch."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
 def _why_no_cuda() -> str:
     if _hidden():
-        return "CUDA_VISIBLE_DEVICES hides every GPU: unset it, or say --device cpu"
+        return "CUDA_VISIBLE_DEVICES hides every GPU: unset it, or use --device cpu"
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} was built without GPU support: install a CUDA build"
     return (
@@ -147,46 +154,47 @@ def _why_no_cuda() -> str:
 
 
 def _probe_cuda(device: torch.device) -> None:
-    """Run one kernel: a card too old or too new for this torch fails here, with its reason."""
+    """Run one kernel, so that a GPU too old or too new for this torch fails here with a clear
+    reason."""
     try:
         torch.zeros(1, device=device).add_(1).item()
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"the GPU {device} is there but torch {torch.__version__} cannot run on it ({reason}): "
-            "install a torch build for it, or say --device cpu"
+            f"torch {torch.__version__} cannot run on the GPU {device} ({reason}): install a "
+            "torch build that supports it, or use --device cpu"
         ) from None
 
 
 def _choose_precision(wanted: str, device: torch.device) -> str:
     if wanted not in PRECISIONS:
-        raise UserError(f"--precision is {', '.join(PRECISIONS)}, not {wanted!r}")
+        raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, not {wanted!r}")
     if wanted == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 needs an NVIDIA GPU: use fp32, autocast or bf16")
     if wanted != "auto":
         return wanted
     if device.type == "cpu":
-        return "autocast" if _cpu_multiplies_bf16() else "fp32"
+        return "autocast" if _cpu_has_bf16() else "fp32"
     if device.type == "mps":
         return "fp32"
     return "autocast" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
 
 
-def _cpu_multiplies_bf16() -> bool:
-    """Whether the processor has instructions for it; without, bf16 is slower than float32."""
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU has bf16 instructions; without them bf16 is slower than float32."""
     has = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def can_use(precision: str, device: torch.device) -> bool:
-    """Whether `device` computes in a precision that a run was started with elsewhere."""
+    """Whether `device` supports a precision, which a run may have been started with elsewhere."""
     if device.type == "cuda":
         return precision == "fp32" or torch.cuda.get_device_capability(device) >= (8, 0)
     return precision != "tf32" and (device.type == "cpu" or precision == "fp32")
 
 
 def memory_of(device: torch.device) -> int:
-    """The device's memory in bytes; 8 GiB where the system does not tell."""
+    """The device's memory in bytes; 8 GiB if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if not hasattr(os, "sysconf"):
@@ -197,45 +205,46 @@ def memory_of(device: torch.device) -> int:
 def choose_compute(
     device: Device, T: int, *, kernels: bool = False, fp8_head: bool = False
 ) -> Compute:
-    """How `device` computes windows of T tokens best."""
+    """The fastest way to compute on `device` with T tokens per sequence."""
     plain = device.torch.type == "cpu" and T <= SHORT
     return Compute(
         dtype=device.dtype,
         attention="plain" if plain else "fused",
-        loss_kernel=kernels and not fp8_head,  # which has matmuls of its own
+        loss_kernel=kernels and not fp8_head,  # its matmuls of the head are not FP8
         mlp_kernel=kernels,
         fp8_head=fp8_head,
     )
 
 
 def make_deterministic(device: Device, *, on_gpu: bool = False) -> None:
-    """On a CPU the same partition of a batch gives the same bits. On a GPU this costs speed: the
-    fastest attention and the tuning of compiled kernels are left out."""
+    """Use deterministic algorithms, always on a CPU and on a GPU only if `on_gpu`: there it rules
+    out the fastest attention and the autotuning of compiled kernels."""
     if device.torch.type == "cpu" or on_gpu:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
-        # Nothing reads memory before it is written, and filling it costs time.
+        # Filling costs time and is not needed: no memory is read before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory(device: Device) -> None:
-    """On a CPU, let the C library keep what tensors give back, up to 2 GiB, for the next ones.
+    """On a CPU, let the C library keep up to 2 GiB of freed memory for reuse.
 
-    By itself glibc returns every large block to the system, and a training step begins by taking
-    the same blocks again: a page fault and 4 KiB of zeros for each page, a third of a small
-    model's step. Where there is no glibc nothing happens. Sizes are from malloc.h.
+    By default, glibc returns large freed blocks to the system, and every training step allocates
+    the same blocks again. The page faults and the zeroing of pages take a third of a small model's
+    step. Does nothing without glibc. The parameter numbers are from malloc.h.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if device.torch.type == "cpu" and mallopt:
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, 2**31 - 1)
-        # From here on from the heap, not from mmap. An older glibc takes no more than 32 MiB.
+        # Blocks up to this size come from the heap instead of mmap. Older versions of glibc accept
+        # at most 32 MiB.
         if not mallopt(mmap_threshold, 2**30):
             mallopt(mmap_threshold, 2**25)
 
 
 def cpu_model() -> str:
-    """What the processor calls itself."""
+    """The CPU's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
@@ -244,9 +253,9 @@ def cpu_model() -> str:
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """What `torch.compile` would miss on this machine, or None if it has all it needs."""
+    """Why `torch.compile` cannot be used on this machine, or None if it can."""
     if device.type == "mps":
-        return "torch.compile is not relied upon on Apple GPUs"
+        return "it is not supported on Apple GPUs"
     compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl"]
     if not any(name and shutil.which(name) for name in compilers):
         return "there is no C++ compiler"
@@ -257,5 +266,5 @@ def why_not_compile(device: torch.device) -> str | None:
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            return "Triton is not installed or does not know this GPU"
+            return "Triton is not installed or does not support this GPU"
     return None

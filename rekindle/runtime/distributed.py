@@ -1,4 +1,4 @@
-"""Several processes as one: what torchrun started, and the few sums they exchange."""
+"""Data-parallel training over several processes: rendezvous and collectives."""
 
 import os
 import re
@@ -17,32 +17,32 @@ from torch.nn.parallel import DistributedDataParallel
 from rekindle.errors import UserError
 
 _LAUNCHER = (
-    "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT belong together, so start the ranks "
+    "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT belong together: start the ranks "
     "with torchrun, set all of them, or unset all of them"
 )
-PATIENCE = 600.0  # seconds that a rank waits for the others, unless told else
+TIMEOUT = 600.0  # default number of seconds that a rank waits for the others
 
 
 class Location:
-    """Where a rank stands in the program, for the watchdog to tell."""
+    """Where in the program this rank is, for the watchdog to report."""
 
     def __init__(self) -> None:
         self._text, self._waiting_since = "the start", 0.0
 
     def at(self, text: str) -> None:
-        """This rank has come to `text` and waits for nobody."""
+        """This rank has reached `text` and is not waiting for other ranks."""
         self._text, self._waiting_since = text, 0.0
 
     def start_waiting(self) -> None:
-        """It has given its part and needs the others'. On a GPU it goes on in the meantime, and
-        only the next `at` shows that they came."""
+        """This rank has entered a collective and needs the others. On a GPU a collective returns
+        before it is done; only the next `at` shows that the others took part."""
         self._waiting_since = time.monotonic()
 
     def stop_waiting(self) -> None:
         self._waiting_since = 0.0
 
     def waited(self) -> float:
-        """Seconds since `start_waiting`; 0 if it does not wait."""
+        """Seconds since `start_waiting`; 0 if this rank is not waiting."""
         return time.monotonic() - self._waiting_since if self._waiting_since else 0.0
 
     def now(self) -> str:
@@ -51,7 +51,7 @@ class Location:
 
 @dataclass(frozen=True)
 class World:
-    """This process' place among all. Alone, every operation here does nothing."""
+    """This process's rank, and collectives over all ranks; no-ops with a single process."""
 
     rank: int = 0
     size: int = 1
@@ -60,66 +60,66 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this process prints and writes files on behalf of all ranks."""
         return self.rank == 0
 
     def sum_(self, *tensors: Tensor) -> None:
-        """Add each tensor over all ranks, in place."""
+        """Sum each tensor over all ranks, in place."""
         if self.size > 1:
-            with self.together(done=dist.get_backend() == "gloo"):
+            with self.collective(done=dist.get_backend() == "gloo"):
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
     def mean_(self, tensor: Tensor) -> None:
-        """Make `tensor` its mean over all ranks, in place."""
+        """Average `tensor` over all ranks, in place."""
         self.sum_(tensor)
         tensor /= self.size
 
     def min(self, value: int, device: torch.device) -> int:
-        """The smallest `value` any rank has."""
+        """The smallest `value` of all ranks."""
         return -self.max(-value, device)
 
     def max(self, value: int, device: torch.device) -> int:
-        """The largest `value` any rank has."""
+        """The largest `value` of all ranks."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, device=device)
-        with self.together():
+        with self.collective():
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
             return int(tensor)
 
     def agree(self, value: int, meaning: str, advice: str, device: torch.device) -> None:
-        """Raise `UserError` on every rank unless all have the same `value`."""
+        """Raise `UserError` on every rank unless all of them have the same `value`."""
         least, most = self.min(value, device), self.max(value, device)
         if least != most:
             raise UserError(
-                f"the ranks do not agree: to this one {meaning} {value}, to others it is "
+                f"the ranks disagree: on this rank {meaning} {value}, on another "
                 f"{least if value == most else most}; {advice}"
             )
 
     def totals(self, values: Tensor) -> list[float]:
-        """`values` added up over all ranks, when all of them have come."""
+        """`values` summed over all ranks. Waits until the sums have arrived."""
         self.sum_(values)
         totals = values.tolist()
         self.location.stop_waiting()
         return totals
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's `tensor`, in order; all have one shape."""
+        """The `tensor` of every rank on the CPU, in rank order. All must have the same shape."""
         found = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self.together():
+        with self.collective():
             dist.all_gather(found, tensor)
             return [each.cpu() for each in found]
 
     def barrier(self) -> None:
         if self.size > 1:
-            with self.together():
+            with self.collective():
                 dist.barrier()
 
     @contextmanager
-    def together(self, *, done: bool = True) -> Iterator[None]:
-        """Something that needs every rank. `done`: it is over when the body is; NCCL's sums are
-        only begun there."""
+    def collective(self, *, done: bool = True) -> Iterator[None]:
+        """A context for an operation that needs every rank. `done`: the operation is complete when
+        the body ends; an NCCL sum is only enqueued by then."""
         self.location.start_waiting()
         with explaining_lost_ranks():
             yield
@@ -132,11 +132,11 @@ class World:
 
 
 def data_parallel(module: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """`module` (compiled or not) as several ranks call it in training: PyTorch's
-    `DistributedDataParallel`, which averages gradients over the ranks. Alone, `module` itself."""
+    """Wrap `module` (compiled or not) in `DistributedDataParallel`, which averages gradients over
+    the ranks. With a single process, return `module` itself."""
     if world.size == 1:
         return module
-    with world.together():
+    with world.collective():
         return DistributedDataParallel(
             module,
             device_ids=[device] if device.type == "cuda" else None,
@@ -146,11 +146,11 @@ def data_parallel(module: nn.Module, world: World, device: torch.device) -> nn.M
 
 @contextmanager
 def gradient_sync(forward: object, world: World, *, now: bool) -> Iterator[None]:
-    """A forward and backward pass, in which DDP averages the gradients only if it is `now`."""
+    """A context for a forward and backward pass. DDP averages the gradients only if it is `now`."""
     if not isinstance(forward, DistributedDataParallel):
         yield
     elif now:
-        with world.together(done=dist.get_backend() == "gloo"):
+        with world.collective(done=dist.get_backend() == "gloo"):
             yield
     else:
         with forward.no_sync():
@@ -158,35 +158,36 @@ def gradient_sync(forward: object, world: World, *, now: bool) -> Iterator[None]
 
 
 def get_world() -> World:
-    """Where torchrun, or another launcher, put this process; alone without one.
+    """The rank of this process, from the environment variables of torchrun or another launcher; a
+    single process without them.
 
-    Raises `UserError` unless the launcher's variables are all there, or none of the three that
-    number the ranks (a cluster may always set the address of its first host).
+    Raises `UserError` if only some of them are set. MASTER_ADDR and MASTER_PORT alone are accepted:
+    some clusters always set them.
     """
     numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     if not any(number is not None for number in numbers.values()):
         return World()
-    rank, local_rank, size = (_number_of_launcher(name, text) for name, text in numbers.items())
+    rank, local_rank, size = (_launcher_number(name, text) for name, text in numbers.items())
     if not 0 <= rank < size or not 0 <= local_rank < size:
         raise UserError(
-            f"RANK {rank} and LOCAL_RANK {local_rank} must be below WORLD_SIZE {size}: see how the "
-            "ranks were started"
+            f"RANK {rank} and LOCAL_RANK {local_rank} must be below WORLD_SIZE {size}: check how "
+            "the ranks were started"
         )
     if size > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
-            _launcher_says(name, os.environ.get(name))
-        _number_of_launcher("MASTER_PORT", os.environ.get("MASTER_PORT"))
+            _launcher_value(name, os.environ.get(name))
+        _launcher_number("MASTER_PORT", os.environ.get("MASTER_PORT"))
     return World(rank=rank, size=size, local_rank=local_rank)
 
 
-def _number_of_launcher(name: str, text: str | None) -> int:
-    text = _launcher_says(name, text)
+def _launcher_number(name: str, text: str | None) -> int:
+    text = _launcher_value(name, text)
     if not text.isascii() or not text.isdigit():
         raise UserError(f"{name} is {text!r}, which is not a whole number: {_LAUNCHER}")
     return int(text)
 
 
-def _launcher_says(name: str, text: str | None) -> str:
+def _launcher_value(name: str, text: str | None) -> str:
     if not text:
         raise UserError(f"{name} is {'missing' if text is None else 'empty'}: {_LAUNCHER}")
     return text
@@ -194,23 +195,25 @@ def _launcher_says(name: str, text: str | None) -> str:
 
 @contextmanager
 def explaining_lost_ranks() -> Iterator[None]:
-    """In here ranks talk to each other. Raises `UserError` when one is gone, and lets all else
-    through."""
+    """A context that turns the loss of another rank into a `UserError`; other errors pass."""
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # that has no class
+        # gloo raises plain RuntimeErrors.
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise UserError(
-            f"lost touch with another rank ({reason(error)}): what ended it says so itself; the "
+            f"lost the connection to another rank ({reason(error)}): see that rank's error; the "
             "same command resumes from the newest checkpoint"
         ) from error
 
 
-def connect(world: World, device: torch.device, limit: float = PATIENCE) -> str:
-    """Join the other processes: NCCL between GPUs, gloo between CPUs. Returns the name of this life
-    of theirs. `limit` is for `meet`, and the watchdog's: torch itself gives up later, and never
-    while one rank compiles and the others wait.
+def connect(world: World, device: torch.device, limit: float = TIMEOUT) -> str:
+    """Join the process group: NCCL for GPUs, gloo for CPUs. Returns the generation of ranks, a name
+    that changes with every restart (see `rendezvous`).
+
+    `limit`: seconds to wait for the other ranks; 0: no limit. torch's own timeout is longer, so
+    that it never ends a run in which some ranks wait while another compiles.
     """
     if world.size == 1 or dist.is_initialized():
         return ""
@@ -219,22 +222,22 @@ def connect(world: World, device: torch.device, limit: float = PATIENCE) -> str:
     try:
         store = _open_store(world, timedelta(seconds=limit) if limit else timeout)
         store.set_timeout(timeout)
-        life = meet(store, world.rank, world.size, limit)
+        generation = rendezvous(store, world.rank, world.size, limit)
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", store=PrefixStore(life, store), timeout=timeout,
+            "nccl" if on_gpu else "gloo", store=PrefixStore(generation, store), timeout=timeout,
             rank=world.rank, world_size=world.size, device_id=device if on_gpu else None,
         )  # fmt: skip
-    except (RuntimeError, ValueError) as error:  # the last if torchrun's variables are missing
+    except (RuntimeError, ValueError) as error:  # ValueError if torchrun's variables are missing
         raise UserError(
-            f"the ranks did not meet ({reason(error)}): what kept another one away it says itself; "
-            "give the same command again"
+            f"the ranks could not connect to each other ({reason(error)}): see the other ranks' "
+            "errors, then run the same command again"
         ) from error
-    return life
+    return generation
 
 
 def _open_store(world: World, timeout: timedelta) -> Store:
-    """The store through which the ranks meet: torchrun's, or else one that rank 0 opens. Nobody
-    waits for the others here, which `meet` does, and names those that are missing."""
+    """The store for the rendezvous: torchrun's, or else one that rank 0 opens. Does not wait for
+    the other ranks: `rendezvous` does, and names the missing ones."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -249,43 +252,47 @@ def _open_store(world: World, timeout: timedelta) -> Store:
         where = f"MASTER_ADDR {host}, MASTER_PORT {port}"
         if world.is_main and not is_torchruns:
             raise UserError(
-                f"the ranks cannot meet at {where} ({reason(error)}): the port may be in use, so "
-                "give all ranks another MASTER_PORT"
+                f"rank 0 cannot listen at {where} ({reason(error)}): if the port is in use, give "
+                "all ranks another MASTER_PORT"
             ) from error
         raise UserError(
-            f"rank 0 did not come to {where} within {timeout.total_seconds():.0f} s "
-            f"({reason(error)}): see what keeps it, and give the same command again"
+            f"could not reach rank 0 at {where} within {timeout.total_seconds():.0f} s "
+            f"({reason(error)}): check that it was started, then run the same command again"
         ) from error
 
 
-def meet(store: Store, rank: int, size: int, limit: float) -> str:
-    """Wait for all ranks. Returns a name that they share and that no ranks before them had. Raises
-    `UserError` that names those which have not come after `limit` seconds (0: waits for ever).
+def rendezvous(store: Store, rank: int, size: int, limit: float) -> str:
+    """Wait until all ranks are there. Returns the name of this generation of ranks: the same on
+    every rank, and different after every restart. Raises `UserError` that names the missing ranks
+    after `limit` seconds (0: no limit).
 
-    torchrun keeps its store when it begins anew, and with it the addresses of those that died, to
-    which gloo would connect. Its count of restarts is no such name: each host has its own.
+    torchrun keeps its store when it restarts the ranks. The name prefixes this generation's keys,
+    because gloo would otherwise find the addresses of dead ranks and connect to those. torchrun's
+    restart count cannot be the prefix: each host counts its own restarts.
     """
     keys = [f"rekindle/{r}" for r in range(size)]
     store.set(keys[rank], os.urandom(8).hex())
-    began = time.monotonic()
+    start_time = time.monotonic()
     while True:
-        met = keys
+        arrivals = keys
         if store.check(keys):
-            life = "rekindle/" + "-".join(store.get(key).decode() for key in keys)
-            met = [f"{life}/{r}" for r in range(size)]  # in a life that may have a rank that died
-            store.set(met[rank], "met")
-            if store.check(met):  # they read the same, so it is new
-                return life
-        if limit and time.monotonic() - began > limit:
-            missing = [str(r) for r, key in enumerate(met) if not store.check([key])]
+            generation = "rekindle/" + "-".join(store.get(key).decode() for key in keys)
+            arrivals = [f"{generation}/{r}" for r in range(size)]
+            store.set(arrivals[rank], "arrived")
+            # A token may be left from a dead rank: the name is valid once every rank arrives at it.
+            if store.check(arrivals):
+                return generation
+        if limit and time.monotonic() - start_time > limit:
+            missing = [str(r) for r, key in enumerate(arrivals) if not store.check([key])]
             raise UserError(
-                f"waited {limit:.0f} s for all {size} ranks to meet: {', '.join(missing)} did not "
-                "come; see what keeps them, and give the same command again"
+                f"waited {limit:.0f} s for all {size} ranks, but these did not connect: "
+                f"{', '.join(missing)}; check that they were started, then run the same command "
+                "again"
             )
         time.sleep(0.05)
 
 
 def reason(error: Exception) -> str:
-    """What torch says, without the line of its source and its advice."""
+    """The first sentence of torch's error message, without its position in the source."""
     line = str(error).splitlines()[0]
     return re.sub(r"\[\S*/\S*\] ", "", line).partition(". ")[0]

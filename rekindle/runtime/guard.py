@@ -1,7 +1,7 @@
-"""A step is applied or skipped as a whole. The guard decides, by the loss and the gradient norm.
+"""Decides which optimizer steps are skipped, from the loss and the gradient norm.
 
-Both are the same on every rank, and so is the decision. The guard's memory is saved with the
-weights, so that a resumed run decides as if it had never stopped.
+Both are the same on every rank, so all ranks decide alike. The guard's state is part of every
+checkpoint, so a resumed run decides exactly as an uninterrupted one.
 """
 
 import math
@@ -11,26 +11,26 @@ from typing import Any
 
 import numpy as np
 
-WINDOW = 128  # losses of applied steps that say what is usual
-ENOUGH = 32  # of them, before any loss is called a spike
-MARGIN = 0.2  # a spike is also this much above the median: a flat curve has hardly any deviation
-DEVIATION = 1.4826  # of a normal distribution, in median absolute deviations
+WINDOW = 128  # number of recent applied losses to compare with
+MIN_LOSSES = 32  # number of losses needed before any loss counts as a spike
+MARGIN = 0.2  # a spike must exceed the median by this fraction: on a flat curve deviations are tiny
+DEVIATION = 1.4826  # standard deviation of a normal distribution / median absolute deviation
 
 
 class Guard:
     """Skips steps whose loss or gradient is not finite, or whose loss is far above recent ones."""
 
     def __init__(self, spike: float = 0.0) -> None:
-        """`spike`: how many robust standard deviations a loss may be above the median of recent
-        losses; 0: any finite loss will do."""
+        """`spike`: skip a step whose loss is more than this many robust standard deviations above
+        the median of recent losses; 0 disables."""
         self._spike = spike
         self._losses: deque[float] = deque(maxlen=WINDOW)
-        self.skipped = 0  # steps in a row
+        self.skipped = 0  # consecutive skipped steps, up to the last one
         self.reason = ""  # why the last step was skipped; empty if it was applied
 
     def observe(self, loss: float, grad_norm: float) -> str:
-        """Take note of a step; return why it was skipped, empty if it was applied. The rule is the
-        one by which `train_step` decides on the device."""
+        """Record a step; return why it was skipped, or an empty string if it was applied.
+        `train_step` applies the same rule on the device."""
         self.reason = self._reason(loss, grad_norm)
         if self.reason:
             self.skipped += 1
@@ -43,21 +43,20 @@ class Guard:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return "not finite"
         if loss > self.limit():
-            return f"a spike, where {median(self._losses):.4f} is usual"
+            return f"loss spike (recent median {median(self._losses):.4f})"
         return ""
 
     def limit(self) -> float:
-        """The largest loss with which the next step is applied, known before it is taken; infinite
-        if any finite loss will do. Rounded to float32, in which a device compares losses with
-        it."""
-        if not self._spike or len(self._losses) < ENOUGH:
+        """The largest loss with which the next step is applied; infinite if any finite loss is
+        accepted. Rounded to float32, because the device compares in float32."""
+        if not self._spike or len(self._losses) < MIN_LOSSES:
             return math.inf
-        usual = median(self._losses)
-        deviation = DEVIATION * median(abs(seen - usual) for seen in self._losses)
-        return float(np.float32(usual + max(self._spike * deviation, MARGIN * abs(usual))))
+        center = median(self._losses)
+        deviation = DEVIATION * median(abs(loss - center) for loss in self._losses)
+        return float(np.float32(center + max(self._spike * deviation, MARGIN * abs(center))))
 
     def state(self) -> dict[str, Any]:
-        """What to save; JSON keeps every bit of a float."""
+        """The state to save in a checkpoint. JSON preserves every bit of a float."""
         return {"losses": list(self._losses), "skipped": self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""How many rows a device takes at once, and whether to recompute activations.
+"""Micro-batch search, and the decision whether to recompute activations.
 
-The global batch never changes, only how it is divided.
+The global batch never changes, only how it is divided. A row is one sequence of T tokens.
 """
 
 import torch
@@ -11,60 +11,62 @@ from rekindle.runtime.device import Device, memory_of
 from rekindle.runtime.distributed import World
 from rekindle.runtime.sharding import is_sharded
 
-MOST_ROWS = 64  # the lecture's; more gives less than 1 % on an H200
-FEW_ROWS = 4  # with fewer, kernels are too small to fill a GPU, and recomputing costs less
-# The largest part of a micro-batch are its logits in float32. More than this gains nothing on a CPU
-# (benchmarks/LOG.md), and all that comes with it is some ten times as much.
+MAX_ROWS = 64  # as in the lecture; more rows gain less than 1 % on an H200
+MIN_ROWS = 4  # fewer rows cannot keep a GPU busy; recomputing activations then costs less
+# A micro-batch needs the most memory for its float32 logits. On a CPU, more than this gains nothing
+# (benchmarks/LOG.md), and the micro-batch as a whole needs about ten times as much.
 CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 2**30, 2 * 2**30
-CPU_LOGITS_SHARE = 1 / 16  # of the machine's memory
+CPU_LOGITS_SHARE = 1 / 16  # fraction of the machine's memory
 
 
 def must_recompute(model: LanguageModel, T: int, device: Device, world: World) -> bool:
-    """Whether too few rows fit into any rank's GPU unless activations are recomputed. A sharded
-    model is not measured: for it they are recomputed if somebody says so."""
+    """Whether fewer than `MIN_ROWS` rows fit into some rank's GPU without recomputing activations.
+    False for a sharded model, which is not measured: there the user decides (`--recompute`)."""
     if device.torch.type != "cuda" or is_sharded(model):
         return False
-    return world.min(_rows_in_gpu_memory(model, T, device), device.torch) < FEW_ROWS
+    return world.min(_rows_in_gpu_memory(model, T, device), device.torch) < MIN_ROWS
 
 
 def choose_micro_batch(
     model: LanguageModel, rows: int, T: int, device: Device, world: World
 ) -> int:
-    """Rows per forward pass: the most that fit and that divide the batch evenly over the ranks.
+    """Rows per forward pass: as many as fit into memory and divide each rank's share of the batch.
 
-    Raises `UserError` if the batch does not divide, if not even one row fits, or if the model is
-    sharded over GPUs: a rank that runs out of memory would leave the others waiting.
+    `rows`: rows of the global batch. Raises `UserError` if the ranks cannot share them evenly, if
+    not even one row fits, or if the model is sharded over GPUs: in a measurement, a rank that runs
+    out of memory would leave the others waiting.
     """
     if rows % world.size:
         raise UserError(f"a batch of {rows} rows does not divide over {world.size} ranks")
     if device.torch.type == "cuda" and is_sharded(model):
-        raise UserError("with --shard nobody measures how many rows fit: give --micro-batch")
+        raise UserError("--shard: the micro-batch size is not chosen for you: give --micro-batch")
     if device.torch.type == "cuda":
-        fits = min(MOST_ROWS, _rows_in_gpu_memory(model, T, device))
+        max_rows = min(MAX_ROWS, _rows_in_gpu_memory(model, T, device))
     else:
-        fits = rows_for(model.config, T, device)
-    fits = world.min(fits, device.torch)
-    if not fits:
+        max_rows = rows_for(model.config, T, device)
+    max_rows = world.min(max_rows, device.torch)
+    if not max_rows:
         raise UserError(
-            f"the {device.name} has no memory for one row of {T} tokens: use a smaller model or "
-            "--batch.length"
+            f"one row of {T} tokens does not fit in the memory of the {device.name}: use a smaller "
+            "model or --batch.length"
         )
     share = rows // world.size
-    return next(n for n in range(min(fits, share), 0, -1) if share % n == 0)
+    return next(n for n in range(min(max_rows, share), 0, -1) if share % n == 0)
 
 
 def rows_for(config: ModelConfig, T: int, device: Device) -> int:
-    """A safe number of rows without measuring: by the size of their logits."""
+    """A safe number of rows, estimated from the size of their logits without measuring."""
     budget = GPU_LOGITS_BYTES
     if device.torch.type == "cpu":
         budget = min(CPU_LOGITS_BYTES, int(CPU_LOGITS_SHARE * memory_of(device.torch)))
-    return max(1, min(MOST_ROWS, budget // (T * config.padded_vocab_size * 4)))
+    return max(1, min(MAX_ROWS, budget // (T * config.padded_vocab_size * 4)))
 
 
 def _rows_in_gpu_memory(model: LanguageModel, T: int, device: Device) -> int:
-    """Measure the memory of one and of two rows, and reckon how many fit; 0: not even one.
+    """Measure the memory for one and two rows, and extrapolate how many fit; 0: not even one.
 
-    Runs uncompiled, which takes more memory than compiled. The optimizer's state is there already.
+    Runs the model uncompiled, which needs more memory than compiled. The optimizer state is already
+    allocated.
     """
     peaks = []
     for rows in (1, 2):

@@ -1,8 +1,8 @@
-"""Weights that no rank holds whole: PyTorch's FSDP2, for models that do not fit into one GPU.
+"""Sharded models: PyTorch's FSDP2, for models that do not fit into one GPU.
 
-Each rank keeps a part of every weight, of its gradient and of its moments. A block's weights are
-gathered before they act and let go of after, so that whatever calls a sharded model must be done by
-all ranks together. FSDP is imported where it is used: that takes a second or two.
+Each rank holds a shard of every weight, its gradient and its optimizer state. A block's weights are
+gathered before they are used and freed afterwards, so all ranks must call a sharded model together.
+FSDP is imported where it is used because the import takes a second or two.
 """
 
 from collections.abc import Iterator
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def shard(model: LanguageModel, device: torch.device, world: World) -> None:
-    """Move `model` to `device`, of each weight only this rank's part. Names stay as they are.
+    """Move this rank's shard of every weight to `device`. Parameter names do not change.
 
-    Block by block, and then all else at once: the table that reads tokens is also the head.
+    Each block is one FSDP unit, and everything else is another: embedding and head may share a
+    weight.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -31,44 +32,44 @@ def shard(model: LanguageModel, device: torch.device, world: World) -> None:
     mesh = init_device_mesh(device.type, (world.size,))
     parts = [*model.blocks, cast(nn.Module, model)]
     for module in parts:
-        # Without being told, the root would stay gathered after a forward pass without a backward.
+        # By default, the root would stay gathered after a forward pass without a backward pass.
         part = fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        part.set_force_sum_reduction_for_comms(True)  # gloo knows nothing else
-    with torch.no_grad():  # what is called first is the root from then on
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+    with torch.no_grad():  # FSDP takes the module that is called first as its root
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
-    for module in parts:  # for the watchdog: from here on this rank needs the others
+    for module in parts:  # tells the watchdog that this rank now needs the others
         module.register_forward_pre_hook(lambda *_: world.location.start_waiting(), prepend=True)
 
 
 def is_sharded(model: object) -> bool:
-    """Whether `shard` has been here."""
+    """Whether `shard` was applied to `model`."""
     return hasattr(model, "unshard")
 
 
 @contextmanager
-def parts_callable(model: object) -> Iterator[None]:
-    """A model's body and head can be called by themselves in here, not only the model. On all
-    ranks; what is not sharded is left alone."""
+def unsharded_root(model: object) -> Iterator[None]:
+    """Within this context, `body`, `head` and `losses` of a sharded model can be called directly.
+    All ranks must enter it together. Does nothing for a model that is not sharded."""
     if not is_sharded(model):
         yield
         return
     root = cast("FSDPModule", model)
-    root.unshard()  # table and head; each block sees to itself
+    root.unshard()  # embedding and head; each block gathers its own weights
     try:
         yield
     finally:
         root.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of `tensor`, gathered on every rank if it is sharded: all ranks ask together."""
-    return cast("DTensor", tensor).full_tensor() if _is_part(tensor) else tensor
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered if `tensor` is sharded. All ranks must call this together."""
+    return cast("DTensor", tensor).full_tensor() if _is_dtensor(tensor) else tensor
 
 
-def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """A copy of `tensor`, which every rank has whole, on the device of `like`: this rank's part of
-    it if `like` is sharded. No rank talks to another."""
-    if not _is_part(like):
+def shard_like(like: Tensor, tensor: Tensor) -> Tensor:
+    """A copy of the full `tensor` on the device of `like`, sharded if `like` is. Every rank has the
+    full tensor, so there is no communication."""
+    if not _is_dtensor(like):
         return tensor.to(like.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
@@ -76,6 +77,5 @@ def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor, part.device_mesh, part.placements, src_data_rank=None)
 
 
-def _is_part(tensor: Tensor) -> bool:
-    """Whether it is a DTensor."""
+def _is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")

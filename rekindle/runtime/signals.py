@@ -1,4 +1,4 @@
-"""Stop requests: the first signal is remembered until the step is done, the next one ends the
+"""Stop signals: the first one requests a stop after the current step, the second one ends the
 process at once."""
 
 import os
@@ -7,33 +7,36 @@ import socket
 import threading
 import time
 
-# What Ctrl-C sends, what `kill` or a scheduler sends, and what Slurm can send as a warning.
-SIGNALS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, s)]
-ECHO = 1.0  # seconds: after Ctrl-C torchrun passes on what its processes have had already
+# Sent by Ctrl-C; by `kill` or a scheduler; by Slurm as an advance warning; by a closed terminal.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+# After Ctrl-C, torchrun forwards a signal that its processes have already received from the
+# terminal: a second signal within this many seconds is ignored.
+ECHO = 1.0
 
 
 class Listener:
-    """Listens for signals while it is entered, in the main thread of the process.
+    """A context manager that records stop signals. It has an effect only in the main thread.
 
-    A thread of its own hears them: Python runs a handler in the main thread only, and that may be
-    waiting in C++ for a GPU or for a rank that never comes.
+    A separate thread receives the signals, because Python runs signal handlers only in the main
+    thread, which may be blocked in C++, waiting for a GPU or for a rank that hangs.
     """
 
     def __init__(self) -> None:
-        self.signal = 0  # the first signal's number
+        self.signal = 0  # number of the first signal received; 0: none
         self._since = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Listener":
         if threading.current_thread() is not threading.main_thread():
             return self
-        self._ear, self._mouth = socket.socketpair()
-        self._mouth.setblocking(False)  # as Python asks for
-        self._woken = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)  # required by set_wakeup_fd
+        self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup, for example
                 self._before[number] = signal.signal(number, lambda *_: None)
         return self
 
@@ -42,19 +45,20 @@ class Listener:
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        signal.set_wakeup_fd(self._woken)
-        self._mouth.close()
+        signal.set_wakeup_fd(self._previous_fd)
+        self._writer.close()
         self._thread.join()
-        self._ear.close()
+        self._reader.close()
 
     def _listen(self) -> None:
-        """Each signal is a byte, its number; the end is an empty read."""
-        while heard := self._ear.recv(1):
-            if heard[0] in self._before:
-                self._hear(heard[0])
+        """Each signal arrives as one byte, its number; an empty read means that the socket was
+        closed."""
+        while received := self._reader.recv(1):
+            if received[0] in self._before:
+                self._receive(received[0])
 
-    def _hear(self, number: int) -> None:
+    def _receive(self, number: int) -> None:
         if not self.signal:
             self.signal, self._since = number, time.monotonic()
         elif time.monotonic() - self._since > ECHO:
-            os._exit(128 + number)  # what is half-written has a temporary name
+            os._exit(128 + number)  # safe: unfinished files still have temporary names

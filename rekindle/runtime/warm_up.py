@@ -1,4 +1,4 @@
-"""Two passes before the first step, so that no step of the training loop is unlike the others."""
+"""Two passes before the first step, so that compilation and DDP's setup are not part of a step."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,40 +16,40 @@ PASSES = 2
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What the warm-up measured."""
+    """Measurements of the warm-up."""
 
-    compile_s: float  # of the first pass, beyond what the last one took
-    pass_s: float  # forward and backward of one micro-batch, gradients averaged over the ranks
-    peak_bytes: int | None  # of the GPU's memory; the optimizer's state is in it
+    compile_s: float  # how much longer the first pass took than the last
+    pass_s: float  # forward and backward pass of one micro-batch, gradient all-reduce included
+    peak_bytes: int | None  # peak GPU memory, optimizer state included; None on other devices
 
 
 def warm_up(
     forward: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]],
     parameters: Sequence[nn.Parameter],
-    x: Tensor,  # (micro, T) token ids
-    y: Tensor,  # the same, one token on
+    x: Tensor,  # (micro_batch, T) token ids
+    y: Tensor,  # targets: x shifted by one token
     device: Device,
     world: World,
 ) -> WarmUp:
     """Run two forward and backward passes without an optimizer step.
 
-    The first one compiles. After it, DDP sorts its buckets anew by the order in which gradients
-    came; sums over three ranks and more depend on the buckets in the last bits, so that without a
-    warm-up the first step of a resumed run would differ from the same step of a run that was never
-    stopped. Leaves no trace: gradients are zero and the random state is what it was.
+    The first pass compiles. After it, DDP rebuilds its buckets in the order in which the gradients
+    arrived. With three or more ranks, the last bits of a sum depend on the buckets, so without a
+    warm-up the first step of a resumed run would differ from the same step of an uninterrupted one.
+    Afterwards, gradients are zero and the random state is restored.
     """
     seconds = []
     on_gpu = device.torch.type == "cuda"
     with torch.random.fork_rng([device.torch] if on_gpu else []):
         for _ in range(PASSES):
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             with gradient_sync(forward, world, now=True):
                 with device.autocast():
                     _, loss = forward(x, y)
                 assert loss is not None
                 loss.backward()
             device.synchronize()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start_time)
     zero_gradients(parameters)
     peak = torch.cuda.max_memory_allocated(device.torch) if on_gpu else None
     return WarmUp(max(0.0, seconds[0] - seconds[-1]), seconds[-1], peak)

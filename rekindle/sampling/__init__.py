@@ -1,4 +1,4 @@
-"""Text from a model, one token at a time."""
+"""Text generation, one token at a time."""
 
 from rekindle.sampling.decoding import (
     check_numbers,

@@ -1,7 +1,7 @@
-"""What must last is written here, and nowhere else.
+"""Durable, atomic writes. All files that must survive a crash are written through this package.
 
-A reader sees a file or folder whole or not at all: everything is written under a temporary name,
-flushed to disk, hashed, renamed into place, and the folder that holds it is flushed as well.
+A reader sees a file or folder either complete or not at all: it is written under a temporary name,
+flushed to disk, hashed and renamed into place, and then its parent folder is flushed.
 """
 
 from rekindle.storage.files import (
@@ -14,11 +14,11 @@ from rekindle.storage.files import (
     move_file,
     new_folder,
     parse_json,
+    printable,
     read_json,
     remove_folder,
     remove_unfinished,
     set_aside,
-    spelled,
     write_file,
     write_json,
 )
@@ -38,12 +38,12 @@ __all__ = [
     "move_file",
     "new_folder",
     "parse_json",
+    "printable",
     "read_json",
     "read_json_lines",
     "remove_folder",
     "remove_unfinished",
     "set_aside",
-    "spelled",
     "write_file",
     "write_json",
 ]

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 import errno
 import hashlib
@@ -17,8 +17,8 @@ from rekindle.errors import UserError
 from rekindle.schema import mismatch
 from rekindle.storage.lock import LOCK
 
-TEMPORARY = ".tmp-"  # names that start so are unfinished and may be removed by whoever comes next
-# What the format calls NumPy's types.
+TEMPORARY = ".tmp-"  # prefix of unfinished files, which any later process may remove
+# NumPy types → their names in the safetensors format.
 SAFETENSORS = {
     "<f8": "F64", "<f4": "F32", "<f2": "F16", "|b1": "BOOL", "|u1": "U8", "|i1": "I8",
     "<i2": "I16", "<i4": "I32", "<i8": "I64",
@@ -28,8 +28,8 @@ SAFETENSORS = {
 def write_file(path: Path, chunks: Iterable[Any]) -> str:
     """Write `chunks` (anything with the buffer protocol) to `path`; return the SHA-256 as hex.
 
-    A thread hashes the same memory while it is being written and flushed, each of which takes about
-    as long as the other: nobody may change it before this returns.
+    A thread hashes the memory while it is written and flushed, since both take about equally long.
+    The caller must not change the memory before this returns.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     views = [memoryview(chunk).cast("B") for chunk in chunks]
@@ -58,31 +58,32 @@ def write_json(path: Path, value: Any) -> str:
     return write_file(path, [json.dumps(value, indent=2).encode() + b"\n"])
 
 
-def read_json(path: Path, form: Any = object) -> Any:
-    """Read a JSON file. Raises `UserError` when it is missing, damaged, or not of this `form`."""
+def read_json(path: Path, schema: Any = object) -> Any:
+    """Read a JSON file. Raises `UserError` if it is missing, damaged, or does not match `schema`
+    (see `rekindle.schema.mismatch`)."""
     try:
-        return parse_json(path.read_bytes(), form)
+        return parse_json(path.read_bytes(), schema)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it or make it again") from None
+        raise UserError(f"{path} is damaged ({error}): restore it or create it again") from None
 
 
-def parse_json(text: bytes, form: Any = object) -> Any:
-    """The value in `text`. Raises `ValueError` if there is none, or not one of this `form`."""
+def parse_json(text: bytes, schema: Any = object) -> Any:
+    """The JSON value in `text`. Raises `ValueError` if it is invalid or does not match `schema`."""
     try:
         value = json.loads(text.decode())
-        if b"\\ud" in text.lower():  # half a surrogate pair is no text: nothing could print it
+        if b"\\ud" in text.lower():  # a lone surrogate cannot be encoded, so reject it here
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if wrong := mismatch(value, form):
+    if wrong := mismatch(value, schema):
         raise ValueError(wrong)
     return value
 
 
 def move_file(source: Path, path: Path) -> None:
-    """Give a finished file, on the same disk, its lasting name, once its content is on disk."""
+    """Flush a finished file to disk, then rename it to `path` on the same file system."""
     with open(source, "rb+") as file:
         _flush(file)
     os.replace(source, path)
@@ -90,23 +91,24 @@ def move_file(source: Path, path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, if they are not there, so that they stay."""
+    """Create a folder and its missing parents, and flush them to disk."""
     missing = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        _flush_folder(made.parent)
+    for created in missing:
+        _flush_folder(created.parent)
 
 
 class Folder:
-    """A folder being written; `new_folder` renames it into place when all of it is on disk."""
+    """A folder being written; `new_folder` renames it into place when all its files are on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files: dict[str, dict[str, Any]] = {}  # name -> {"sha256", "bytes"}
 
     def write_tensors(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write `arrays` as safetensors, straight from the memory they are in."""
-        ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))  # aligned
+        """Write `arrays` as safetensors, directly from their memory."""
+        # Sorted by element size, so that every array is aligned.
+        ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
         header, end = {}, 0
         for key, array in ordered:
             start, end = end, end + array.nbytes
@@ -131,14 +133,14 @@ class Folder:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Folder]:
-    """Write a folder that appears at `path` whole, or not at all if the body raises."""
+    """Write a folder that appears at `path` complete, or not at all if the body raises."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield Folder(temporary)
         _flush_folder(temporary)
-        if path.exists():  # only ever a copy of the same step: the newer one takes its place
+        if path.exists():  # a checkpoint of the same step; the new one replaces it
             remove_folder(path)
         os.rename(temporary, path)
         _flush_folder(path.parent)
@@ -148,8 +150,8 @@ def new_folder(path: Path) -> Iterator[Folder]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that it is never seen half-removed: rename first, then delete. Of a link,
-    only the link."""
+    """Remove a folder, renaming it first, so that a half-removed folder is never visible. If `path`
+    is a symbolic link, remove only the link."""
     if path.is_symlink():
         path.unlink()
         return
@@ -160,7 +162,7 @@ def remove_folder(path: Path) -> None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Give a damaged folder a name under which nobody takes it for a whole one; return it."""
+    """Rename a damaged folder so that it is not used as a complete one; return the new path."""
     aside = folder.with_name(f"damaged-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
@@ -168,23 +170,25 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def spelled(path: Path | str) -> str:
-    """A path as JSON can hold it: bytes that are no UTF-8 are written out."""
+def printable(path: Path | str) -> str:
+    """A path as text that JSON can hold: bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a process left that was killed at its beginning."""
-    return all(p.name == LOCK or p.name.startswith(TEMPORARY) for p in folder.iterdir())
+def is_empty(folder: Path, ignoring: str | None = None) -> bool:
+    """Whether a folder contains nothing but a lock, unfinished files of a killed process, and
+    the entry named `ignoring`."""
+    own = (LOCK, ignoring)
+    return all(p.name in own or p.name.startswith(TEMPORARY) for p in folder.iterdir())
 
 
 def has_unfinished(folder: Path) -> bool:
-    """Whether there is anything that `remove_unfinished` would remove."""
+    """Whether `remove_unfinished` would remove anything."""
     return any(folder.glob(f"{TEMPORARY}*"))
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left under temporary names."""
+    """Remove temporary files and folders left by a killed process."""
     for path in folder.glob(f"{TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -198,19 +202,19 @@ def file_sha256(path: Path) -> str:
 
 
 def _flush(file: IO[bytes]) -> None:
-    """What was written to `file` is on the disk, not in Python's buffer and not in the system's."""
+    """Flush `file` to disk, through Python's buffer and the operating system's cache."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def _flush_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder; its renames are journalled
+    if os.name == "nt":  # Windows cannot open a folder, and NTFS journals renames
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network disks know no flushing of folders
+        if error.errno != errno.EINVAL:  # some network file systems cannot flush folders
             raise
     finally:
         os.close(descriptor)

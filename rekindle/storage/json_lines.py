@@ -1,4 +1,4 @@
-"""Logs of one JSON object a line, which a full disk or a kill does not damage."""
+"""Logs with one JSON object per line, which survive a full disk and a kill."""
 
 import json
 import os
@@ -12,17 +12,17 @@ from rekindle.storage.files import parse_json, write_file
 
 
 class JsonLines:
-    """A log of one JSON object a line. Appended to, never rewritten but to go back in time.
+    """A log with one JSON object per line. It is append-only, except for `rewind`.
 
-    A disk that takes nothing more does not stop whoever logs: lines wait in memory for the next.
+    A full disk does not interrupt the caller: lines stay in memory until the next write succeeds.
     """
 
     def __init__(
-        self, path: Path, keep: Callable[[dict[str, Any]], bool] | None = None, form: Any = dict
+        self, path: Path, keep: Callable[[dict[str, Any]], bool] | None = None, schema: Any = dict
     ) -> None:
-        """Open `path` for appending. With `keep`, first drop every record it refuses, and a last
-        line cut short by a kill, so that a resumed run logs each step once."""
-        self._path, self._form = path, form
+        """Open `path` for appending. First drop a truncated last line and, with `keep`, every
+        record for which it returns false, so that a resumed run logs each step once."""
+        self._path, self._schema = path, schema
         self._waiting = bytearray()
         self._descriptor: int | None = None
         self._lock = threading.Lock()
@@ -31,19 +31,20 @@ class JsonLines:
         self._write()
 
     def rewind(self, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
-        """Drop every record that `keep` refuses. Raises `UserError` if the disk takes no file."""
+        """Drop every record for which `keep` is false. Raises `UserError` if writing fails."""
         self.close()
-        kept = [r for r in read_json_lines(self._path, self._form) if keep is None or keep(r)]
+        kept = [r for r in read_json_lines(self._path, self._schema) if keep is None or keep(r)]
         try:
             write_file(self._path, [(json.dumps(record) + "\n").encode() for record in kept])
         except OSError as error:
             raise UserError(
-                f"{self._path} cannot be written anew ({error.strerror}): make room or see that it "
-                "may be written to, then give the same command again"
+                f"{self._path} cannot be rewritten ({error.strerror}): free disk space or fix its "
+                "permissions, then run the same command again"
             ) from None
 
     def append(self, record: Mapping[str, Any]) -> OSError | None:
-        """Add a line, from any thread; return what kept it from being written now, if anything."""
+        """Append a line, from any thread. If it cannot be written now, keep it in memory and
+        return the error."""
         with self._lock:
             self._waiting += json.dumps(record).encode() + b"\n"
             return self._write()
@@ -51,7 +52,7 @@ class JsonLines:
     def _write(self) -> OSError | None:
         try:
             if self._descriptor is not None and not os.fstat(self._descriptor).st_nlink:
-                os.close(self._descriptor)  # somebody removed the file
+                os.close(self._descriptor)  # the file was removed
                 self._descriptor = None
             if self._descriptor is None:
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
@@ -63,7 +64,7 @@ class JsonLines:
         return None
 
     def close(self) -> OSError | None:
-        """Write what waits, and close; return what kept lines from being written, if anything."""
+        """Write the remaining lines and close the file; return the error if writing failed."""
         with self._lock:
             error = self._write() if self._waiting else None
             if self._descriptor is not None:
@@ -72,16 +73,17 @@ class JsonLines:
             return error
 
 
-def read_json_lines(path: Path, form: Any = dict) -> list[dict[str, Any]]:
-    """All whole records of a log; a last line cut short by a kill is left out.
+def read_json_lines(path: Path, schema: Any = dict) -> list[dict[str, Any]]:
+    """All complete records of a log, without a last line truncated by a kill.
 
-    Raises `UserError` that names a line which is no record of this `form` (see `schema`).
+    Raises `UserError` with the number of the first line that is invalid or does not match `schema`
+    (see `rekindle.schema.mismatch`).
     """
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             if line:
-                records.append(parse_json(line, form))
+                records.append(parse_json(line, schema))
         except ValueError as error:
             raise UserError(f"{path}, line {number} is damaged ({error}): remove it") from None
     return records

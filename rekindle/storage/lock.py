@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""A lock that lets only one process at a time write to a folder."""
 
 import errno
 import os
@@ -11,8 +11,9 @@ LOCK = ".lock"
 
 
 class Lock:
-    """Keeps a folder for one process. The system takes the lock back when the process ends, however
-    it ends; the file only says who it was. Entered, it is not taken yet; left, it is given back."""
+    """An exclusive lock on a folder. The system releases it when the process ends for any reason;
+    the content of the lock file only names the holder. As a context manager, entering does not take
+    the lock (call `take`), and leaving releases it."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK
@@ -21,14 +22,14 @@ class Lock:
 
     @property
     def held(self) -> bool:
-        """Whether it is ours."""
+        """Whether this object holds the lock."""
         return self._descriptor is not None
 
     def take(self, *, create: bool = True) -> None:
-        """Take the lock, if it is not ours already; without `create`, only if its file is there,
-        and without writing to it.
+        """Take the lock if this object does not hold it yet. Without `create`, take it only if the
+        lock file exists, and do not write to the file.
 
-        Raises `UserError` that names the process which has it.
+        Raises `UserError` that names the process holding the lock.
         """
         if self._descriptor is None and (create or self._path.exists()):
             self._descriptor = self._open()
@@ -43,32 +44,41 @@ class Lock:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(
-                f"{self._path.parent} may not be written to ({error.strerror}): give another --out"
+                f"{self._path.parent} is not writable ({error.strerror}): choose another --out"
             ) from None
-        if not _lock_file(descriptor):
+        locked = lock_file(descriptor)
+        if locked and os.fstat(descriptor).st_nlink == 0:  # another process removed it just now
+            os.close(descriptor)
+            return self._open()
+        if not locked:
             holder = (
                 os.pread(descriptor, 200, 0).decode(errors="replace") if os.name != "nt" else ""
             )
             os.close(descriptor)
             raise UserError(
-                f"{self._path.parent} is in use by {holder or 'another process'}: wait until that "
-                "is done, or give another --out"
+                f"{self._path.parent} is in use by {holder or 'another process'}: wait until it "
+                "has finished, or choose another --out"
             )
         return descriptor
 
     def __enter__(self) -> "Lock":
         return self
 
+    def remove_file(self) -> None:
+        """Remove the lock file, while the lock is held."""
+        if self._descriptor is not None:
+            self._path.unlink(missing_ok=True)
+
     def __exit__(self, *_: object) -> None:
-        """Give the lock back, if it was taken."""
+        """Release the lock, if it was taken."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
-def _lock_file(descriptor: int) -> bool:
-    """Lock an open file; False if another process has. Some file systems of clusters have no locks:
-    there everybody gets one."""
+def lock_file(descriptor: int) -> bool:
+    """Lock an open file; False if another process holds the lock. On file systems without locks,
+    as on some clusters, this always succeeds."""
     try:
         if os.name == "nt":
             import msvcrt

@@ -1,4 +1,4 @@
-"""`rekindle check` on logs that are written here: each band passed and missed."""
+"""`rekindle check` on logs that the tests write: values inside and outside each band."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ END = 19_073
 
 
 def curve(until: int, offset: float = 0.0, **at: float | None) -> dict[int, Any]:
-    """The published validation losses up to a step, with `offset`, and `s250=` another one."""
+    """The published validation losses up to a step, plus `offset`; `s250=` replaces one."""
     losses = {s: loss + offset for s, loss in bands.CURVE.items() if s <= until}
     if until == END:
         losses[END] = 3.075 + offset
@@ -94,7 +94,7 @@ def failed(part: Part) -> list[str]:
 REACHED = {13_500: 0.2934, 14_000: 0.2999, 14_500: 0.2950}
 
 
-def test_the_published_run_passes(write_run: Callable[..., Path], rekindle: Callable) -> None:
+def test_published_run_passes(write_run: Callable[..., Path], rekindle: Callable) -> None:
     run = write_run("run", losses=curve(END), scores=REACHED)
     done = rekindle("check", run, "--price-per-hour", 6, "--json")
     assert done.status == 0, done.out
@@ -123,7 +123,7 @@ def test_the_published_run_passes(write_run: Callable[..., Path], rekindle: Call
         (curve(END, s19073=3.0855), ["final loss"]),
         (curve(END, s19073=3.0645), ["final loss"]),
         (curve(END, s19073=None), ["final loss"]),
-        (curve(END, s250=6.1631, s1000=4.1533, s1250=3.9518), []),  # the right run of PR 30
+        (curve(END, s250=6.1631, s1000=4.1533, s1250=3.9518), []),  # the correct run of PR 30
         (curve(END, s250=6.4300), ["loss at step 250", "published curve"]),  # the wrong one
         (curve(END, s1000=4.07), ["loss at step 1,000", "published curve"]),
         (curve(END, s2000=3.6935), ["loss at step 2,000", "published curve"]),
@@ -133,7 +133,7 @@ def test_the_published_run_passes(write_run: Callable[..., Path], rekindle: Call
         (curve(END, s12000=None), ["published curve"]),
     ],
 )
-def test_a_finished_run_has_to_follow_the_curve(
+def test_finished_run_must_follow_the_published_curve(
     write_run: Callable[..., Path], losses: dict[int, float], wrong: list[str]
 ) -> None:
     [part] = judged(write_run("run", losses=losses, scores=REACHED))
@@ -141,10 +141,10 @@ def test_a_finished_run_has_to_follow_the_curve(
     assert part.passed == (not wrong)
 
 
-def test_other_validation_tokens_widen_the_band_and_the_end_is_evaluated(
+def test_other_validation_tokens_have_a_wider_band_and_the_final_loss_is_evaluated(
     write_run: Callable[..., Path],
 ) -> None:
-    """The recipe's own evaluation is over 10,485,760 tokens."""
+    """The recipe evaluates 10,485,760 tokens, the published run 1,310,720."""
     losses = curve(END, s2000=3.7200, s500=5.39)
     run = write_run("run", losses=losses, scores=REACHED, tokens=10_485_760)
     [part] = judged(run, evaluate=lambda _: 3.0800)
@@ -166,13 +166,13 @@ def test_other_validation_tokens_widen_the_band_and_the_end_is_evaluated(
     [
         (100, {0: 10.9516}, "continue"),
         (300, curve(250), "continue"),
-        (300, curve(250, s250=6.43), "stop: loss at step 250, 6.4300, should be 6.1729 ± 0.06"),
-        (1_100, curve(1_000, s1000=4.8797), "stop: loss at step 1,000, 4.8797"),
-        (2_100, curve(2_000, s2000=3.62), "stop: loss at step 2,000, 3.6200"),
-        (2_100, curve(2_000, s1500=None), "stop: published curve, 8 of 9 within, furthest nan"),
+        (300, curve(250, s250=6.43), "stop: loss at step 250: 6.4300, should be 6.1729 ± 0.06"),
+        (1_100, curve(1_000, s1000=4.8797), "stop: loss at step 1,000: 4.8797"),
+        (2_100, curve(2_000, s2000=3.62), "stop: loss at step 2,000: 3.6200"),
+        (2_100, curve(2_000, s1500=None), "stop: published curve: 8 of 9 within, worst nan"),
     ],
 )
-def test_an_unfinished_run_is_told_to_continue_or_why_to_stop(
+def test_verdict_on_an_unfinished_run(
     write_run: Callable[..., Path], rekindle: Callable, taken: int, losses: dict[int, float],
     verdict: str,
 ) -> None:  # fmt: skip
@@ -182,7 +182,7 @@ def test_an_unfinished_run_is_told_to_continue_or_why_to_stop(
     assert rekindle("check", run).status == (0 if verdict == "continue" else 1)
 
 
-def test_the_first_training_losses_are_those_of_the_same_seed(
+def test_first_training_losses_are_compared_for_the_same_seed(
     write_run: Callable[..., Path],
 ) -> None:
     [part] = judged(write_run("near", taken=50, first={9: 9.9703}))
@@ -190,7 +190,7 @@ def test_the_first_training_losses_are_those_of_the_same_seed(
     [part] = judged(write_run("far", taken=50, first={9: 9.9725}))
     assert failed(part) == ["first training losses"]
     assert part.verdict == (
-        "stop: first training losses, 9 of 10 within, furthest 9.9725 at step 9, should be "
+        "stop: first training losses: 9 of 10 within, worst 9.9725 at step 9, should be "
         "9.9613 ± 0.01"
     )
     [part] = judged(write_run("other", taken=50, first={9: 9.9725}, seed=1))
@@ -211,7 +211,7 @@ def test_the_first_training_losses_are_those_of_the_same_seed(
         ({"source": {"name": "parquet: downloads"}}, ""),
     ],
 )
-def test_the_bands_are_for_one_recipe_and_its_data(
+def test_changed_recipe_or_data_fails(
     write_run: Callable[..., Path], changes: dict[str, Any], wrong: str
 ) -> None:
     [part] = judged(write_run("run", taken=300, losses=curve(250), **changes))
@@ -220,15 +220,15 @@ def test_the_bands_are_for_one_recipe_and_its_data(
     )
 
 
-def test_data_that_is_gone_is_assumed_to_be_right(write_run: Callable[..., Path]) -> None:
+def test_missing_data_is_assumed_to_be_right(write_run: Callable[..., Path]) -> None:
     run = write_run("run", taken=300, losses=curve(250))
     data = run.with_name("run-data")
     data.rename(run.with_name("moved"))
     [part] = judged(run)
-    assert row(part, "data").measured == "not known, assumed to be FineWeb-Edu"
+    assert row(part, "data").measured == "unknown, assumed to be FineWeb-Edu"
     assert read_run(run, run.with_name("moved")).dataset == "FineWeb-Edu"
     other = write_run("other", taken=1)
-    with pytest.raises(UserError, match="is not what the run was trained on"):
+    with pytest.raises(UserError, match="is not the run's training data"):
         read_run(run, other.with_name("other-data"))
 
 
@@ -253,7 +253,7 @@ def fast(write_run: Callable[..., Path], *ends: float | None, **options: Any) ->
         ([3.2755], {"taken": 3_000, "losses": {}}, ["finished runs"]),
     ],
 )
-def test_the_records_rule(
+def test_rule_of_the_public_record(
     write_run: Callable[..., Path], ends: list[float], options: dict[str, Any], wrong: list[str]
 ) -> None:
     if "losses" in options:
@@ -266,18 +266,18 @@ def test_the_records_rule(
     assert all(part.passed for part in parts[:-1])
 
 
-def test_one_seed_twice_is_one_run(write_run: Callable[..., Path]) -> None:
+def test_same_seed_twice_fails(write_run: Callable[..., Path]) -> None:
     [run] = fast(write_run, 3.27)
     parts = judged(run, run)
     assert failed(parts[-1]) == ["seeds"]
 
 
-def test_a_changed_fast_recipe_is_no_record(write_run: Callable[..., Path]) -> None:
+def test_changed_fast_recipe_fails(write_run: Callable[..., Path]) -> None:
     [run] = fast(write_run, 3.27, **{"optim.head_lr": 0.008})
     assert failed(judged(run)[0]) == ["recipe"]
 
 
-def test_the_fast_recipe_on_fineweb_edu_surpasses_gpt2_or_not(
+def test_fast_recipe_on_fineweb_edu_must_surpass_gpt2(
     write_run: Callable[..., Path],
 ) -> None:
     named: dict[str, Any] = {"recipe": "gpt2-124m-fast", "taken": 3_250, "seconds": 3.6}
@@ -300,17 +300,17 @@ def test_the_fast_recipe_on_fineweb_edu_surpasses_gpt2_or_not(
     assert part.passed  # not finished
 
 
-def test_a_log_that_lacks_steps_gives_no_hours(write_run: Callable[..., Path]) -> None:
+def test_hours_are_unknown_if_the_log_lacks_steps(write_run: Callable[..., Path]) -> None:
     run = write_run("run", losses=curve(END), scores=REACHED)
     log = run / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[1:]))
     [part] = judged(run, price=6)
     measured = row(part, "GPT-2 124M surpassed").measured
-    assert "hours not known" in measured
+    assert "hours unknown" in measured
     assert "cost" not in measured
 
 
-def test_the_interval_is_that_of_a_proportion() -> None:
+def test_confidence_interval_of_an_accuracy() -> None:
     assert interval(0.2955, 10_042) == pytest.approx(0.00892, rel=1e-2)
 
 
@@ -347,12 +347,12 @@ def measured(loss: float = 3.2924, score: float = 0.2955, tokens: int = bands.FI
         ({"tokens": 9}, ["validation tokens"]),
     ],
 )
-def test_the_bands_of_openais_weights(options: dict[str, Any], wrong: list[str]) -> None:
+def test_bands_of_openais_weights(options: dict[str, Any], wrong: list[str]) -> None:
     assert failed(gpt2.judge_gpt2(measured(**options))) == wrong
 
 
-def test_openais_weights_are_scored_over_the_first_tokens_of_fineweb_edu(tmp_path: Path) -> None:
-    """The beginning of its first file, each document led by an end of text."""
+def test_openais_weights_are_evaluated_on_the_first_tokens_of_fineweb_edu(tmp_path: Path) -> None:
+    """From the start of its first file, with an end of text before each document."""
     pq.write_table(pa.table({"text": ["Hello world"] * 3 + ["not read"]}), tmp_path / "a.parquet")
     gpt2.write_beginning(tmp_path / "a.parquet", tmp_path, 8)
     manifest = read_manifest(tmp_path)
@@ -361,7 +361,7 @@ def test_openais_weights_are_scored_over_the_first_tokens_of_fineweb_edu(tmp_pat
     assert manifest.tokens("val") == 8
 
 
-def test_weights_are_evaluated_over_the_tokens_of_the_bands(
+def test_evaluation_uses_the_number_of_tokens_of_the_bands(
     train: Callable[..., Any], write_shards: Callable[..., Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

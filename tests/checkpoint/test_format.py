@@ -1,4 +1,4 @@
-"""A checkpoint comes back bit for bit, or is refused by name."""
+"""A checkpoint is restored bit for bit, or fails with an error that names the damaged file."""
 
 import dataclasses
 import re
@@ -50,7 +50,7 @@ def state(model: GPT2, optimizer: AdamW) -> list[Tensor]:
 
 @pytest.fixture
 def save(describe: Callable, tmp_path: Path) -> Callable[..., Path]:
-    """`save(step, model, optimizer)`: a checkpoint."""
+    """`save(step, model, optimizer)`: write a checkpoint and return its path."""
 
     def write(step: int, model: GPT2, optimizer: AdamW) -> Path:
         snapshot = Snapshot(model, optimizer)
@@ -65,7 +65,7 @@ def saved(trained: tuple[GPT2, AdamW], save: Callable) -> Path:
     return save(3, *trained)
 
 
-def test_weights_and_optimizer_come_back(
+def test_weights_and_optimizer_state_are_restored_exactly(
     trained: tuple[GPT2, AdamW], saved: Path, tiny: Recipe
 ) -> None:
     model, optimizer = trained
@@ -74,7 +74,7 @@ def test_weights_and_optimizer_come_back(
     loaded = checkpoint.load(saved)
     assert loaded.step == 3
     missing, unexpected = other.load_state_dict(loaded.model, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])  # the tied one, saved once
+    assert (missing, unexpected) == (["lm_head.weight"], [])  # tied to wte, so saved once
     loaded.restore_optimizer(other_optimizer)
     for _ in range(2):
         before, after = state(model, optimizer), state(other, other_optimizer)
@@ -84,8 +84,8 @@ def test_weights_and_optimizer_come_back(
         step(other, other_optimizer)
 
 
-def test_a_snapshot_stays_as_it_was(trained: tuple[GPT2, AdamW]) -> None:
-    """And the next one takes no more memory."""
+def test_snapshot_is_independent_of_later_steps(trained: tuple[GPT2, AdamW]) -> None:
+    """Also checks that the next snapshot reuses the memory."""
     model, optimizer = trained
     snapshot = Snapshot(model, optimizer)
     memory = [t.data_ptr() for t in (*snapshot.model.values(), *snapshot.optimizer.values())]
@@ -104,7 +104,7 @@ def test_a_snapshot_stays_as_it_was(trained: tuple[GPT2, AdamW]) -> None:
     assert now == memory
 
 
-def test_a_snapshot_takes_twelve_bytes_a_parameter(
+def test_snapshot_takes_twelve_bytes_per_parameter(
     trained: tuple[GPT2, AdamW],
 ) -> None:
     model, optimizer = trained
@@ -116,7 +116,7 @@ def test_a_snapshot_takes_twelve_bytes_a_parameter(
     assert sum(storages.values()) == 12 * sum(p.numel() for p in parameters) + counts
 
 
-def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, save: Callable) -> None:
+def test_untrained_model_can_be_saved(tiny: Recipe, save: Callable) -> None:
     model = GPT2(tiny.model)
     optimizer = AdamW(model, AdamWConfig(lr=1e-2))
     loaded = checkpoint.load(save(0, model, optimizer))
@@ -131,7 +131,7 @@ def test_a_model_that_has_taken_no_step_can_be_saved(tiny: Recipe, save: Callabl
     assert all(torch.equal(p, new) for p, new in zip(model.parameters(), after, strict=True))
 
 
-def test_a_description_can_be_amended(saved: Path) -> None:
+def test_amend_changes_the_description(saved: Path) -> None:
     loaded = checkpoint.load(saved)
     loaded = checkpoint.amend(loaded, evaluated=True, validation_loss=1.25)
     again = checkpoint.load(saved)
@@ -139,8 +139,8 @@ def test_a_description_can_be_amended(saved: Path) -> None:
     assert (again.description.evaluated, again.description.validation_loss) == (True, 1.25)
 
 
-def test_the_least_that_a_run_can_have_is_read(saved: Path) -> None:
-    """Windows of one token, on one thread."""
+def test_smallest_valid_values_are_accepted(saved: Path) -> None:
+    """A sequence length of one, and one thread."""
     loaded = checkpoint.load(saved)
     recipe = {**loaded.description.recipe, "batch.length": 1}
     machine = dataclasses.replace(loaded.description.machine, threads=1)
@@ -148,15 +148,15 @@ def test_the_least_that_a_run_can_have_is_read(saved: Path) -> None:
     assert checkpoint.load(saved).description.recipe["batch.length"] == 1
 
 
-def test_names_are_gpt2s_own(saved: Path, trained: tuple[GPT2, AdamW]) -> None:
+def test_tensors_have_gpt2_names(saved: Path, trained: tuple[GPT2, AdamW]) -> None:
     names = sorted(dict(trained[0].named_parameters()))
     assert "transformer.h.0.attn.c_attn.weight" in names
     assert sorted(load_file(saved / "model.safetensors")) == names
-    moments = [f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in names]
-    assert sorted(load_file(saved / "optimizer.safetensors")) == [*moments, "updates"]
+    state = [f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in names]
+    assert sorted(load_file(saved / "optimizer.safetensors")) == [*state, "updates"]
 
 
-def test_a_compiled_model_is_saved_under_clean_names(
+def test_compiled_model_is_saved_under_plain_names(
     trained: tuple[GPT2, AdamW], save: Callable
 ) -> None:
     model, optimizer = trained
@@ -167,7 +167,7 @@ def test_a_compiled_model_is_saved_under_clean_names(
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_named(saved: Path, name: str) -> None:
+def test_missing_file_is_named(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(UserError, match=re.escape(name)):
         checkpoint.load(saved)
@@ -175,7 +175,7 @@ def test_a_missing_file_is_named(saved: Path, name: str) -> None:
 
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_cut_short_is_named(saved: Path, name: str, part: float) -> None:
+def test_truncated_file_is_named(saved: Path, name: str, part: float) -> None:
     content = (saved / name).read_bytes()
     (saved / name).write_bytes(content[: int(len(content) * part)])
     with pytest.raises(UserError, match=re.escape(name)):
@@ -183,7 +183,7 @@ def test_a_file_cut_short_is_named(saved: Path, name: str, part: float) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_found(saved: Path, name: str) -> None:
+def test_flipped_bit_is_detected(saved: Path, name: str) -> None:
     content = bytearray((saved / name).read_bytes())
     for position in range(0, len(content), max(1, len(content) // 50)):
         content[position] ^= 1
@@ -195,21 +195,21 @@ def test_a_flipped_bit_is_found(saved: Path, name: str) -> None:
     checkpoint.load(saved)
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no"):
         checkpoint.find(tmp_path / "nothing")
-    with pytest.raises(UserError, match="is no run and no checkpoint"):
+    with pytest.raises(UserError, match="is not a run or a checkpoint"):
         checkpoint.find(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="has no checkpoint yet"):
         checkpoint.find(tmp_path)
     storage.write_json(tmp_path / "checkpoint.json", ["something else"])
-    with pytest.raises(UserError, match="is not the description of a checkpoint"):
+    with pytest.raises(UserError, match="is not a valid checkpoint description"):
         checkpoint.load(tmp_path)
     newer = {"format": 99}
     sha256 = format.description_sha256(newer)
     storage.write_json(tmp_path / "checkpoint.json", {**newer, "sha256": sha256})
-    with pytest.raises(UserError, match="is not a checkpoint of format 4"):
+    with pytest.raises(UserError, match="does not have checkpoint format 4"):
         checkpoint.load(tmp_path)
 
 
@@ -218,7 +218,7 @@ def make_folders(folder: Path, *names: str) -> None:
         (folder / name).mkdir(parents=True)
 
 
-def test_the_newest_is_found_by_its_number(tmp_path: Path) -> None:
+def test_newest_checkpoint_is_found_by_number(tmp_path: Path) -> None:
     names = ["step-000009", "step-000010", "step-999999", "step-1000000"]
     make_folders(tmp_path / "checkpoints", *reversed(names), ".tmp-step-2000000", "step-x")
     (tmp_path / "checkpoints" / "step-3000000").write_text("a file")
@@ -236,7 +236,7 @@ def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: int) -> None:
 
 
 def make_checkpoints(folder: Path, losses: dict[int, Any]) -> None:
-    """Folders of these steps that say so of their validation loss."""
+    """Checkpoint folders that contain only a validation loss, by step."""
     for step, loss in losses.items():
         (folder / f"step-{step:06d}").mkdir()
         storage.write_json(
@@ -258,27 +258,27 @@ LOSSES = {5: 3.0, 10: 1.0, 15: 2.0, 20: 4.0, 25: None, 30: 5.0}
     [
         (checkpoint.Keep(newest=1, best=1), [10, 30]),
         (checkpoint.Keep(newest=2, best=2), [10, 15, 25, 30]),
-        (checkpoint.Keep(newest=1, best=9), [5, 10, 15, 20, 30]),  # 25 was not measured
+        (checkpoint.Keep(newest=1, best=9), [5, 10, 15, 20, 30]),  # no loss was measured at 25
         (checkpoint.Keep(newest=1, every=10), [10, 20, 30]),
         (checkpoint.Keep(newest=2, best=1, every=15), [10, 15, 25, 30]),
         (checkpoint.Keep(newest=0, best=1, every=10), list(LOSSES)),
     ],
 )
-def test_prune_keeps_the_best_and_every_so_many_beside_the_newest(
+def test_prune_keeps_the_newest_the_best_and_every_nth(
     tmp_path: Path, keep: checkpoint.Keep, steps: list[int]
 ) -> None:
     make_checkpoints(tmp_path, LOSSES)
     assert kept(tmp_path, keep) == steps
 
 
-def test_the_best_may_be_among_the_newest(tmp_path: Path) -> None:
-    """And is then not sought among the older ones."""
+def test_prune_counts_the_newest_among_the_best(tmp_path: Path) -> None:
+    """If the newest checkpoint is the best, no older one is kept for `best`."""
     make_checkpoints(tmp_path, {5: 3.0, 10: 2.0, 15: 1.0})
     assert kept(tmp_path, checkpoint.Keep(newest=1, best=1)) == [15]
 
 
-def test_the_newest_is_never_removed(tmp_path: Path) -> None:
-    """Whatever its loss; and so a run that prunes after every checkpoint keeps the best one."""
+def test_prune_never_removes_the_newest(tmp_path: Path) -> None:
+    """Whatever its loss. So a run that prunes after every checkpoint also keeps the best one."""
     best = []
     for step, loss in ((1, 5.0), (2, 1.0), (3, 9.0), (4, 8.0), (5, float("inf"))):
         make_checkpoints(tmp_path, {step: loss})
@@ -291,7 +291,7 @@ def test_the_newest_is_never_removed(tmp_path: Path) -> None:
     [b"", b"{", b"[]", b"3", b"\xff", b'{"validation_loss": "1"}', b'{"validation_loss": NaN}',
      b'{"validation_loss": -Infinity}', b"[" * 99999, None],
 )  # fmt: skip
-def test_a_damaged_description_is_not_the_best(tmp_path: Path, description: bytes | None) -> None:
+def test_prune_ignores_damaged_descriptions(tmp_path: Path, description: bytes | None) -> None:
     make_checkpoints(tmp_path, {5: 1.0, 10: 2.0, 15: 3.0})
     file = tmp_path / "step-000005" / "checkpoint.json"
     file.write_bytes(description) if description is not None else file.unlink()

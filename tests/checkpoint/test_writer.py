@@ -1,4 +1,4 @@
-"""A checkpoint is written while training goes on, and holds what was there when it was begun."""
+"""Checkpoints are written in the background and hold the state at the time of the save."""
 
 import dataclasses
 import io
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Training:
-    """A tiny model in training, whose run folder is `folder`."""
+    """A tiny model in training that saves its checkpoints in `folder`."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, describe: Callable, *, keep: int = 0,
@@ -65,7 +65,7 @@ class Training:
         self.steps += 1
 
     def save(self) -> dict[str, Tensor]:
-        """Step, begin a checkpoint, and return what must be in it."""
+        """Take a step, start a checkpoint, and return the state that it must hold."""
         self.step()
         self.saver.save(self.describe(self.steps, self.model.config))
         return self.state()
@@ -77,7 +77,7 @@ class Training:
         }
 
     def written(self, step: int) -> dict[str, Tensor]:
-        """What the checkpoint of `step` holds, its hashes checked."""
+        """The tensors in the checkpoint of `step`, after checking its hashes."""
         from safetensors.torch import load_file
 
         loaded = checkpoint.load(self.folder / "checkpoints" / f"step-{step:06d}")
@@ -98,7 +98,7 @@ def training(tiny: Recipe, tmp_path: Path, describe: Callable) -> Training:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Until it is set, nothing is written."""
+    """Blocks writing until it is set."""
     opened, original = threading.Event(), storage.write_file
 
     def write(path: Path, chunks: Any) -> str:
@@ -115,8 +115,10 @@ def assert_equal(written: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
         assert torch.equal(written[name], tensor), name
 
 
-def test_training_goes_on_and_changes_nothing(training: Training, gate: threading.Event) -> None:
-    """And the checkpoint is told of when it is whole."""
+def test_training_during_a_save_does_not_change_the_checkpoint(
+    training: Training, gate: threading.Event
+) -> None:
+    """Also checks that a checkpoint is logged only once it is complete."""
     state = training.save()
     training.step()
     training.step()
@@ -134,49 +136,48 @@ def test_training_goes_on_and_changes_nothing(training: Training, gate: threadin
     assert training.printed.getvalue().startswith(f"step     1 | saved {path} (")
 
 
-def test_a_save_waits_for_the_one_before(
+def test_save_waits_for_the_previous_one(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, under_way = checkpoint.write, []
-    asked = threading.Semaphore(0)  # for the next checkpoint, while this one is being written
+    write, in_progress = checkpoint.write, []
+    next_save = threading.Semaphore(0)  # released just before the next call of `save`
 
     def slow(*arguments: Any) -> Path:
-        under_way.append(1)
-        assert len(under_way) == 1
-        assert asked.acquire(timeout=60)
+        in_progress.append(1)
+        assert len(in_progress) == 1
+        assert next_save.acquire(timeout=60)
         time.sleep(0.3)
         path = write(*arguments)
-        under_way.pop()
+        in_progress.pop()
         return path
 
     monkeypatch.setattr(writer, "write", slow)
     states = [training.save()]
     for _ in range(2):
         training.step()
-        asked.release()
+        next_save.release()
         training.saver.save(training.describe(training.steps, training.model.config))
         states.append(training.state())
-    asked.release()
+    next_save.release()
     training.saver.finish()
     for step, state in enumerate(states, 1):
         assert_equal(training.written(step), state)
     _, second, third = (r["stall_s"] for r in training.records())
-    assert min(second, third) > 0.1  # what it waited for is seen
+    assert min(second, third) > 0.1  # the wait is part of the stall
 
 
-def test_closing_waits(training: Training, gate: threading.Event) -> None:
+def test_close_waits_for_the_checkpoint(training: Training, gate: threading.Event) -> None:
     state = training.save()
     threading.Timer(0.2, gate.set).start()
     training.saver.close()
     assert_equal(training.written(1), state)
-    assert training.printed.getvalue().startswith("finishing the checkpoint under way\n")
+    assert training.printed.getvalue().startswith("finishing the checkpoint in progress\n")
 
 
 UNCLOSED = """
 import json, sys, time
 from pathlib import Path
 from rekindle import storage
-from rekindle.model.gpt2_config import GPT2Config
 from rekindle.model.gpt2_config import GPT2Config
 from rekindle.model.gpt2 import GPT2
 from rekindle.optim.adamw import AdamW
@@ -207,10 +208,10 @@ raise SystemExit(3)
 """
 
 
-def test_the_process_does_not_end_before_it_is_whole(
+def test_process_does_not_exit_before_the_checkpoint_is_complete(
     tmp_path: Path, describe: Callable, python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """Even if nobody closes anything."""
+    """Even if the saver is never closed."""
     config = GPT2Config(
         n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9, padded_vocab_size=9
     )
@@ -220,26 +221,26 @@ def test_the_process_does_not_end_before_it_is_whole(
     assert checkpoint.load(path).step == 1
 
 
-def full(descriptor: int) -> None:
+def disk_full(descriptor: int) -> None:
     raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("then", ["save", "finish"])
-def test_a_disk_that_fails_is_told_at_once_and_raised_only_at_the_end(
+def test_disk_error_is_printed_at_once_and_raised_by_finish(
     tiny: Recipe, tmp_path: Path, describe: Callable, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
-    """The checkpoint before is untouched, and nothing half-written stays."""
-    monkeypatch.setattr(writer, "PAUSES", (0.01, 0.02))
+    """The previous checkpoint is untouched, and no partial file is left."""
+    monkeypatch.setattr(writer, "RETRY_DELAYS", (0.01, 0.02))
     training = Training(tiny, tmp_path, describe, keep=1)
     state = training.save()
     training.saver.finish()
     with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full)
+        patch.setattr("os.fsync", disk_full)
         training.save()
-        training.saver.close()  # tells, but does not raise
+        training.saver.close()  # does not raise
     assert "step     2 | saving failed: No space left on device\n" in training.printed.getvalue()
     folder = re.escape(str(tmp_path / "checkpoints"))
-    expected = rf"step 2 in {folder} failed \(No space left on device\): make room"
+    expected = rf"step 2 in {folder} failed \(No space left on device\): free some space"
     assert training.names() == ["step-000001"]
     assert_equal(training.written(1), state)
     assert [r["step"] for r in training.records()] == [1]
@@ -253,7 +254,7 @@ def test_a_disk_that_fails_is_told_at_once_and_raised_only_at_the_end(
     assert_equal(training.written(3), state)
 
 
-def test_a_mistake_of_ours_is_raised_as_it_is(
+def test_other_exceptions_are_raised_unchanged(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any) -> None:
@@ -266,17 +267,17 @@ def test_a_mistake_of_ours_is_raised_as_it_is(
     assert "saving failed: KeyError('oh')" in training.printed.getvalue()
 
 
-def test_older_ones_go_when_the_new_one_is_whole(
+def test_old_checkpoints_are_removed_after_the_new_one_is_complete(
     tiny: Recipe, tmp_path: Path, describe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = Training(tiny, tmp_path, describe, keep=2)
     remove, seen = storage.remove_folder, []
 
-    def noted(path: Path) -> None:
+    def record(path: Path) -> None:
         seen.append((path.name, training.names()))
         remove(path)
 
-    monkeypatch.setattr(storage, "remove_folder", noted)
+    monkeypatch.setattr(storage, "remove_folder", record)
     for _ in range(3):
         training.save()
     training.saver.finish()
@@ -284,10 +285,10 @@ def test_older_ones_go_when_the_new_one_is_whole(
     assert training.names() == ["step-000002", "step-000003"]
 
 
-def test_an_old_one_that_cannot_be_removed_harms_nobody(
+def test_failing_to_remove_an_old_checkpoint_is_only_printed(
     tiny: Recipe, tmp_path: Path, describe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on NFS, where a file stays as long as somebody has it open."""
+    """As on NFS, where an open file cannot be removed completely."""
 
     def remove(path: Path) -> None:
         raise OSError(39, "Directory not empty")
@@ -303,9 +304,7 @@ def test_an_old_one_that_cannot_be_removed_harms_nobody(
     assert [r["step"] for r in training.records()] == [1, 2]
 
 
-def test_other_ranks_neither_write_nor_wait(
-    tiny: Recipe, tmp_path: Path, describe: Callable
-) -> None:
+def test_other_ranks_do_not_write(tiny: Recipe, tmp_path: Path, describe: Callable) -> None:
     training = Training(tiny, tmp_path, describe, is_main=False)
     before = threading.active_count()
     training.save()

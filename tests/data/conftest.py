@@ -1,4 +1,4 @@
-"""Small texts, Parquet files, and a hub on this machine."""
+"""Fixtures: small texts, Parquet files, and a local server that stands in for the hub."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ WORDS += ["<|endoftext|>", "\n\n", "tab\t", "🙂"]
 
 
 def some_texts(count: int, seed: int = 0, words: int = 40) -> list[str]:
-    """Documents that differ, of uneven length."""
+    """Distinct documents of varying length."""
     rng = random.Random(seed)
     return [
         f"{seed}-{i} " + " ".join(rng.choices(WORDS, k=rng.randint(0, 2 * words)))
@@ -57,7 +57,7 @@ def parquet(tmp_path: Path) -> Callable[..., Path]:
 
 
 class LocalHub:
-    """The part of the hub that its Python client needs, with faults on demand."""
+    """A server with the part of the hub's API that its client needs, and with faults on demand."""
 
     revision = "0123456789abcdef0123456789abcdef01234567"
 
@@ -65,19 +65,19 @@ class LocalHub:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.licence: str | list[str] | None = "odc-by"
         self.corrupt: set[str] = set()  # files sent with a byte changed
-        self.cut: dict[str, int] = {}  # files whose next so many answers stop half-way
-        self.downloads: list[str] = []  # files asked for, in order
-        self.revisions: set[str] = set()  # that files and lists of files were asked of
+        self.cut: dict[str, int] = {}  # file → how many of its next responses stop half-way
+        self.downloads: list[str] = []  # requested files, in order
+        self.revisions: set[str] = set()  # requested revisions of files and file lists
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_HEAD(self) -> None:
-                hub.answer(self, body=False)
+                hub.respond(self, body=False)
 
             def do_GET(self) -> None:
-                hub.answer(self, body=True)
+                hub.respond(self, body=True)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -87,7 +87,7 @@ class LocalHub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
-    def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
+    def respond(self, request: BaseHTTPRequestHandler, body: bool) -> None:
         path = unquote(urlsplit(request.path).path)
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/(\w+))?", path):
             self._json(request, self._info(found[1], found[2]))

@@ -1,4 +1,4 @@
-"""A console whose output a test can read."""
+"""A console whose output a test can inspect."""
 
 import io
 
@@ -6,19 +6,19 @@ from rekindle.observe.console import Console
 
 
 class _Stream(io.StringIO):
-    def __init__(self, said: list[str], terminal: bool) -> None:
+    def __init__(self, output: list[str], terminal: bool) -> None:
         super().__init__()
-        self.said, self.terminal = said, terminal
+        self.output, self.terminal = output, terminal
 
     def isatty(self) -> bool:
         return self.terminal
 
     def write(self, text: str) -> int:
         if text:
-            self.said.append(text if self.terminal else text.removesuffix("\n"))
+            self.output.append(text if self.terminal else text.removesuffix("\n"))
         return len(text)
 
 
-def listen(said: list[str], *, terminal: bool = False) -> Console:
-    """A console that adds what it prints to `said`: lines, or for a terminal all characters."""
-    return Console(stream=_Stream(said, terminal))
+def listen(output: list[str], *, terminal: bool = False) -> Console:
+    """A console that appends its output to `output`: lines, or for a terminal all characters."""
+    return Console(stream=_Stream(output, terminal))

@@ -1,4 +1,4 @@
-"""A source of local files, by the name of its flag."""
+"""Create a source of local files from the name of its flag."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +8,6 @@ from rekindle.data.sources import from_arguments
 
 
 def source_of(kind: str, paths: Sequence[Path]) -> Any:
-    """What `--KIND PATHS` names."""
+    """The source for `--KIND PATHS`."""
     flags: dict[str, Any] = {kind: list(paths)}
     return from_arguments(**flags)

@@ -1,4 +1,4 @@
-"""How many threads a process may use."""
+"""The number of cores that a process may use."""
 
 import os
 
@@ -7,13 +7,13 @@ import pytest
 from rekindle.data.cores import usable_cores
 
 
-def test_the_processes_own_share_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_of_the_process_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
     assert usable_cores() == 3
 
 
 @pytest.mark.parametrize(("cores", "usable"), [(6, 6), (None, 1)])
-def test_where_the_system_does_not_tell_it_is_the_machines(
+def test_cores_of_the_machine_are_the_fallback(
     monkeypatch: pytest.MonkeyPatch, cores: int | None, usable: int
 ) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)

@@ -1,4 +1,4 @@
-"""The hub, through a real server on this machine: pinned, checked, bounded, and gone on with."""
+"""Downloads from a real local server: pinned, checked, bounded on disk, and resumable."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ def read_text(out: Path, split: str) -> list[str]:
 
 @pytest.fixture
 def edu(hub: Any, texts: Callable[..., list[str]], as_parquet: Callable[..., bytes]) -> list[str]:
-    """FineWeb-Edu's sample in three files, among files that are not wanted; its documents."""
+    """Serve FineWeb-Edu's sample in three files, among other files; return its documents."""
     files = [texts(80, seed=i) for i in range(3)]
     hub.add(EDU, {f"sample/10BT/00{i}_00000.parquet": as_parquet(f) for i, f in enumerate(files)})
     hub.add(EDU, {"README.md": b"# a card", "sample/100BT/000.parquet": b"not wanted"})
@@ -44,12 +44,12 @@ def edu(hub: Any, texts: Callable[..., list[str]], as_parquet: Callable[..., byt
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's client waits a second before it asks again."""
+def no_retry_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the hub client's pause of one second before a retry."""
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
 
 
-def test_a_dataset_by_its_short_name(hub: Any, edu: list[str], tmp_path: Path) -> None:
+def test_dataset_by_short_name(hub: Any, edu: list[str], tmp_path: Path) -> None:
     manifest = run("fineweb-edu-10bt", tmp_path / "out")
     both = read_text(tmp_path / "out", "train") + read_text(tmp_path / "out", "val")
     assert sorted(both) == sorted(edu)
@@ -61,7 +61,7 @@ def test_a_dataset_by_its_short_name(hub: Any, edu: list[str], tmp_path: Path) -
     assert sorted(names) == [".lock", "manifest.json", "train_000000.bin", "val_000000.bin"]
 
 
-def test_any_dataset_with_its_own_validation_files(
+def test_hub_dataset_with_its_own_validation_files(
     hub: Any, as_parquet: Callable[..., bytes], tmp_path: Path
 ) -> None:
     hub.licence = ["mit", "cc0-1.0"]
@@ -74,18 +74,18 @@ def test_any_dataset_with_its_own_validation_files(
     assert not any("test" in name for name in hub.downloads)
 
 
-def test_when_all_is_there_the_hub_is_not_asked(
+def test_hub_is_not_contacted_when_the_folder_is_complete(
     hub: Any, edu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run("fineweb-edu-10bt", tmp_path)
-    monkeypatch.setenv("HF_ENDPOINT", nowhere())
+    monkeypatch.setenv("HF_ENDPOINT", unreachable_address())
     assert run("fineweb-edu-10bt", tmp_path) == first
 
 
-def test_the_next_file_comes_while_one_is_read_and_read_files_go(
+def test_next_file_is_downloaded_while_one_is_read_and_read_files_are_removed(
     hub: Any, edu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk holds the files at work and one more, never the whole set."""
+    """The disk holds the files in use and the next one, never the whole dataset."""
     held: list[int] = []
     blocks = module.parquet_blocks
 
@@ -97,7 +97,7 @@ def test_the_next_file_comes_while_one_is_read_and_read_files_go(
     source = HubSource(EDU, "sample/10BT")
     source.open(tmp_path, Console(quiet=True))
     list(source.blocks(0))
-    source._coming[1].result()  # was asked for by reading the first
+    source._coming[1].result()  # requested while reading the first file
     assert len(hub.downloads) == 2
     source.release(1)
     list(source.blocks(1))
@@ -108,13 +108,13 @@ def test_the_next_file_comes_while_one_is_read_and_read_files_go(
     source.close()
 
 
-def test_a_stopped_preparation_keeps_its_revision(
+def test_resumed_preparation_keeps_its_revision(
     hub: Any, edu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Published changes in between neither break it nor get mixed in, and what was prepared is
-    not downloaded again."""
+    """A newer revision published in between neither breaks it nor gets mixed in, and files that
+    were prepared are not downloaded again."""
     monkeypatch.setattr("rekindle.data.sources.local.BLOCK_BYTES", 2000)
-    run("fineweb-edu-10bt", tmp_path / "whole", shard_tokens=2000)
+    run("fineweb-edu-10bt", tmp_path / "complete", shard_tokens=2000)
     blocks, begun = module.parquet_blocks, hub.revision
 
     def stops(path: Path, file: int, skip: int) -> Iterator[Block]:
@@ -132,13 +132,11 @@ def test_a_stopped_preparation_keeps_its_revision(
     manifest = run("fineweb-edu-10bt", tmp_path / "out", shard_tokens=2000)
     assert hub.revisions == {begun}
     assert manifest.source["revision"] == begun
-    assert manifest == shards.read_manifest(tmp_path / "whole")
+    assert manifest == shards.read_manifest(tmp_path / "complete")
     assert "sample/10BT/000_00000.parquet" not in hub.downloads
 
 
-def test_a_download_that_breaks_off_is_gone_on_with(
-    hub: Any, edu: list[str], tmp_path: Path
-) -> None:
+def test_interrupted_download_is_resumed(hub: Any, edu: list[str], tmp_path: Path) -> None:
     hub.cut["sample/10BT/001_00000.parquet"] = 2
     run("fineweb-edu-10bt", tmp_path)
     assert hub.downloads.count("sample/10BT/001_00000.parquet") == 3
@@ -146,9 +144,9 @@ def test_a_download_that_breaks_off_is_gone_on_with(
     assert sorted(both) == sorted(edu)
 
 
-def test_a_damaged_download_is_not_used(hub: Any, edu: list[str], tmp_path: Path) -> None:
+def test_damaged_download_is_not_used(hub: Any, edu: list[str], tmp_path: Path) -> None:
     hub.corrupt.add("sample/10BT/001_00000.parquet")
-    with pytest.raises(UserError, match=r"001_00000\.parquet of .* arrived damaged") as caught:
+    with pytest.raises(UserError, match=r"001_00000\.parquet of .* was damaged") as caught:
         run("fineweb-edu-10bt", tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "manifest.json").exists()
@@ -157,7 +155,7 @@ def test_a_damaged_download_is_not_used(hub: Any, edu: list[str], tmp_path: Path
     assert len(read_text(tmp_path, "train") + read_text(tmp_path, "val")) == len(edu)
 
 
-def test_a_partial_download_of_a_killed_run_is_removed(
+def test_partial_download_of_a_killed_run_is_removed(
     hub: Any, edu: list[str], tmp_path: Path
 ) -> None:
     left = tmp_path / ".progress" / "downloads" / ".cache" / "huggingface" / "x.incomplete"
@@ -169,8 +167,8 @@ def test_a_partial_download_of_a_killed_run_is_removed(
     source.close()
 
 
-def nowhere() -> str:
-    """An address at which nothing listens."""
+def unreachable_address() -> str:
+    """An address where no server listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -183,7 +181,7 @@ def nowhere() -> str:
 def test_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, repository: str
 ) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", nowhere())
+    monkeypatch.setenv("HF_ENDPOINT", unreachable_address())
     with pytest.raises(
         UserError, match=rf"{repository}.*http://127.*--(parquet|shards) DIR"
     ) as caught:
@@ -192,7 +190,7 @@ def test_no_network(
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_what_the_hub_does_not_have(hub: Any, tmp_path: Path) -> None:
+def test_missing_dataset_and_files_on_the_hub(hub: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset no/body on the hub"):
         run("no/body", tmp_path)
     hub.add("some/thing", {"data.csv": b"a,b", "test.parquet": b"..."})
@@ -202,7 +200,7 @@ def test_what_the_hub_does_not_have(hub: Any, tmp_path: Path) -> None:
         run("some/thing:folder", tmp_path)
 
 
-def test_a_file_that_is_gone_is_named(
+def test_failed_download_names_the_file(
     hub: Any, edu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(*arguments: Any, **more: Any) -> str:
@@ -232,7 +230,7 @@ def published(hub: Any) -> dict[str, bytes]:
     return files
 
 
-def test_published_shards_are_taken_as_they_are(
+def test_published_shards_are_used_unchanged(
     hub: Any, published: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = run("fineweb-10bt-tokenized", tmp_path, tokenizer="gpt2")
@@ -243,15 +241,15 @@ def test_published_shards_are_taken_as_they_are(
     assert manifest.tokens("train") == 5 * 2001
     assert manifest.source["revision"] == hub.revision
     assert {path.name for path in tmp_path.iterdir()} == {*published, "manifest.json", ".lock"}
-    monkeypatch.setenv("HF_ENDPOINT", nowhere())  # all is there: the hub is not asked
+    monkeypatch.setenv("HF_ENDPOINT", unreachable_address())  # not contacted: all shards exist
     assert run("fineweb-10bt-tokenized", tmp_path, tokenizer="gpt2") == manifest
 
 
-def test_published_shards_are_gone_on_with(
+def test_published_shards_are_resumed(
     hub: Any, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.corrupt.add("fineweb_train_000004.bin")
-    with pytest.raises(UserError, match=r"fineweb_train_000004\.bin of .* arrived damaged"):
+    with pytest.raises(UserError, match=r"fineweb_train_000004\.bin of .* was damaged"):
         run("fineweb-10bt-tokenized", tmp_path, tokenizer="gpt2")
     assert not (tmp_path / "manifest.json").exists()
     assert not (tmp_path / "fineweb_train_000004.bin").exists()
@@ -266,11 +264,11 @@ def test_published_shards_are_gone_on_with(
     assert len(manifest.shards) == 6
 
 
-def test_a_published_shard_that_is_there_is_not_downloaded_again(
+def test_existing_published_shard_is_not_downloaded_again(
     hub: Any, published: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """A process may end between the last shard's rename and the note of it, or a person may have
-    copied some of the files; a file that only has the right size is no such file."""
+    """A process may die after renaming a shard but before recording it, or the user may have copied
+    some of the files. The right size alone is not enough."""
     (tmp_path / "fineweb_train_000001.bin").write_bytes(published["fineweb_train_000001.bin"])
     (tmp_path / "fineweb_train_000002.bin").write_bytes(published["fineweb_train_000001.bin"])
     shards.verify(tmp_path, run("fineweb-10bt-tokenized", tmp_path, tokenizer="gpt2"))
@@ -280,8 +278,8 @@ def test_a_published_shard_that_is_there_is_not_downloaded_again(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (shard_bytes([50256, 50257]), "the id 50257 beyond the vocabulary"),
-        (shard_bytes([50256, 1])[:-2], "its header promises"),
+        (shard_bytes([50256, 50257]), "the id 50257, outside the vocabulary"),
+        (shard_bytes([50256, 1])[:-2], "but its header says"),
         (b"<html>", "does not start with the header"),
     ],
 )
@@ -295,7 +293,7 @@ def test_published_shards_are_checked(
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_published_shards_are_gpt2s_and_go_where_nothing_else_is(
+def test_published_shards_need_the_gpt2_tokenizer_and_a_new_folder(
     hub: Any, published: dict[str, bytes], edu: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="--tokenizer gpt2"):

@@ -1,4 +1,4 @@
-"""A file is known by its content: a change is noticed, and costs what was made of that file."""
+"""Files are identified by content; after a change, the shards of earlier files are kept."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def lines(name: str, count: int = 120) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four files of JSON lines, of which the third ends with a bad line."""
+    """Four JSON Lines files; the third one ends with a bad line."""
     folder = tmp_path / "in"
     folder.mkdir()
     for name in "abcd":
@@ -49,14 +49,14 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def run(folder: Path, out: Path, said: list[str] | None = None, **settings: Any) -> Manifest:
-    console = Console(quiet=True) if said is None else listen(said)
+def run(folder: Path, out: Path, output: list[str] | None = None, **settings: Any) -> Manifest:
+    console = Console(quiet=True) if output is None else listen(output)
     chosen = {"tokenizer": "bytes", "shard_tokens": 1500, "console": console} | settings
     return prepare(from_arguments(jsonl=[folder]), out, **chosen)
 
 
 def stopped(folder: Path, out: Path, **settings: Any) -> dict[str, int]:
-    """What a call leaves that meets the bad line: its shards, and when each was written."""
+    """Run until the bad line fails; return the shards left behind and when each was written."""
     with pytest.raises(UserError, match=r"c\.jsonl:121"):
         run(folder, out, **settings)
     return {path.name: path.stat().st_mtime_ns for path in out.glob("*.bin")}
@@ -65,7 +65,7 @@ def stopped(folder: Path, out: Path, **settings: Any) -> dict[str, int]:
 def texts_of(out: Path) -> list[str]:
     manifest = shards.read_manifest(out)
     shards.verify(out, manifest)
-    # The first shard of the lecture's layout, which ends within a document, is validation.
+    # In the lecture's layout, the first shard is validation and may end inside a document.
     parts = [*shards.open_split(out, manifest, "val"), *shards.open_split(out, manifest, "train")]
     tokens = np.concatenate(parts)
     documents = np.split(tokens, np.flatnonzero(tokens == 256)[1:])
@@ -77,17 +77,17 @@ def texts_in(folder: Path) -> list[str]:
     return sorted(json.loads(line)["text"] for f in files for line in f.read_text().splitlines())
 
 
-def mend(folder: Path) -> None:
+def fix(folder: Path) -> None:
     (folder / "c.jsonl").write_text(lines("c"))
 
 
-def mend_and_add_at_the_end(folder: Path) -> None:
-    mend(folder)
+def fix_and_add_at_the_end(folder: Path) -> None:
+    fix(folder)
     (folder / "e.jsonl").write_text(lines("e"))
 
 
-def mend_and_change_what_follows(folder: Path) -> None:
-    mend(folder)
+def fix_and_change_the_rest(folder: Path) -> None:
+    fix(folder)
     (folder / "d.jsonl").write_text(lines("other"))
 
 
@@ -99,30 +99,34 @@ def remove_and_add_before(folder: Path) -> None:
 @pytest.mark.parametrize("settings", [{}, {"val_tokens": 0}, {"layout": "lecture"}], ids=str)
 @pytest.mark.parametrize(
     "change",
-    [mend, mend_and_add_at_the_end, mend_and_change_what_follows, remove_and_add_before],
+    [fix, fix_and_add_at_the_end, fix_and_change_the_rest, remove_and_add_before],
 )
-def test_shards_of_files_that_stay_are_kept(
+def test_shards_of_unchanged_files_are_kept(
     tmp_path: Path, folder: Path, change: Callable[[Path], None], settings: dict[str, Any]
 ) -> None:
     before = stopped(folder, tmp_path / "out", **settings)
     change(folder)
-    said: list[str] = []
-    run(folder, tmp_path / "out", said, **settings)
+    output: list[str] = []
+    run(folder, tmp_path / "out", output, **settings)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.bin")}
     kept = [name for name in before if before[name] == after.get(name)]
     assert len(kept) > len(before) // 2
-    assert any("c.jsonl" in line and f"{len(kept)} of {len(before)}" in line for line in said), said
+    assert any("c.jsonl" in line and f"{len(kept)} of {len(before)}" in line for line in output), (
+        output
+    )
     assert texts_of(tmp_path / "out") == texts_in(folder)
     assert not (tmp_path / "out" / ".progress").exists()
-    if "val_tokens" in settings or "layout" in settings:  # no share that depends on the sizes
-        whole = run(folder, tmp_path / "anew", **settings)
-        assert shards.read_manifest(tmp_path / "out") == whole
+    if "val_tokens" in settings or "layout" in settings:  # no fraction that depends on the sizes
+        fresh = run(folder, tmp_path / "fresh", **settings)
+        assert shards.read_manifest(tmp_path / "out") == fresh
 
 
 @pytest.mark.parametrize("change", ["a middle", "a name", "the order"])
-def test_a_change_in_the_first_file_begins_anew(tmp_path: Path, folder: Path, change: str) -> None:
+def test_change_in_the_first_file_starts_from_scratch(
+    tmp_path: Path, folder: Path, change: str
+) -> None:
     before = stopped(folder, tmp_path / "out")
-    mend(folder)
+    fix(folder)
     if change == "a middle":
         (folder / "a.jsonl").write_text(lines("a").replace("a 60 of", "A 60 of"))
     elif change == "a name":
@@ -131,17 +135,17 @@ def test_a_change_in_the_first_file_begins_anew(tmp_path: Path, folder: Path, ch
         os.rename(folder / "a.jsonl", folder / "x.jsonl")
         os.rename(folder / "b.jsonl", folder / "a.jsonl")
         os.rename(folder / "x.jsonl", folder / "b.jsonl")
-    said: list[str] = []
-    run(folder, tmp_path / "out", said)
-    assert any(f"0 of {len(before)}" in line for line in said)
+    output: list[str] = []
+    run(folder, tmp_path / "out", output)
+    assert any(f"0 of {len(before)}" in line for line in output)
     assert texts_of(tmp_path / "out") == texts_in(folder)
 
 
-def test_the_share_held_out_stays_where_shards_are_kept(tmp_path: Path, folder: Path) -> None:
-    """Though there is more text now: else one document might lie on both sides."""
+def test_held_out_fraction_is_kept_with_the_shards(tmp_path: Path, folder: Path) -> None:
+    """Even if there is more text now: otherwise a text could be in both splits."""
     stopped(folder, tmp_path / "out", val_tokens=1000)
     state = storage.read_json(tmp_path / "out" / shards.UNFINISHED / shards.STATE)
-    mend(folder)
+    fix(folder)
     (folder / "e.jsonl").write_text(lines("e", 1200))
     run(folder, tmp_path / "out", val_tokens=1000)
     every = texts_in(folder)
@@ -150,7 +154,7 @@ def test_the_share_held_out_stays_where_shards_are_kept(tmp_path: Path, folder: 
     assert mask.sum() == sum(shard.documents for shard in manifest.split("val")) > 20
 
 
-def test_shards_of_files_that_are_gone_are_removed(tmp_path: Path, folder: Path) -> None:
+def test_shards_of_removed_files_are_removed(tmp_path: Path, folder: Path) -> None:
     before = stopped(folder, tmp_path / "out")
     for name in "bcd":
         (folder / f"{name}.jsonl").unlink()
@@ -159,10 +163,11 @@ def test_shards_of_files_that_are_gone_are_removed(tmp_path: Path, folder: Path)
     assert {p.name for p in (tmp_path / "out").glob("*.bin")} == {s.name for s in manifest.shards}
 
 
-def test_killed_while_the_rest_is_made_again(
+def test_kill_while_changed_files_are_prepared_again(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At any write, and then with another change: the same documents, and no shard left over."""
+    """After a kill at any write, followed by another change, the documents are the same and no
+    shard is left over."""
     replace = os.replace
     for last in range(1, 12, 2):
         (folder / "c.jsonl").write_text(lines("c") + BAD)
@@ -190,16 +195,16 @@ def test_killed_while_the_rest_is_made_again(
 
 @pytest.mark.parametrize("kept_time", [True, False])
 @pytest.mark.parametrize("change", ["middle", "added", "removed", "swapped", "split"])
-def test_a_change_of_what_is_finished_is_named(
+def test_change_after_finishing_is_reported(
     tmp_path: Path,
     folder: Path,
     change: str,
     kept_time: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And nothing is touched."""
+    """And no file in the folder is touched."""
     monkeypatch.setattr(local, "BLOCK_BYTES", 100_000)
-    for name in "abcd":  # each longer than the two ends that earlier versions looked at
+    for name in "abcd":  # each longer than the two ends that earlier versions compared
         (folder / f"{name}.jsonl").write_text(lines(name * 70, 700))
         assert (folder / f"{name}.jsonl").stat().st_size > 2 * local.SAMPLE_BYTES
     run(folder, tmp_path / "out", shard_tokens=200_000)
@@ -229,17 +234,17 @@ def test_a_change_of_what_is_finished_is_named(
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
 
 
-def test_the_same_files_elsewhere_are_the_same(tmp_path: Path, folder: Path) -> None:
-    mend(folder)
+def test_copies_of_the_files_are_the_same_source(tmp_path: Path, folder: Path) -> None:
+    fix(folder)
     first = run(folder, tmp_path / "out")
     shutil.copytree(folder, tmp_path / "copy" / "in")
-    said: list[str] = []
-    assert run(tmp_path / "copy" / "in", tmp_path / "out", said) == first
-    assert "nothing to do" in said[-1]
+    output: list[str] = []
+    assert run(tmp_path / "copy" / "in", tmp_path / "out", output) == first
+    assert "nothing to do" in output[-1]
 
 
 def without_identities(path: Path) -> None:
-    """Make a manifest, or a saved state, what an earlier version wrote."""
+    """Turn a manifest or a saved state into one written by an earlier version."""
     content = json.loads(path.read_text())
     content["source"].pop("files", None)
     for key in ("history", "fraction"):
@@ -248,21 +253,21 @@ def without_identities(path: Path) -> None:
 
 
 def test_folders_of_earlier_versions_stay_usable(tmp_path: Path, folder: Path) -> None:
-    mend(folder)
+    fix(folder)
     first = run(folder, tmp_path / "out")
     without_identities(tmp_path / "out" / shards.MANIFEST)
-    said: list[str] = []
-    assert run(folder, tmp_path / "out", said).fingerprint == first.fingerprint
-    assert "nothing to do" in said[-1]
+    output: list[str] = []
+    assert run(folder, tmp_path / "out", output).fingerprint == first.fingerprint
+    assert "nothing to do" in output[-1]
     (folder / "d.jsonl").write_text(lines("d") + "\n")
     with pytest.raises(UserError, match="not the same text"):
         run(folder, tmp_path / "out")
 
 
 def test_states_of_earlier_versions_stay_usable(tmp_path: Path, folder: Path) -> None:
-    mend(folder)
+    fix(folder)
     (folder / "d.jsonl").unlink()
-    whole = run(folder, tmp_path / "whole")
+    complete = run(folder, tmp_path / "complete")
     (folder / "c.jsonl").write_text(lines("c") + BAD)
     stopped(folder, tmp_path / "out")
     without_identities(tmp_path / "out" / shards.UNFINISHED / shards.STATE)
@@ -273,14 +278,14 @@ def test_states_of_earlier_versions_stay_usable(tmp_path: Path, folder: Path) ->
     content = json.loads(state.read_text())
     content["source"]["fingerprint"] = source_of("jsonl", [folder]).fingerprint
     storage.write_json(state, content)
-    assert run(folder, tmp_path / "out").fingerprint == whole.fingerprint
+    assert run(folder, tmp_path / "out").fingerprint == complete.fingerprint
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile", "after"])
-def test_a_file_that_changes_while_it_is_read_is_named(
+def test_file_that_changes_while_being_read_is_reported(
     tmp_path: Path, folder: Path, when: str
 ) -> None:
-    mend(folder)
+    fix(folder)
     source: Any = from_arguments(jsonl=[folder])
     blocks = source.blocks
 
@@ -293,6 +298,6 @@ def test_a_file_that_changes_while_it_is_read_is_named(
             yield block
 
     source.blocks = changing
-    with pytest.raises(UserError, match=r"b\.jsonl was changed while it was read"):
+    with pytest.raises(UserError, match=r"b\.jsonl changed while it was being read"):
         prepare(source, tmp_path / "out", "bytes", console=Console(quiet=True))
     assert not (tmp_path / "out" / shards.MANIFEST).exists()

@@ -1,4 +1,4 @@
-"""`--layout lecture` gives the shards of the lecture's script, also after a kill."""
+"""`--layout lecture` gives the same shards as the lecture's script, even after a kill."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -28,12 +28,12 @@ END = 256  # end of text of the byte tokenizer
 
 
 def lecture_script(documents: list[list[int]], end_of_text: int, size: int) -> list[np.ndarray]:
-    """What the lecture's script writes: a buffer of one shard is filled document by document."""
+    """The shards written by the lecture's script, which fills a buffer document by document."""
     written = []
     buffer, count = np.zeros(size, np.uint16), 0
     for ids in documents:
         tokens = np.array([end_of_text, *ids], np.uint16)
-        while count + len(tokens) >= size:  # the script has `if`: a document of two shards fails
+        while count + len(tokens) >= size:  # the script's `if` fails for documents over two shards
             room = size - count
             buffer[count:] = tokens[:room]
             written.append(buffer.copy())
@@ -48,9 +48,9 @@ def lecture_script(documents: list[list[int]], end_of_text: int, size: int) -> l
 def expected_files(texts: list[str], tokenizer: str, size: int) -> dict[str, bytes]:
     """The shards in llm.c's format, by name: the first is validation."""
     encode, end_of_text = get_tokenizer(tokenizer).encode, get_tokenizer(tokenizer).end_of_text
-    made = lecture_script([encode(text) for text in texts], end_of_text, size)
+    written = lecture_script([encode(text) for text in texts], end_of_text, size)
     files = {}
-    for number, tokens in enumerate(made):
+    for number, tokens in enumerate(written):
         header = np.array([20240520, 1, len(tokens)] + 253 * [0], "<i4")
         name = f"train_{number - 1:06d}.bin" if number else "val_000000.bin"
         files[name] = header.tobytes() + tokens.astype("<u2").tobytes()
@@ -90,11 +90,11 @@ def run(source: Any, out: Path, **changes: Any) -> shards.Manifest:
 
 
 @pytest.mark.parametrize(("tokenizer", "size"), [("gpt2", 500), ("gpt2", 97), ("bytes", 1000)])
-def test_the_shards_are_the_lectures(
+def test_shards_match_the_lecture(
     tmp_path: Path, source: Callable, texts: Callable, tokenizer: str, size: int
 ) -> None:
     first, second = texts(80, seed=1), texts(80, seed=2)
-    first[5] = ""  # an empty document is a document
+    first[5] = ""  # an empty document counts as a document
     second[7] = "more than two shards " * (size // 4)
     out = tmp_path / "out"
     manifest = run(source(first, second), out, tokenizer=tokenizer, shard_tokens=size)
@@ -105,7 +105,7 @@ def test_the_shards_are_the_lectures(
     assert [shard.name for shard in manifest.split("train")] == sorted(expected)[:-1]
     assert [shard.name for shard in manifest.split("val")] == ["val_000000.bin"]
     assert sum(shard.documents for shard in manifest.shards) == 160
-    for shard in manifest.shards:  # a document counts where it begins
+    for shard in manifest.shards:  # a document is counted in the shard where it starts
         tokens = shards.open_shard(out / shard.name)
         assert shard.documents == np.count_nonzero(tokens == get_tokenizer(tokenizer).end_of_text)
     assert manifest.source["settings"] == {
@@ -122,13 +122,13 @@ def test_the_shards_are_the_lectures(
         [35, 2],  # more than three shards
         [10, 20, 10],  # exactly two
         [3, 40, 8],
-        [9, 1, 1],  # a shard that holds nothing but an empty document
+        [9, 1, 1],  # a shard with only an empty document
     ],
 )
 def test_exact_fits_and_long_documents(
     tmp_path: Path, source: Callable, lengths: list[int]
 ) -> None:
-    texts = [chr(97 + i) * (length - 1) for i, length in enumerate(lengths)]  # and end of text
+    texts = [chr(97 + i) * (length - 1) for i, length in enumerate(lengths)]  # + end_of_text
     out = tmp_path / "out"
     run(source(texts), out, shard_tokens=10)
     assert found_files(out) == expected_files(texts, "bytes", 10)
@@ -144,7 +144,7 @@ def encoded(documents: list[list[int]], first: int, count: int) -> Encoded:
 
 
 class NoFiles:
-    """As much of a source as the layout asks for."""
+    """The minimal source that the layout needs."""
 
     name, files = "none", (SourceFile("a", 1),)
 
@@ -152,7 +152,7 @@ class NoFiles:
 def cut(
     documents: list[list[int]], layout: Lecture, block: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The shards from the layout's position on; it can be stopped after each."""
+    """Yield the shards from the layout's position on; the caller can stop after each."""
     for first in range(layout.cursor[1], len(documents), block):
         for split in layout.add(encoded(documents, first, block)):
             yield split, np.concatenate(layout.take(split).pieces)
@@ -174,8 +174,8 @@ def test_any_documents_resumed_after_any_shard(
     documents = [[97 + i] * length for i, length in enumerate(lengths)]
     expected = lecture_script(documents, END, size)
     chosen = {"tokenizer": "bytes", "shard_tokens": size}
-    whole = Lecture(NoFiles(), get_tokenizer("bytes"), chosen)  # type: ignore[arg-type]
-    found = list(cut(documents, whole, block))
+    straight = Lecture(NoFiles(), get_tokenizer("bytes"), chosen)  # type: ignore[arg-type]
+    found = list(cut(documents, straight, block))
     assert [split for split, _ in found] == ["val", *["train"] * (len(expected) - 1)]
     assert [tokens.tolist() for _, tokens in found] == [tokens.tolist() for tokens in expected]
 
@@ -187,7 +187,8 @@ def test_any_documents_resumed_after_any_shard(
     for _ in range(stop):
         next(shards_made)
     resumed = Lecture(NoFiles(), get_tokenizer("bytes"), chosen)  # type: ignore[arg-type]
-    state = {"cursor": stopped.cursor, "offset": stopped.offset, "pending": {}, "shards": [1]}
+    entries = [{"split": "val", "tokens": size}]
+    state = {"cursor": stopped.cursor, "offset": stopped.offset, "pending": {}, "shards": entries}
     resumed.restore(state, Path())
     rest = list(cut(documents, resumed, block))
     assert [split for split, _ in rest] == ["train"] * (len(expected) - stop)
@@ -203,18 +204,18 @@ class Crash(BaseException):
 
 @pytest.mark.parametrize("write", ["write_file", "write_json"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_crash_at_any_write_gives_the_same_bytes(
+def test_crash_at_any_write_gives_the_same_bytes(
     tmp_path: Path, source: Callable, monkeypatch: pytest.MonkeyPatch, write: str, after: bool
 ) -> None:
-    """Each process ends at its k-th write, until one gets to the end."""
+    """Each process crashes at its k-th write, until one of them finishes."""
     texts = [[f"{i} " * (7 * i % 40) for i in range(12)], ["long " * 90, *"abc"]]
     chosen = {"shard_tokens": 90}
-    run(source(*texts), tmp_path / "whole", **chosen)
-    expected = found_files(tmp_path / "whole")
+    run(source(*texts), tmp_path / "complete", **chosen)
+    expected = found_files(tmp_path / "complete")
     assert expected == expected_files([*texts[0], *texts[1]], "bytes", 90)
-    manifest = (tmp_path / "whole" / "manifest.json").read_bytes()
+    manifest = (tmp_path / "complete" / "manifest.json").read_bytes()
     assert len(expected) > 8
-    honest = getattr(storage, write)
+    original = getattr(storage, write)
 
     for last in range(1, 100):
         out, stops, writes = tmp_path / str(last), 0, 0
@@ -223,14 +224,14 @@ def test_a_crash_at_any_write_gives_the_same_bytes(
             nonlocal writes
             writes += 1
             if writes < last or after:
-                result = honest(*arguments)
+                result = original(*arguments)
                 if writes < last:
                     return result
             raise Crash
 
         with monkeypatch.context() as patch:
-            for place in (storage, storage_files):  # which calls it for JSON
-                patch.setattr(place, write, crash)
+            for module in (storage, storage_files):  # `write_json` calls the one in storage_files
+                patch.setattr(module, write, crash)
             while stops < 3:
                 writes = 0
                 try:
@@ -249,14 +250,14 @@ def test_a_crash_at_any_write_gives_the_same_bytes(
 
 @pytest.fixture
 def half_done(source: Callable, texts: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """`half_done(out, layout)`: leave `out` as a kill after three shards does."""
+    """`half_done(out, layout)`: leave `out` as it is after a kill once three shards are done."""
 
     def make(out: Path, layout: str) -> Any:
-        states, honest = 0, storage.write_json
+        states, original = 0, storage.write_json
 
         def crash(*arguments: Any) -> None:
             nonlocal states
-            honest(*arguments)
+            original(*arguments)
             states += 1
             if states == 3:
                 raise Crash
@@ -273,7 +274,7 @@ def half_done(source: Callable, texts: Callable, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(("before", "now"), [("documents", "lecture"), ("lecture", "documents")])
-def test_another_layout_is_refused(
+def test_changed_layout_is_rejected(
     tmp_path: Path, half_done: Callable, finished: bool, before: str, now: str
 ) -> None:
     out = tmp_path / "out"
@@ -287,13 +288,13 @@ def test_another_layout_is_refused(
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_what_was_prepared_before_there_were_layouts(
+def test_folders_from_before_layouts_existed(
     tmp_path: Path, half_done: Callable, finished: bool
 ) -> None:
-    """Neither a manifest nor a saved state named one."""
-    out, whole = tmp_path / "out", tmp_path / "whole"
+    """Their manifests and saved states have no layout."""
+    out, complete = tmp_path / "out", tmp_path / "complete"
     made = half_done(out, "documents")
-    run(made, whole, layout="documents", shard_tokens=2000)
+    run(made, complete, layout="documents", shard_tokens=2000)
     if finished:
         run(made, out, layout="documents", shard_tokens=2000)
     path = out / "manifest.json" if finished else out / shards.UNFINISHED / shards.STATE
@@ -303,13 +304,13 @@ def test_what_was_prepared_before_there_were_layouts(
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="was prepared with layout documents, not lecture"):
         run(made, out, layout="lecture", shard_tokens=2000)
-    said: list[str] = []
-    run(made, out, layout="documents", shard_tokens=2000, console=listen(said))
-    assert ("nothing to do" if finished else "going on") in said[0]
-    assert found_files(out) == found_files(whole)
+    output: list[str] = []
+    run(made, out, layout="documents", shard_tokens=2000, console=listen(output))
+    assert ("nothing to do" if finished else "resuming") in output[0]
+    assert found_files(out) == found_files(complete)
 
 
-# What will not do
+# Rejected sources and settings
 
 
 def test_validation_files_of_the_source(
@@ -317,14 +318,14 @@ def test_validation_files_of_the_source(
 ) -> None:
     parquet("train.parquet", texts(20, seed=1))
     folder = parquet("val.parquet", texts(20, seed=2))
-    with pytest.raises(UserError, match=r"validation files of its own \(val\.parquet\)"):
+    with pytest.raises(UserError, match=r"its own validation files \(val\.parquet\)"):
         run(from_arguments(parquet=[folder]), tmp_path / "out", shard_tokens=100)
     assert not (tmp_path / "out" / "manifest.json").exists()
     run(from_arguments(parquet=[folder]), tmp_path / "out", shard_tokens=100, layout="documents")
 
 
 @pytest.mark.parametrize("size", [12, 13, 50])
-def test_text_that_fills_no_second_shard(tmp_path: Path, source: Callable, size: int) -> None:
+def test_text_too_short_for_a_second_shard(tmp_path: Path, source: Callable, size: int) -> None:
     made = source(["abcd", "efghij"])  # 12 tokens
     with pytest.raises(UserError, match=r"first shard of .* lower --shard-tokens"):
         run(made, tmp_path / "out", shard_tokens=size)
@@ -332,22 +333,22 @@ def test_text_that_fills_no_second_shard(tmp_path: Path, source: Callable, size:
 
 
 def test_no_documents(tmp_path: Path, source: Callable) -> None:
-    with pytest.raises(UserError, match="holds no documents"):
+    with pytest.raises(UserError, match="contains no documents"):
         run(source([]), tmp_path / "out")
 
 
-def test_settings_that_do_not_go_together(tmp_path: Path, source: Callable) -> None:
+def test_settings_that_cannot_be_combined(tmp_path: Path, source: Callable) -> None:
     out = tmp_path / "out"
     for changes, words in (
-        ({"val_tokens": 0}, "--val-tokens 0 does not go with --layout lecture"),
-        ({"layout": "stream"}, "--layout is documents or lecture, not 'stream'"),
+        ({"val_tokens": 0}, "--val-tokens 0 cannot be combined with --layout lecture"),
+        ({"layout": "stream"}, "--layout must be documents or lecture, not 'stream'"),
         ({"shard_tokens": 0}, "--shard-tokens 0"),
     ):
         with pytest.raises(UserError, match=words):
             run(source(["a"]), out, **changes)
     assert not out.exists()
     shards.write_shard(tmp_path / "train_000000.bin", [np.array([256, 1], np.uint16)])
-    with pytest.raises(UserError, match="taken as they are: leave out --layout lecture"):
+    with pytest.raises(UserError, match="used unchanged: remove --layout lecture"):
         run(from_arguments(shards=tmp_path), tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -358,6 +359,6 @@ def test_from_the_command_line(tmp_path: Path, rekindle: Callable[..., Any]) -> 
              "--shard-tokens", 9, "--out", tmp_path / "out"]  # fmt: skip
     outcome = rekindle(*begin, "--val-tokens", 5)
     assert outcome.status == 2
-    assert outcome.err.startswith("rekindle: error: --val-tokens 5 does not go with")
+    assert outcome.err.startswith("rekindle: error: --val-tokens 5 cannot be combined with")
     assert rekindle(*begin).status == 0
     assert found_files(tmp_path / "out") == expected_files(["a text of a few shards"], "bytes", 9)

@@ -1,4 +1,4 @@
-"""A document may be longer than memory, a block or a shard: the tokens are the same."""
+"""A document may be longer than memory, a block or a shard, and still get the same tokens."""
 
 import json
 import random
@@ -22,7 +22,7 @@ from rekindle.errors import UserError
 from rekindle.observe.console import Console
 from tests.data.naming import source_of
 
-BLOCK = 700  # bytes, so that small texts are long
+BLOCK = 700  # bytes, so small that short texts count as long documents
 KINDS = {"text": ".txt", "jsonl": ".jsonl", "parquet": ".parquet"}
 
 
@@ -82,7 +82,7 @@ def expected(texts: list[str], tokenizer: str = "gpt2") -> list[int]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a block held 700 bytes, and shards cut documents of more than 500 tokens."""
+    """Use blocks of 700 bytes, and cut documents that fill shards of 500 tokens."""
     monkeypatch.setattr(local, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(local, "PART_BYTES", BLOCK, raising=False)
     monkeypatch.setattr(local, "LONG_BYTES", 3 * BLOCK, raising=False)
@@ -91,7 +91,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The bytes of each text that is handed to an encoder at once."""
+    """The size in bytes of each block that is encoded."""
     sizes: list[int] = []
     encode = encoding._encode
 
@@ -106,7 +106,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TEXTS)
-def test_parts_give_the_references_tokens(
+def test_encoding_in_parts_gives_the_reference_tokens(
     tmp_path: Path, kind: str, name: str, watched: list[int]
 ) -> None:
     texts = ["short one", TEXTS[name], "another", TEXTS[name][5:-5] + "x", TEXTS[name]]
@@ -128,17 +128,17 @@ def test_parts_give_the_references_tokens(
 def test_long_documents_are_resumed(
     tmp_path: Path, kind: str, layout: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of a document as well, to the same bytes."""
+    """Also in the middle of a document, with the same bytes as without a stop."""
     texts = [prose(400 * (i % 3) + 30, seed=i) for i in range(7)]
     path = write(tmp_path / f"a{KINDS[kind]}", texts)
     settings = {"shard_tokens": 300, "layout": layout, "tokenizer": tokenizer}
     settings |= {"val_tokens": 300} if layout == "documents" else {}
-    run(source_of(kind, [path]), tmp_path / "whole", **settings)
+    run(source_of(kind, [path]), tmp_path / "complete", **settings)
     encode, calls = encoding._encode, 0
-    whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").glob("*.*")}
-    assert len(whole) > 8
+    complete = {p.name: p.read_bytes() for p in (tmp_path / "complete").glob("*.*")}
+    assert len(complete) > 8
     if layout == "lecture":
-        everything = tokens_of(tmp_path / "whole", "val") + tokens_of(tmp_path / "whole")
+        everything = tokens_of(tmp_path / "complete", "val") + tokens_of(tmp_path / "complete")
         assert everything == expected(texts, tokenizer)
 
     def stops(*arguments: Any) -> Any:
@@ -157,14 +157,14 @@ def test_long_documents_are_resumed(
             run(source_of(kind, [path]), out, **settings)
         calls = -1000
         run(source_of(kind, [path]), out, **settings)
-        assert {p.name: p.read_bytes() for p in out.glob("*.*")} == whole
+        assert {p.name: p.read_bytes() for p in out.glob("*.*")} == complete
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_long_document_keeps_its_split(tmp_path: Path, kind: str) -> None:
-    """Cut into parts, it is held out by the hash of all of it. One that is too long to be held in
-    memory is trained on."""
+def test_long_document_keeps_its_split(tmp_path: Path, kind: str) -> None:
+    """A document that is encoded in parts is assigned by the hash of its whole text. A document too
+    long for memory becomes training data."""
     texts = [prose(200 + i, seed=i) for i in range(60)]
     assert all(BLOCK < len(text.encode()) < 3 * BLOCK for text in texts)
     path = write(tmp_path / f"a{KINDS[kind]}", texts)
@@ -178,9 +178,9 @@ def test_a_long_document_keeps_its_split(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_document_beyond_memory_is_trained_on(tmp_path: Path, kind: str) -> None:
+def test_document_too_long_for_memory_is_training_data(tmp_path: Path, kind: str) -> None:
     texts = [prose(1500, seed) for seed in range(60)]
-    held = np.flatnonzero(is_validation(pa.array(texts), 0.1))[:3]  # were they short
+    held = np.flatnonzero(is_validation(pa.array(texts), 0.1))[:3]  # if they were short
     assert len(held) == 3
     for i in held:
         path = write(tmp_path / f"{i}{KINDS[kind]}", [texts[i], "a short one"])
@@ -192,10 +192,10 @@ def test_a_document_beyond_memory_is_trained_on(tmp_path: Path, kind: str) -> No
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("word", ["a", "東", " ", "\n", "7"])
-def test_an_endless_word_is_one_line(
+def test_very_long_word_is_rejected(
     tmp_path: Path, kind: str, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a text cannot be cut, it is encoded as a whole, up to a limit."""
+    """A text that cannot be cut is encoded as a whole, up to a limit."""
     monkeypatch.setattr(encoding, "LONGEST_WORD", 9000, raising=False)
     path = write(tmp_path / f"a{KINDS[kind]}", [f"Some text, {word * 2800} and more."])
     run(source_of(kind, [path]), tmp_path / "fits", val_tokens=0)
@@ -208,12 +208,12 @@ def test_an_endless_word_is_one_line(
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("at", [0, 650, 701, 5000])
-def test_a_long_text_that_is_not_utf8_is_named(tmp_path: Path, at: int) -> None:
+def test_long_text_that_is_not_utf8_is_reported(tmp_path: Path, at: int) -> None:
     text = "é".encode() * 4000
-    whole = at - at % 2  # where the character begins that is spoilt, or cut
-    for spoilt in (text[:at] + b"\xff" + text[at:], text[: whole + 1]):
-        (tmp_path / "a.txt").write_bytes(spoilt)
-        with pytest.raises(UserError, match=rf"a\.txt is not UTF-8 text \(byte {whole}:"):
+    start = at - at % 2  # of the damaged or truncated character
+    for damaged in (text[:at] + b"\xff" + text[at:], text[: start + 1]):
+        (tmp_path / "a.txt").write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"a\.txt is not UTF-8 text \(byte {start}:"):
             run(source_of("text", [tmp_path / "a.txt"]), tmp_path / "out")
 
 
@@ -237,8 +237,8 @@ for name in sys.argv[2:]:
 
 
 def test_memory_does_not_grow_with_a_document(tmp_path: Path) -> None:
-    """One of 60 MB takes no more than one of 10 MB, beside what allocators keep."""
-    line = b"What a long tale this is, with a good many words, told slowly by the fire.\n"
+    """60 MB need no more memory than 10 MB, apart from memory that allocators keep."""
+    line = b"What a long tale this is, with a good many words, read slowly by the fire.\n"
     (tmp_path / "a.txt").write_bytes(line * (10_000_000 // len(line)))
     (tmp_path / "b.txt").write_bytes(line * (60_000_000 // len(line)))
     done = subprocess.run(
@@ -250,8 +250,8 @@ def test_memory_does_not_grow_with_a_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["categories", "dictionary", "prefixes"])
-def test_parquet_that_decodes_to_far_more(tmp_path: Path, how: str) -> None:
-    """Few rows at a time, whatever the size on disk says."""
+def test_parquet_that_decodes_to_far_more_than_its_size(tmp_path: Path, how: str) -> None:
+    """Only a few rows are read at a time, regardless of the size on disk."""
     texts = pa.array([f"{'The licence says this once more. ' * 3000}{i % 3}" for i in range(4000)])
     more: dict[str, Any] = {}
     if how == "prefixes":
@@ -273,7 +273,7 @@ def test_parquet_that_decodes_to_far_more(tmp_path: Path, how: str) -> None:
 def test_many_small_documents_make_full_blocks(
     tmp_path: Path, texts: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading few rows at a time does not make the tasks small."""
+    """Reading a few rows at a time does not lead to small encoding tasks."""
     monkeypatch.setattr(local, "BLOCK_BYTES", 60_000)
     documents = texts(3000)
     path = write(tmp_path / "a.parquet", documents)

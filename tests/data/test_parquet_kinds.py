@@ -1,4 +1,4 @@
-"""Parquet as today's programs write it."""
+"""Parquet files as written by current programs."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("kind", ["view", "chunks of views"])
-def test_views(tmp_path: Path, kind: str) -> None:
+def test_string_views(tmp_path: Path, kind: str) -> None:
     every_kind_of_string_column(tmp_path, kind)
 
 
@@ -64,10 +64,10 @@ def every_kind_of_string_column(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
-def test_a_dictionary_is_decoded_in_few_steps(
+def test_dictionary_column_is_decoded_block_by_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: pa.DataType
 ) -> None:
-    """Block by block, not document by document: else it takes many times as long as plain text."""
+    """Not document by document, which would be many times slower than plain text."""
     monkeypatch.setattr(local, "BLOCK_BYTES", 100_000)
     texts = [f"{i} " * 300 for i in range(3000)]
     column = pa.DictionaryArray.from_arrays(pa.array(range(3000), pa.int32()), pa.array(texts))
@@ -83,14 +83,14 @@ def test_a_dictionary_is_decoded_in_few_steps(
 
 
 @pytest.mark.parametrize("names", [["text", "text"], ["text", "id", "text"], ["text"] * 3])
-def test_two_columns_of_one_name(tmp_path: Path, names: list[str]) -> None:
+def test_duplicate_text_columns(tmp_path: Path, names: list[str]) -> None:
     columns = [pa.array([f"{i}"]) for i in range(len(names))]
     pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=rf"a\.parquet has {names.count('text')} columns 'text'"):
         documents(tmp_path / "a.parquet")
 
 
-def test_a_text_inside_a_structure_is_another_column(tmp_path: Path) -> None:
+def test_nested_text_field_is_ignored(tmp_path: Path) -> None:
     table = pa.table({"meta": [{"text": "inner"}], "text": ["outer"]})
     pq.write_table(table, tmp_path / "a.parquet")
     assert documents(tmp_path / "a.parquet") == ["outer"]
@@ -98,7 +98,7 @@ def test_a_text_inside_a_structure_is_another_column(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
 def test_checksums_of_pages_are_verified(tmp_path: Path, compression: str) -> None:
-    """A changed bit that would still decode."""
+    """Detects a changed bit that would still decode."""
     path = tmp_path / "a.parquet"
     table = pa.table({"text": ["A plain sentence in which a letter can change unseen."] * 3})
     pq.write_table(
@@ -117,7 +117,7 @@ def test_checksums_of_pages_are_verified(tmp_path: Path, compression: str) -> No
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.int64(), pa.list_(pa.string())], ids=str)
-def test_columns_that_are_no_text_are_named(tmp_path: Path, kind: pa.DataType) -> None:
+def test_columns_that_are_not_text_are_rejected(tmp_path: Path, kind: pa.DataType) -> None:
     pq.write_table(pa.table({"text": pa.array([], kind)}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"the column 'text' holds .*, not strings"):
+    with pytest.raises(UserError, match=r"the column 'text' contains .*, not strings"):
         documents(tmp_path / "a.parquet")

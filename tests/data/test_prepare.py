@@ -1,4 +1,4 @@
-"""Preparing gives the right tokens once, whatever happens on the way."""
+"""`prepare` produces the right tokens exactly once, even after crashes, kills and errors."""
 
 import json
 import os
@@ -22,18 +22,18 @@ from rekindle.data import encoding, samples, shards
 from rekindle.data import prepare as module
 from rekindle.data.encoding import encoded_blocks, is_validation
 from rekindle.data.prepare import prepare
-from rekindle.data.progress import Progress
 from rekindle.data.shards import Manifest
 from rekindle.data.sources import from_arguments
 from rekindle.data.sources.base import Block, Source, SourceFile
 from rekindle.data.tokenizer import get_tokenizer
 from rekindle.errors import UserError
 from rekindle.observe.console import Console
+from rekindle.observe.progress import Progress
 from rekindle.storage import files as storage_files
 from tests.data.listening import listen
 
 ROOT = Path(__file__).parents[2]
-# Which of 300 texts are held out, if about a tenth is.
+# Which of 300 texts are held out with a validation fraction of 0.1.
 VALIDATION = [
     5, 15, 43, 51, 144, 152, 153, 156, 171, 190, 191, 201, 203, 208,
     212, 217, 223, 239, 249, 255, 259, 260, 276, 279, 288, 297, 299,
@@ -41,7 +41,7 @@ VALIDATION = [
 
 
 class ListSource(Source):
-    """Documents from lists, in small blocks, so that little data has many of them."""
+    """Documents from lists, in small blocks, so that even little data has many blocks."""
 
     name, revision, licence = "a list", "1", "none"
 
@@ -75,7 +75,7 @@ def run(source: Any, out: Path, **settings: Any) -> Manifest:
 
 
 def read_documents(out: Path, split: str) -> list[list[int]]:
-    """The documents of one split; checks the layout on the way."""
+    """The documents of one split; also checks the layout."""
     manifest = shards.read_manifest(out)
     shards.verify(out, manifest)
     end_of_text = get_tokenizer(manifest.tokenizer).end_of_text
@@ -83,7 +83,7 @@ def read_documents(out: Path, split: str) -> list[list[int]]:
     for shard, tokens in zip(
         manifest.split(split), shards.open_split(out, manifest, split), strict=True
     ):
-        assert tokens[0] == end_of_text  # a shard begins with a document
+        assert tokens[0] == end_of_text  # a shard starts with a document
         starts = np.flatnonzero(tokens == end_of_text)
         assert len(starts) == shard.documents
         found += [part[1:].tolist() for part in np.split(tokens, starts[1:])]
@@ -91,14 +91,14 @@ def read_documents(out: Path, split: str) -> list[list[int]]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All but the lock, which names a process."""
+    """All files except the lock, which names a process."""
     files = [path for path in sorted(out.iterdir()) if path.name != storage.LOCK]
     return {path.name: path.read_bytes() for path in files}
 
 
 @pytest.fixture(autouse=True)
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests end processes, not machines; flushing the disk would only make them slow."""
+    """These tests kill processes, not machines; flushing the disk would only make them slow."""
     monkeypatch.setattr(storage_files, "_flush", lambda descriptor: None)
     monkeypatch.setattr(storage_files, "_flush_folder", lambda path: None)
 
@@ -107,18 +107,18 @@ def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
-def test_every_document_is_there_once_and_in_order(
+def test_every_document_appears_once_and_in_order(
     tmp_path: Path, texts: Callable[..., list[str]], tokenizer: str
 ) -> None:
     documents = texts(300)
-    documents[5] = ""  # an empty document is a document
+    documents[5] = ""  # an empty document counts as a document
     run(ListSource(documents[:100], documents[100:]), tmp_path, tokenizer=tokenizer)
-    mask = is_validation(pa.array(documents), 0.1)  # so little text that the limit rules
+    mask = is_validation(pa.array(documents), 0.1)  # so little text that MOST_VALIDATION applies
     encode = get_tokenizer(tokenizer).encode
     for split, chosen in (("train", ~mask), ("val", mask)):
         expected = [encode(text) for text, c in zip(documents, chosen, strict=True) if c]
         assert read_documents(tmp_path, split) == expected
-    # Written down, for a rule that changes would change above as well.
+    # Hard-coded, because a changed rule would change the expectation above as well.
     assert np.flatnonzero(mask).tolist() == VALIDATION
 
 
@@ -137,15 +137,13 @@ def test_parquet_with_validation_files(
     assert not (tmp_path / "out" / ".progress").exists()
 
 
-def test_a_source_that_says_its_split_is_believed(
-    tmp_path: Path, texts: Callable[..., list[str]]
-) -> None:
-    """Though all of it is for training: nothing is held out of it."""
-    said: list[str] = []
+def test_split_given_by_the_source_is_used(tmp_path: Path, texts: Callable[..., list[str]]) -> None:
+    """If the source assigns everything to training, nothing is held out."""
+    output: list[str] = []
     source = ListSource(texts(9), splits="train")
-    manifest = run(source, tmp_path, val_tokens=10**9, console=listen(said))
+    manifest = run(source, tmp_path, val_tokens=10**9, console=listen(output))
     assert {shard.split for shard in manifest.shards} == {"train"}
-    assert not any("no document fell to validation" in line for line in said)
+    assert not any("no documents for validation" in line for line in output)
 
 
 def test_shards_end_with_the_document_that_fills_them(
@@ -165,7 +163,7 @@ def test_shards_end_with_the_document_that_fills_them(
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
-def test_blocks_and_threads_change_nothing(
+def test_result_does_not_depend_on_blocks_and_threads(
     tmp_path: Path,
     texts: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -183,7 +181,7 @@ def test_blocks_and_threads_change_nothing(
 
 
 def test_which_documents_are_validation_never_changes() -> None:
-    """A newer version that prepares the same text anew must not train on what was held out."""
+    """A newer version that prepares the same text again must not train on held-out documents."""
     documents = pa.array([f"document {i}" for i in range(200)])
     half = is_validation(documents, 0.5).astype(int)[:12].tolist()
     assert half == [0, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0]
@@ -191,10 +189,10 @@ def test_which_documents_are_validation_never_changes() -> None:
     assert is_validation(pa.array(["", "東京", "a\n"]), 0.5).tolist() == [True, False, False]
 
 
-def test_a_text_lies_on_one_side_of_the_split(
+def test_copies_of_a_text_are_in_the_same_split(
     tmp_path: Path, texts: Callable[..., list[str]]
 ) -> None:
-    """Repeated documents never lie on both, in whatever order and company they come."""
+    """Copies of a document are never in both splits, regardless of their order."""
     documents = texts(300) * 3
     random.Random(0).shuffle(documents)
     run(ListSource(documents), tmp_path / "a")
@@ -209,7 +207,7 @@ def test_a_text_lies_on_one_side_of_the_split(
     assert val == {tuple(document) for document in read_documents(tmp_path / "b", "val")}
 
 
-def test_validation_is_about_what_was_asked_for(
+def test_amount_of_validation_matches_the_request(
     tmp_path: Path, texts: Callable[..., list[str]]
 ) -> None:
     documents = texts(3000, words=10)
@@ -217,22 +215,24 @@ def test_validation_is_about_what_was_asked_for(
     manifest = run(ListSource(documents, block=500), tmp_path / "a", val_tokens=asked)
     assert asked < manifest.tokens("val") < 1.5 * asked
     assert run(ListSource(documents), tmp_path / "b", val_tokens=0).tokens("val") == 0
-    # Small data is not swallowed.
+    # Most of a small source stays training data.
     manifest = run(ListSource(documents), tmp_path / "c", val_tokens=10**9)
     assert 0.05 < manifest.tokens("val") / manifest.tokens("train") < 0.2
 
 
-def test_a_single_document_is_trained_on(tmp_path: Path) -> None:
+def test_single_document_is_training_data(tmp_path: Path) -> None:
     for i in range(60):
         manifest = run(ListSource([f"only one, number {i}"]), tmp_path / str(i))
         assert manifest.tokens("train") > 0
 
 
-# Going on
+# Resuming
 
 
-def test_nothing_is_done_twice(tmp_path: Path, texts: Callable[..., list[str]]) -> None:
-    said: list[str] = []
+def test_finished_folder_is_not_prepared_again(
+    tmp_path: Path, texts: Callable[..., list[str]]
+) -> None:
+    output: list[str] = []
     documents = texts(50)
     first = run(ListSource(documents), tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -241,10 +241,10 @@ def test_nothing_is_done_twice(tmp_path: Path, texts: Callable[..., list[str]]) 
         def blocks(self, file: int, skip: int = 0) -> Iterator[Block]:
             raise AssertionError("it was read again")
 
-    assert run(Unreadable(documents), tmp_path, console=listen(said)) == first
+    assert run(Unreadable(documents), tmp_path, console=listen(output)) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    assert len(said) == 1
-    assert "nothing to do" in said[0]
+    assert len(output) == 1
+    assert "nothing to do" in output[0]
 
 
 class Crash(BaseException):
@@ -252,21 +252,21 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_crash_at_any_write_changes_nothing(
+def test_crash_at_any_write_gives_the_same_result(
     tmp_path: Path,
     texts: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
     after: bool,
 ) -> None:
-    """Before and after each rename; every run is stopped several times on the way."""
+    """Before and after each rename; every run is stopped several times."""
     documents = [texts(35, seed=1), texts(35, seed=2)]
     settings = {"shard_tokens": 700, "val_tokens": 10**6}
-    run(ListSource(*documents), tmp_path / "whole", **settings)
-    expected = contents(tmp_path / "whole")
+    run(ListSource(*documents), tmp_path / "complete", **settings)
+    expected = contents(tmp_path / "complete")
     assert {"train_000006.bin", "val_000001.bin"} <= expected.keys()
     replace = os.replace
 
-    for last in range(1, 100):  # the write with which each process ends
+    for last in range(1, 100):  # the write at which each process crashes
         out = tmp_path / f"crash-{last}"
         writes = 0
 
@@ -309,7 +309,7 @@ prepare(source, Path(sys.argv[2]), "bytes", shard_tokens=5000, val_tokens=10**6)
 """
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+def test_kill_at_any_moment_gives_the_same_bytes(
     tmp_path: Path, parquet: Callable[..., Path], texts: Callable[..., list[str]]
 ) -> None:
     parquet("b.parquet", texts(1200, seed=2))
@@ -317,7 +317,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     out = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True)
+    subprocess.run([*command, str(tmp_path / "complete")], env=environment, check=True)
 
     rng = random.Random(time.time_ns())
     kills = 0
@@ -335,19 +335,19 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
         if process.returncode == 0:
             if kills >= 3:
                 break
-            shutil.rmtree(out)  # on a busy machine it may end before it is killed
+            shutil.rmtree(out)  # on a busy machine it may finish before it is killed
             continue
         assert process.returncode == -signal.SIGKILL
         kills += 1
         for path in out.glob("[tv]*.bin"):
-            shards.open_shard(path)  # never half-written
+            shards.open_shard(path)  # raises if it is half-written
     else:
         subprocess.run([*command, str(out)], env=environment, check=True)
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "complete")
 
 
 def interrupted(out: Path, documents: list[str], **settings: Any) -> None:
-    """Leave `out` as a killed process does: some shards, no manifest."""
+    """Leave `out` as a killed process does: with some shards, but no manifest."""
 
     class Ends(ListSource):
         def blocks(self, file: int, skip: int = 0) -> Iterator[Block]:
@@ -362,9 +362,7 @@ def interrupted(out: Path, documents: list[str], **settings: Any) -> None:
     assert not (out / "manifest.json").exists()
 
 
-def test_only_what_is_missing_is_read_again(
-    tmp_path: Path, texts: Callable[..., list[str]]
-) -> None:
+def test_resuming_skips_finished_documents(tmp_path: Path, texts: Callable[..., list[str]]) -> None:
     documents = texts(300)
     interrupted(tmp_path, documents, shard_tokens=2000)
     seen: list[int] = []
@@ -374,14 +372,14 @@ def test_only_what_is_missing_is_read_again(
             seen.append(skip)
             return super().blocks(file, skip)
 
-    said: list[str] = []
-    run(Watched(documents), tmp_path, shard_tokens=2000, console=listen(said))
+    output: list[str] = []
+    run(Watched(documents), tmp_path, shard_tokens=2000, console=listen(output))
     assert seen[0] > 100
-    assert "going on" in said[0]
+    assert "resuming" in output[0]
     assert len(read_documents(tmp_path, "train") + read_documents(tmp_path, "val")) == 300
 
 
-# What is there already is never overwritten
+# Existing data is never overwritten
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -394,7 +392,7 @@ def test_only_what_is_missing_is_read_again(
         ({"source": ["other text"]}, "is not the same text"),
     ],
 )
-def test_other_data_is_refused(
+def test_other_data_is_rejected(
     tmp_path: Path,
     texts: Callable[..., list[str]],
     changed: dict[str, Any],
@@ -415,7 +413,7 @@ def test_other_data_is_refused(
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_damaged_shard_is_named(
+def test_damaged_shard_is_reported(
     tmp_path: Path, texts: Callable[..., list[str]], finished: bool
 ) -> None:
     documents = texts(100)
@@ -429,7 +427,7 @@ def test_a_damaged_shard_is_named(
         run(ListSource(documents), tmp_path, shard_tokens=2000)
 
 
-# What will not do
+# Rejected sources and settings
 
 
 @pytest.mark.parametrize("files", [[[]], [[], []]])
@@ -448,11 +446,11 @@ def test_settings_out_of_range(tmp_path: Path, settings: dict[str, int]) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_leaves_no_manifest_and_can_be_gone_on_from(
+def test_full_disk_leaves_no_manifest_and_can_be_resumed(
     tmp_path: Path, texts: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = texts(200)
-    run(ListSource(documents), tmp_path / "whole", shard_tokens=2000)
+    run(ListSource(documents), tmp_path / "complete", shard_tokens=2000)
     write, writes = storage.write_file, 0
 
     def full(path: Path, chunks: Any) -> str:
@@ -463,16 +461,16 @@ def test_a_full_disk_leaves_no_manifest_and_can_be_gone_on_from(
             raise OSError(28, "No space left on device", str(path))
         return write(path, chunks)
 
-    for place in (storage, storage_files):  # which calls it for JSON
-        monkeypatch.setattr(place, "write_file", full)
-    with pytest.raises(UserError, match=r"No space left on device.*goes on where it stopped"):
+    for target in (storage, storage_files):  # `write_json` calls the one in storage_files
+        monkeypatch.setattr(target, "write_file", full)
+    with pytest.raises(UserError, match=r"No space left on device.*resumes where it stopped"):
         run(ListSource(documents), tmp_path / "full", shard_tokens=2000)
     assert not (tmp_path / "full" / "manifest.json").exists()
     run(ListSource(documents), tmp_path / "full", shard_tokens=2000)
-    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "full") == contents(tmp_path / "complete")
 
 
-def test_an_unknown_tokenizer_leaves_nothing(tmp_path: Path) -> None:
+def test_unknown_tokenizer_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown tokenizer 'gpt3': use gpt2 or bytes"):
         run(ListSource(["a"]), tmp_path / "out", tokenizer="gpt3")
     assert not (tmp_path / "out").exists()
@@ -484,9 +482,7 @@ def test_out_is_a_file(tmp_path: Path) -> None:
         run(ListSource(["a"]), tmp_path / "file")
 
 
-def test_a_source_that_breaks_leaves_no_manifest(
-    tmp_path: Path, texts: Callable[..., list[str]]
-) -> None:
+def test_failing_source_leaves_no_manifest(tmp_path: Path, texts: Callable[..., list[str]]) -> None:
     lines = [json.dumps({"text": text}) for text in texts(50)] + ["{"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     out = tmp_path / "out"
@@ -499,18 +495,18 @@ def test_a_source_that_breaks_leaves_no_manifest(
 
 
 @pytest.mark.parametrize("wrong", [0, 31, 40, 77])
-def test_a_wrong_token_stops_with_both_encodings(
+def test_wrong_token_stops_and_shows_both_encodings(
     tmp_path: Path,
     texts: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
     wrong: int,
 ) -> None:
-    """An encoder that is wrong for every document from some point on is found out."""
+    """An encoder that is wrong for every document from some point on is detected."""
     tokenizer = get_tokenizer("gpt2")
-    honest = type(tokenizer).encode_documents
+    original = type(tokenizer).encode_documents
 
     def faulty(self: Any, array: Any) -> tuple[np.ndarray, np.ndarray]:
-        tokens, lengths = honest(self, array)
+        tokens, lengths = original(self, array)
         tokens = tokens.copy()
         if int(array[0].as_py().split()[0].split("-")[1]) >= wrong:
             tokens[tokens == tokenizer.encode("-")[0]] = 11
@@ -525,16 +521,16 @@ def test_a_wrong_token_stops_with_both_encodings(
     assert not list(tmp_path.glob("*.bin"))
 
 
-def test_a_wrong_token_is_found_among_documents_that_wait_for_their_shard(
+def test_wrong_token_is_found_in_pending_documents(
     tmp_path: Path, texts: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Validation documents are saved in pieces whenever a training shard is finished. After that
-    nothing looks at them again, so their sample is compared before."""
+    """Pending validation documents are saved whenever a training shard is finished. They are not
+    read again after that, so their sample must be compared before."""
     tokenizer = get_tokenizer("bytes")
-    honest = type(tokenizer).encode_documents
+    original = type(tokenizer).encode_documents
 
     def faulty(self: Any, array: Any) -> tuple[np.ndarray, np.ndarray]:
-        tokens, starts = honest(self, array)
+        tokens, starts = original(self, array)
         if array[0].as_py().startswith("1-"):
             tokens[starts[0] + 1] += 1
         return tokens, starts
@@ -564,8 +560,9 @@ def test_samples_are_spread_over_the_shard() -> None:
         kept.check("here")
 
 
-def test_long_documents_are_compared_to_a_safe_place() -> None:
-    """Cut before a space between two words, the start is encoded as in the whole."""
+def test_long_documents_are_compared_up_to_a_safe_cut() -> None:
+    """The beginning of a text, cut before a space between words, has the same tokens as in the
+    whole text."""
     tokenizer = get_tokenizer("gpt2")
     text = ("It's 3.14  spaces\n\n 東京 and more words, " * 2000)[: samples.LONGEST + 5000]
     tokens = np.array([tokenizer.end_of_text, *tokenizer.encode(text)])
@@ -583,8 +580,8 @@ def test_long_documents_are_compared_to_a_safe_place() -> None:
 # Memory, progress
 
 
-def test_few_blocks_are_under_way_at_once(texts: Callable[..., list[str]]) -> None:
-    """However slowly they are taken: memory does not depend on the size of the source."""
+def test_number_of_blocks_in_flight_is_bounded(texts: Callable[..., list[str]]) -> None:
+    """Even with a slow consumer: memory does not depend on the size of the source."""
     read = 0
 
     class Counted(ListSource):
@@ -596,12 +593,12 @@ def test_few_blocks_are_under_way_at_once(texts: Callable[..., list[str]]) -> No
 
     source = Counted(texts(500), block=1)
     stream = encoded_blocks(source, get_tokenizer("bytes"), (0, 0), 0.0)
-    for taken, _ in enumerate(stream, 1):
-        assert read - taken <= encoding.usable_cores() + encoding.AHEAD
+    for consumed, _ in enumerate(stream, 1):
+        assert read - consumed <= encoding.usable_cores() + encoding.AHEAD
     assert read == 500
 
 
-def test_no_thread_is_left(tmp_path: Path, texts: Callable[..., list[str]]) -> None:
+def test_no_threads_are_left_running(tmp_path: Path, texts: Callable[..., list[str]]) -> None:
     before = threading.active_count()
     run(ListSource(texts(50)), tmp_path / "a")
     with pytest.raises(UserError):
@@ -612,74 +609,78 @@ def test_no_thread_is_left(tmp_path: Path, texts: Callable[..., list[str]]) -> N
 def test_progress_lines(
     tmp_path: Path, texts: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rates and times are numbers from the first line to the last, also after a resume."""
+    """Rates and times are valid numbers from the first line to the last, even after a resume."""
     documents = texts(300)
     interrupted(tmp_path, documents, shard_tokens=2000)
-    said: list[str] = []
+    output: list[str] = []
     ticks = iter(range(100_000))
-    monkeypatch.setattr("rekindle.data.progress.time.monotonic", lambda: next(ticks) * 11.0)
-    run(ListSource(documents), tmp_path, shard_tokens=2000, console=listen(said))
-    text = "\n".join(said)
-    assert "tokens/s · " in text
+    monkeypatch.setattr("rekindle.observe.progress.time.monotonic", lambda: next(ticks) * 11.0)
+    run(ListSource(documents), tmp_path, shard_tokens=2000, console=listen(output))
+    text = "\n".join(output)
+    assert "tokens/s | " in text
     assert "left" in text
     assert f"train_{len(shards.read_manifest(tmp_path).split('train')) - 2:06d}.bin: " in text
     for strange in ("nan", "inf", "-", "101%"):
         assert strange not in text.replace(str(tmp_path), "")
-    assert "tokens to train on" in said[-1]
-    counted = [int(line.split(" tokens · ")[0].replace(",", "")) for line in said if " · " in line]
+    assert "tokens to train on" in output[-1]
+    counted = [
+        int(line.split(" | ")[-1].removesuffix(" tokens").replace(",", ""))
+        for line in output
+        if line.startswith("preparing")
+    ]
     assert counted == sorted(counted)
-    assert 0 < counted[-1] < sum(map(len, documents)) + len(documents)  # of this call alone
+    assert 0 < counted[-1] < sum(map(len, documents)) + len(documents)  # only this call's tokens
 
 
 def test_progress_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first line comes after a while; what is said takes the place of a progress line."""
+    """The first progress line is delayed, and a printed line overwrites it."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    said: list[str] = []
-    console = listen(said, terminal=True)
+    output: list[str] = []
+    console = listen(output, terminal=True)
     progress = Progress(console, "tokens")
     progress.update(0, 0.0)
-    assert said == []
+    assert output == []
     now[0] += 2
     progress.update(1000, 0.5)
     progress.update(1001, 0.5)
     console.print("done")
     console.print("and over")
-    progress_line = "1,000 tokens · 500 tokens/s · 50% · 2.0 s left"
-    assert "".join(said) == f"\r\033[K{progress_line}\r\033[Kdone\nand over\n"
+    progress_line = "50% | 2.0 s left | 500 tokens/s | 1,000 tokens"
+    assert "".join(output) == f"\r\033[K{progress_line}\r\033[Kdone\nand over\n"
 
 
 # Ready-made shards in a folder
 
 
-def made_elsewhere(folder: Path, names: list[str]) -> None:
+def write_shards(folder: Path, names: list[str]) -> None:
     for i, name in enumerate(names):
         shards.write_shard(folder / name, [np.array([50256, i, 50255, 50256, 7], np.uint16)])
 
 
-def test_a_folder_of_shards_gets_its_manifest(tmp_path: Path) -> None:
-    made_elsewhere(tmp_path, ["fineweb_train_000001.bin", "fineweb_val_000000.bin"])
-    (tmp_path / ".tmp-fineweb_train_000002.bin").write_bytes(b"a download under way")
-    said: list[str] = []
+def test_folder_of_shards_gets_a_manifest(tmp_path: Path) -> None:
+    write_shards(tmp_path, ["fineweb_train_000001.bin", "fineweb_val_000000.bin"])
+    (tmp_path / ".tmp-fineweb_train_000002.bin").write_bytes(b"an unfinished download")
+    output: list[str] = []
     source = from_arguments(shards=tmp_path)
-    manifest = run(source, tmp_path, tokenizer="gpt2", console=listen(said))
+    manifest = run(source, tmp_path, tokenizer="gpt2", console=listen(output))
     assert manifest == shards.read_manifest(tmp_path)
     assert [(s.split, s.tokens, s.documents) for s in manifest.shards] == [
         ("train", 5, 2),
         ("val", 5, 2),
     ]
     shards.verify(tmp_path, manifest)
-    assert run(from_arguments(shards=tmp_path), tmp_path, tokenizer="gpt2", console=listen(said))
-    assert "nothing to do" in said[-1]
+    assert run(from_arguments(shards=tmp_path), tmp_path, tokenizer="gpt2", console=listen(output))
+    assert "nothing to do" in output[-1]
 
 
-def test_a_folder_of_shards_that_will_not_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no shards"):
+def test_unusable_folder_of_shards_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="contains no shards"):
         from_arguments(shards=tmp_path)
-    made_elsewhere(tmp_path, ["train_000001.bin"])
-    with pytest.raises(UserError, match="stay where they are"):
+    write_shards(tmp_path, ["train_000001.bin"])
+    with pytest.raises(UserError, match="used in place"):
         run(from_arguments(shards=tmp_path), tmp_path / "other", tokenizer="gpt2")
-    with pytest.raises(UserError, match="id 50256 beyond the vocabulary of 257"):
+    with pytest.raises(UserError, match="id 50256, outside the vocabulary of 257"):
         run(from_arguments(shards=tmp_path), tmp_path, tokenizer="bytes")
     (tmp_path / "train_000002.bin").write_bytes(b"GIF89a")
     with pytest.raises(UserError, match=r"train_000002\.bin does not start with the header"):
@@ -687,10 +688,10 @@ def test_a_folder_of_shards_that_will_not_do(tmp_path: Path) -> None:
     assert not (tmp_path / "manifest.json").exists()
     (tmp_path / "train_000002.bin").unlink()
     run(from_arguments(shards=tmp_path), tmp_path, tokenizer="gpt2")
-    made_elsewhere(tmp_path, ["train_000001.bin", "train_000003.bin"])
-    with pytest.raises(UserError, match="names other shards"):
+    write_shards(tmp_path, ["train_000001.bin", "train_000003.bin"])
+    with pytest.raises(UserError, match="lists other shards"):
         run(from_arguments(shards=tmp_path), tmp_path, tokenizer="gpt2")
 
 
-def test_defaults_are_the_lectures() -> None:
+def test_defaults_match_the_lecture() -> None:
     assert (module.VAL_TOKENS, module.SHARD_TOKENS) == (20 * 524_288, 100_000_000)

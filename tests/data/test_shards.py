@@ -1,4 +1,4 @@
-"""What is read is what was written, and damage is named."""
+"""Shards and manifests round-trip, and damage is reported."""
 
 import hashlib
 import json
@@ -26,8 +26,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_layout_is_llmcs(tmp_path: Path) -> None:
-    """256 int32 that begin 20240520, 1, count; then uint16 tokens, all little-endian."""
+def test_format_matches_llmc(tmp_path: Path) -> None:
+    """256 int32 that start with 20240520, 1, count; then uint16 tokens, all little-endian."""
     shards.write_shard(tmp_path / "s.bin", [TOKENS[:2], TOKENS[2:]])
     content = (tmp_path / "s.bin").read_bytes()
     header = np.frombuffer(content[:1024], "<i4")
@@ -36,8 +36,8 @@ def test_layout_is_llmcs(tmp_path: Path) -> None:
     assert np.frombuffer(content[1024:], "<u2").tolist() == TOKENS.tolist()
 
 
-def test_a_shards_bytes_never_change(tmp_path: Path) -> None:
-    """Manifests hold their hash; a set that is prepared anew must be the same one."""
+def test_bytes_of_a_shard_never_change(tmp_path: Path) -> None:
+    """Manifests contain the hash, so preparing the same data again must give the same bytes."""
     shard = shards.write_shard(tmp_path / "s.bin", [TOKENS], "train", 2)
     assert shard.sha256 == SHA256
     assert shard.sha256 == hashlib.sha256((tmp_path / "s.bin").read_bytes()).hexdigest()
@@ -45,10 +45,10 @@ def test_a_shards_bytes_never_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [2**16, 2**16 + 5, 2**32, -1])
-def test_an_id_that_does_not_fit_is_refused_and_not_wrapped(tmp_path: Path, bad: int) -> None:
-    for place in (0, 1, 2):
+def test_id_that_does_not_fit_is_rejected_not_wrapped(tmp_path: Path, bad: int) -> None:
+    for position in (0, 1, 2):
         ids = np.zeros(3, np.int64)
-        ids[place] = bad
+        ids[position] = bad
         with pytest.raises(UserError, match=rf"s\.bin: the id {bad} does not fit"):
             shards.write_shard(tmp_path / "s.bin", [TOKENS, ids])
     assert not list(tmp_path.iterdir())
@@ -57,7 +57,7 @@ def test_an_id_that_does_not_fit_is_refused_and_not_wrapped(tmp_path: Path, bad:
     assert shards.open_shard(tmp_path / "s.bin").tolist() == [65_535, 0]
 
 
-def test_what_is_written_is_read(folder: Path) -> None:
+def test_shards_round_trip(folder: Path) -> None:
     manifest = shards.read_manifest(folder)
     shards.verify(folder, manifest)
     shards.check_sizes(folder, manifest)
@@ -67,7 +67,7 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert "6 tokens to train on and 4 for validation" in manifest.summary()
 
 
-def test_fingerprint_is_of_the_tokens_alone(folder: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_only_on_the_tokens(folder: Path, tmp_path: Path) -> None:
     manifest = shards.read_manifest(folder)
     renamed = Manifest("bytes", "abc", 257, {"name": "elsewhere"}, manifest.shards)
     other = Manifest("bytes", "abd", 257, {"name": "test"}, manifest.shards)
@@ -85,12 +85,12 @@ def damage(path: Path, position: int, value: bytes) -> None:
     [
         (0, b"\0", "header"),  # not the magic number
         (4, b"\x02", "header"),  # another version
-        (8, b"\x09", "promises"),  # a count that the length does not bear out
-        (1026, b"\x09", "SHA-256 differs, first between the bytes 0 and 1,048,576"),  # one token
+        (8, b"\x09", "its header says"),  # a count that does not match the length
+        (1026, b"\x09", "SHA-256 differs, first between bytes 0 and 1,048,576"),  # one token
         (1026, b"\xff\xff", "vocabulary of 257"),  # one id that does not exist
     ],
 )
-def test_a_changed_byte_is_noticed(folder: Path, position: int, value: bytes, message: str) -> None:
+def test_changed_byte_is_detected(folder: Path, position: int, value: bytes, message: str) -> None:
     manifest = shards.read_manifest(folder)
     damage(folder / "train_000000.bin", position, value)
     with pytest.raises(UserError, match=message) as caught:
@@ -100,8 +100,8 @@ def test_a_changed_byte_is_noticed(folder: Path, position: int, value: bytes, me
 
 
 @pytest.mark.parametrize("position", [1024, BLOCK - 1, BLOCK, 2 * BLOCK + 1, 3 * BLOCK - 1])
-def test_a_flipped_byte_is_found_to_the_block(tmp_path: Path, position: int) -> None:
-    """In a file of exactly three blocks, written in pieces that end anywhere."""
+def test_flipped_byte_is_located_to_its_block(tmp_path: Path, position: int) -> None:
+    """In a file of exactly three blocks, written in pieces not aligned to blocks."""
     tokens = np.zeros((3 * BLOCK - shards.HEADER_BYTES) // 2, np.uint16)
     path = tmp_path / "train.bin"
     entry = shards.write_shard(path, np.split(tokens, [1, 400_000, 10**6]))
@@ -115,12 +115,12 @@ def test_a_flipped_byte_is_found_to_the_block(tmp_path: Path, position: int) -> 
     shards.verify(tmp_path, manifest)
     damage(path, position, b"\x01")  # an id of 1 or 256
     first = position // BLOCK * BLOCK
-    with pytest.raises(UserError, match=f"between the bytes {first:,} and {first + BLOCK:,}"):
+    with pytest.raises(UserError, match=f"between bytes {first:,} and {first + BLOCK:,}"):
         shards.verify(tmp_path, manifest)
 
 
-def test_a_manifest_without_crc32s_will_do(folder: Path) -> None:
-    """As those made before there were any; the hash is checked all the same."""
+def test_manifest_without_crc32s_is_accepted(folder: Path) -> None:
+    """Older manifests have no CRCs; the hash is still checked."""
     raw = json.loads((folder / "manifest.json").read_text())
     for entry in raw["shards"]:
         del entry["crc32"]
@@ -133,7 +133,7 @@ def test_a_manifest_without_crc32s_will_do(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 10, 1023, 1024, 1035])
-def test_a_truncated_shard_is_noticed(folder: Path, length: int) -> None:
+def test_truncated_shard_is_detected(folder: Path, length: int) -> None:
     path = folder / "val_000000.bin"
     path.write_bytes(path.read_bytes()[:length] if length < 1032 else path.read_bytes() + b"...")
     for check in (shards.verify, shards.check_sizes):
@@ -141,14 +141,14 @@ def test_a_truncated_shard_is_noticed(folder: Path, length: int) -> None:
             check(folder, shards.read_manifest(folder))
 
 
-def test_another_whole_shard_in_its_place_is_noticed(folder: Path) -> None:
+def test_replaced_shard_is_detected(folder: Path) -> None:
     shards.write_shard(folder / "train_000000.bin", [TOKENS[:5]])
     for check in (shards.verify, shards.check_sizes):
-        with pytest.raises(UserError, match="holds 5 tokens"):
+        with pytest.raises(UserError, match="has 5 tokens"):
             check(folder, shards.read_manifest(folder))
 
 
-def test_a_missing_shard_is_noticed(folder: Path) -> None:
+def test_missing_shard_is_detected(folder: Path) -> None:
     (folder / "train_000000.bin").unlink()
     with pytest.raises(UserError, match=r"train_000000\.bin is missing"):
         shards.verify(folder, shards.read_manifest(folder))
@@ -180,18 +180,18 @@ def test_a_damaged_manifest(folder: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../train_000000.bin", "/etc/passwd", "a/b.bin"])
-def test_a_manifest_names_files_of_its_folder_only(folder: Path, name: str) -> None:
+def test_manifest_may_only_list_files_in_its_folder(folder: Path, name: str) -> None:
     raw = json.loads((folder / "manifest.json").read_text())
     raw["shards"][0]["name"] = name
     (folder / "manifest.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="no shard of this folder"):
+    with pytest.raises(UserError, match="not a shard in this folder"):
         shards.read_manifest(folder)
 
 
-def test_a_shard_made_elsewhere_is_described_and_checked(folder: Path) -> None:
+def test_shard_from_elsewhere_is_described_and_checked(folder: Path) -> None:
     path = folder / "train_000000.bin"
     entry = shards.describe_shard(path, "train", 256, 257)
     assert (entry.tokens, entry.documents) == (6, 2)
     assert entry.sha256 == shards.read_manifest(folder).shards[0].sha256
-    with pytest.raises(UserError, match="the id 256 beyond the vocabulary of 256"):
+    with pytest.raises(UserError, match="the id 256, outside the vocabulary of 256"):
         shards.describe_shard(path, "train", 256, 256)

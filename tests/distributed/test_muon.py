@@ -1,4 +1,4 @@
-"""Muon on several ranks: each orthogonalizes its share of the matrices. gloo on the CPU."""
+"""Muon on several ranks, each of which orthogonalizes a share of the matrices. gloo on the CPU."""
 
 import json
 import shutil
@@ -22,8 +22,8 @@ from tests.distributed.conftest import (
 Ranks = Callable[..., End]
 Records = Callable[..., list[dict[str, Any]]]
 
-# 8 square matrices, 2 tall and 2 wide ones: three ranks have 3, 3 and 2 of the first, and 1, 1 and
-# none of the others. Six rows, for one to three ranks. An epsilon as in conftest.py.
+# 8 square, 2 tall and 2 wide matrices: three ranks get 3, 3 and 2 of the square ones, and 1, 1
+# and 0 of the others. A batch has six rows, for one to three ranks. Epsilon as in conftest.py.
 TINY = (
     "--device", "cpu", "--no-compile", "--precision", "fp32", "--model.n-layer", "2",
     "--model.n-embd", "16", "--model.head-size", "8", "--model.block-size", "32",
@@ -37,13 +37,14 @@ NAN = {"step": 5, "do": "nan"}
 
 
 @pytest.fixture
-def fast(nursery: Callable[..., list[End]], shard_set: Path) -> Ranks:
-    """`fast(3, out, {fault}, flags=[...])`: a tiny modern model, trained by so many ranks."""
+def fast(fork_server: Callable[..., list[End]], shard_set: Path) -> Ranks:
+    """`fast(3, out, {fault}, flags=[...])`: train a tiny modern model with this many
+    ranks."""
 
     def run(count: int, out: Path, *faults: dict[str, Any], flags: Any = ()) -> End:
         rank = [json.dumps(faults), str(notes_of(out)), "train", "demo-fast", "--data",
                 str(shard_set), "--out", str(out), *TINY, *flags]  # fmt: skip
-        return nursery([{"torchrun": ["--standalone", "--nproc-per-node", str(count)],
+        return fork_server([{"torchrun": ["--standalone", "--nproc-per-node", str(count)],
                          "rank": rank}])[0]  # fmt: skip
 
     return run
@@ -51,7 +52,7 @@ def fast(nursery: Callable[..., list[End]], shard_set: Path) -> Ranks:
 
 @pytest.fixture
 def trained(fast: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """`trained(3)`: the run of so many ranks, of which the last has a NaN loss in step 5."""
+    """`trained(3)`: a run with this many ranks; the last one has a NaN loss in step 5."""
 
     def run(count: int) -> Path:
         out = tmp_path_factory.getbasetemp() / f"muon-{count}"
@@ -64,7 +65,7 @@ def trained(fast: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state at the end."""
+    """The final weights and optimizer state."""
     return {
         **load_file(last(run) / "model.safetensors"),
         **load_file(last(run) / "optimizer.safetensors"),
@@ -72,11 +73,11 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_several_ranks_train_as_one(
+def test_several_ranks_match_one(
     trained: Callable[[int], Path], records: Records, count: int
 ) -> None:
-    """Within 5e-5 of each tensor's largest number after 11 updates and a skipped step; the losses
-    to 1e-6. Sums over other micro-batches are rounded otherwise, and Newton-Schulz lifts that."""
+    """After 11 updates and a skipped step, tensors agree within 5e-5 of their largest number, and
+    losses within 1e-6. Other micro-batches round differently, which Newton-Schulz amplifies."""
     run, like = trained(count), trained(1)
     losses = [
         [r["loss"] for r in records(folder, "train", "validation") if not r.get("skipped")]
@@ -93,11 +94,11 @@ def test_several_ranks_train_as_one(
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_all_ranks_have_the_same_bits_and_skip_the_same_step(
+def test_ranks_keep_the_same_bits_and_skip_the_same_step(
     trained: Callable[[int], Path], count: int
 ) -> None:
-    """After every step; in a skipped one neither weights nor state change on any rank, though only
-    one of them has a NaN."""
+    """After every step. A skipped step changes neither weights nor state on any rank, although only
+    one rank has a NaN."""
     noted = notes_by_rank(trained(count))
     assert sorted(noted) == list(range(count))
     for notes in noted.values():
@@ -107,22 +108,22 @@ def test_all_ranks_have_the_same_bits_and_skip_the_same_step(
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_resumed_ranks_compute_the_same_bits(
+def test_resumed_ranks_have_the_same_bits(
     trained: Callable[[int], Path], fast: Ranks, records: Records, tmp_path: Path, count: int
 ) -> None:
-    whole, resumed = trained(count), tmp_path / "resumed"
-    shutil.copytree(whole, resumed)
+    uninterrupted, resumed = trained(count), tmp_path / "resumed"
+    shutil.copytree(uninterrupted, resumed)
     for step in ("000004", "000012"):
         shutil.rmtree(resumed / "checkpoints" / f"step-{step}")
     end = fast(count, resumed)
     assert end.status == 0, end.err
     assert "resumes at step 8" in end.out
-    assert same_bits(resumed, whole)
-    assert records(resumed, "train") == records(whole, "train")
+    assert same_bits(resumed, uninterrupted)
+    assert records(resumed, "train") == records(uninterrupted, "train")
 
 
-def test_sharding_is_refused_before_anything_is_written(fast: Ranks, tmp_path: Path) -> None:
+def test_sharding_is_rejected_before_writing_anything(fast: Ranks, tmp_path: Path) -> None:
     end = fast(2, tmp_path / "run", flags=("--shard",))
-    said = "muon cannot train a sharded model yet: leave out --shard"
-    assert sorted(end.errors) == [f"rekindle: error (rank {rank}): {said}" for rank in (0, 1)]
+    message = "muon cannot train a sharded model yet: leave out --shard"
+    assert sorted(end.errors) == [f"rekindle: error (rank {rank}): {message}" for rank in (0, 1)]
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""A bit that flips in one rank's memory is found before it is saved, and the rank is named."""
+"""A flipped bit in one rank's memory is detected before it is saved, and the rank is named."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -21,42 +21,42 @@ from tests.distributed.conftest import End, read_notes, saved
 Ranks = Callable[..., End]
 WEIGHT = "transformer.h.1.mlp.c_fc.weight"
 ADVICE = (
-    " after step {}: memory or a GPU there is faulty; take it out, and the same command resumes "
-    "from the newest checkpoint"
+    " after step {}: faulty memory or a faulty GPU; replace it, then run the same command to "
+    "resume from the newest checkpoint"
 )
 
 
-def test_of_two_ranks_nobody_knows_which_is_right(tmp_path: Path, ranks: Ranks) -> None:
-    """The lowest bit of a weight, found when the next checkpoint is due; without it they go on."""
+def test_two_ranks_that_disagree_are_both_named(tmp_path: Path, ranks: Ranks) -> None:
+    """The lowest bit of a weight, detected when the next checkpoint is due. The run can resume."""
     out = tmp_path / "run"
     fault = {"rank": 1, "step": 6, "do": "flip", "what": "weight", "name": WEIGHT, "bit": 0}
     end = ranks(2, out, fault)
     assert end.status != 0
     assert sorted(end.errors) == [
-        f"rekindle: error (rank {rank}): the ranks 0, 1 disagree about {WEIGHT}{ADVICE.format(7)}"
+        f"rekindle: error (rank {rank}): {WEIGHT} differs between ranks 0, 1{ADVICE.format(7)}"
         for rank in (0, 1)
     ], end.err
     assert saved(out) == ["step-000004"]
     assert ranks(2, out).status == 0
 
 
-def test_of_three_ranks_two_are_right(tmp_path: Path, ranks: Ranks) -> None:
-    """A moment, with no checkpoint due: the ranks are compared every 100 steps."""
+def test_majority_of_three_ranks_is_right(tmp_path: Path, ranks: Ranks) -> None:
+    """Optimizer state, without a checkpoint: ranks are also compared every 100 steps."""
     out = tmp_path / "run"
     flags = ("--batch.tokens", 96, "--checkpoint-every", 0, "--steps", 110, "--eval-every", 0)
     fault = {"rank": 1, "step": 90, "do": "flip", "what": "exp_avg_sq", "name": WEIGHT, "bit": 24}
     end = ranks(3, out, fault, flags=flags)
     assert end.status != 0
-    said = f"rank 1 has another {WEIGHT} than the others{ADVICE.format(99)}"
+    message = f"{WEIGHT} on rank 1 differs from the other ranks{ADVICE.format(99)}"
     assert end.errors
-    assert set(end.errors) <= {f"rekindle: error (rank {rank}): {said}" for rank in range(3)}
+    assert set(end.errors) <= {f"rekindle: error (rank {rank}): {message}" for rank in range(3)}
     assert max(read_notes(out)) == 99
     assert saved(out) == []
 
 
 @dataclass(frozen=True)
 class Stub(World):
-    """A world in which the `others` gave these checksums, and all else what this rank gives."""
+    """A world where `others` have these checksums, and the remaining ranks those of this rank."""
 
     others: dict[int, Tensor] = field(default_factory=dict)
     given: list[Tensor] = field(default_factory=list)
@@ -78,7 +78,7 @@ def trained(tiny: Recipe) -> tuple[GPT2, AdamW]:
 
 
 def flipped(model: GPT2, optimizer: AdamW, what: str, bit: int) -> Tensor:
-    """The checksums of a rank on which one bit is another."""
+    """The checksums of a rank with one flipped bit."""
     model, optimizer = deepcopy((model, optimizer))
     p = model.get_parameter(WEIGHT)
     tensor = p.detach() if what == "weight" else optimizer.state_tensors()[f"{what}.{WEIGHT}"]
@@ -89,26 +89,26 @@ def flipped(model: GPT2, optimizer: AdamW, what: str, bit: int) -> Tensor:
 
 
 @pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
-def test_any_flipped_bit_of_a_weight_or_moment_is_seen(
-    trained: tuple[GPT2, AdamW], what: str
-) -> None:
+def test_any_flipped_bit_is_detected(trained: tuple[GPT2, AdamW], what: str) -> None:
     name = WEIGHT if what == "weight" else f"{what}.{WEIGHT}"
     replicas.compare(*trained, Stub(size=3), 8)
     for bit in (0, 11, 23, 30, 31):
         stub = Stub(size=3, others={2: flipped(*trained, what, bit)})
         with pytest.raises(UserError) as error:
             replicas.compare(*trained, stub, 8)
-        assert str(error.value) == (f"rank 2 has another {name} than the others{ADVICE.format(7)}")
+        assert str(error.value) == (
+            f"{name} on rank 2 differs from the other ranks{ADVICE.format(7)}"
+        )
 
 
 @pytest.mark.parametrize(
     ("size", "bits", "named"),
     [
-        (3, {0: 1}, "rank 0 has"),
-        (4, {0: 1, 3: 2}, "ranks 0, 1, 2, 3 disagree"),  # two of four are no majority
-        (5, {0: 1, 3: 2}, "ranks 0, 3 disagree"),
-        (5, {0: 1, 1: 1, 2: 2}, "ranks 0, 1, 2, 3, 4 disagree"),  # nor two of five
-        (3, {1: 1, 2: 2}, "ranks 0, 1, 2 disagree"),
+        (3, {0: 1}, "on rank 0 differs"),
+        (4, {0: 1, 3: 2}, "differs between ranks 0, 1, 2, 3 "),  # two of four: not a majority
+        (5, {0: 1, 3: 2}, "differs between ranks 0, 3 "),
+        (5, {0: 1, 1: 1, 2: 2}, "differs between ranks 0, 1, 2, 3, 4 "),  # nor two of five
+        (3, {1: 1, 2: 2}, "differs between ranks 0, 1, 2 "),
     ],
 )
 def test_only_a_majority_is_right(

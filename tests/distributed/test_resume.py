@@ -1,4 +1,4 @@
-"""Several ranks that resume compute the bits of ranks that were never stopped."""
+"""Ranks that resume compute the same bits as ranks that were never stopped."""
 
 import shutil
 from collections.abc import Callable
@@ -23,13 +23,13 @@ def test_resumed_ranks_compute_the_same_bits(
 ) -> None:  # fmt: skip
     flags = (*LARGE, "--batch.tokens", 16 * 4 * count, "--micro-batch", 2)
     flags += ("--compile", "--timeout", 300) if compiled else ()
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    end = ranks(count, whole, flags=flags)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    end = ranks(count, straight, flags=flags)
     assert end.status == 0, end.err
-    shutil.copytree(whole, resumed)
+    shutil.copytree(straight, resumed)
     for step in ("000004", "000006"):
         shutil.rmtree(resumed / "checkpoints" / f"step-{step}")
     end = ranks(count, resumed, flags=flags)
     assert end.status == 0, end.err
-    assert same_bits(resumed, whole)
-    assert records(resumed, "train") == records(whole, "train")
+    assert same_bits(resumed, straight)
+    assert records(resumed, "train") == records(straight, "train")

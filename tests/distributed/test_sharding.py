@@ -1,6 +1,6 @@
-"""Sharded over two processes, a run is what it is on one: gloo on the CPU, one thread each.
+"""A run sharded over two processes matches a run on one: gloo on the CPU, one thread each.
 
-A start of two processes takes seconds, so that one of them does everything that needs two.
+Starting two processes takes seconds, so one start does everything that needs two processes.
 """
 
 import json
@@ -19,8 +19,8 @@ from rekindle import storage
 Train = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
 
-# Two micro-steps on each of two ranks; a gradient that is clipped at every step; a width that does
-# not divide by two; of validation rows one rank has more. For eps see test_two_processes.py.
+# Two micro-batches on each of two ranks; gradients clipped at every step; an odd width; one
+# rank has more validation rows. For eps see conftest.py.
 FLAGS = (
     "--micro-batch", 2, "--grad-clip", 0.05, "--optim.eps", 1e-4, "--model.n-embd", 17,
     "--model.n-head", 1, "--eval-tokens", 280,
@@ -33,8 +33,8 @@ from rekindle.runtime import distributed
 from rekindle.cli import main
 from rekindle.evaluate import scoring
 
-distributed.World.close = lambda self: None  # gloo cannot meet twice under one torchrun
-scoring.CPU_TOKENS = 1  # a batch for each question: one rank has two, the other one
+distributed.World.close = lambda self: None  # gloo cannot connect twice under one torchrun
+scoring.CPU_TOKENS = 1  # one batch per question: one rank has two, the other one
 facts = []
 begin, clip, step = start.start, train.clip_gradients, trainer.train_step
 
@@ -45,24 +45,24 @@ def measured(*arguments):
     facts.append({"held": parts, "all": sum(p.numel() for p in parameters), "norms": []})
     return session
 
-def whole_norm(parameters):  # of what all ranks hold, put together
+def full_norm(parameters):  # of the gradients gathered from all ranks
     wholes = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in parameters]
     return torch.linalg.vector_norm(torch.cat([w.flatten() for w in wholes])).item()
 
 def clipped(parameters, limit, norm):
-    before = whole_norm(parameters)
+    before = full_norm(parameters)
     clip(parameters, limit, norm)
-    facts[-1]["norms"].append((norm.item(), before, whole_norm(parameters)))
+    facts[-1]["norms"].append((norm.item(), before, full_norm(parameters)))
 
-def placed(forward, *rest, world, **named):
+def recorded(forward, *rest, world, **named):
     def call(x, y):
         result = forward(x, y)
-        facts[-1]["place"] = world.location.now()
+        facts[-1]["location"] = world.location.now()
         return result
 
     return step(call, *rest, world=world, **named)
 
-trainer.train_step = placed
+trainer.train_step = recorded
 start.start, train.clip_gradients = measured, clipped
 for command in json.loads(sys.argv[1]):
     assert main(command) == 0, command
@@ -71,19 +71,19 @@ open(f"{sys.argv[2]}-{distributed.get_world().rank}.json", "w").write(json.dumps
 
 
 class Runs(NamedTuple):
-    """Run folders: of one process; of two, with all weights on both; of two, sharded."""
+    """Run folders: of one process; of two, data parallel; of two, sharded."""
 
     one: Path
     parallel: Path
     sharded: Path
-    resumed: Path  # sharded from the middle on, after having been sharded
-    begun_by_one: Path  # sharded from the middle on, and recomputing
+    resumed: Path  # resumes a sharded run, sharded
+    begun_by_one: Path  # resumes the run of one process, sharded and recomputing
     facts: list[list[dict[str, Any]]]  # by rank and run
     printed: str
 
 
 def questions(file: Path) -> Path:
-    """Three of HellaSwag's shape, of different lengths."""
+    """Three questions in HellaSwag's format, of different lengths."""
     rows = [
         {"ctx": "the cat" * n, "endings": ["a", "sat on", "mat", "ran away"], "label": n}
         for n in (1, 2, 3)
@@ -92,8 +92,8 @@ def questions(file: Path) -> Path:
     return file
 
 
-def from_the_middle(run: Path, out: Path) -> Path:
-    """A copy of `run` as it was after 4 steps."""
+def copy_from_step_4(run: Path, out: Path) -> Path:
+    """A copy of `run` with its checkpoint of step 4 only."""
     shutil.copytree(run, out)
     for step in ("000008", "000012"):
         shutil.rmtree(out / "checkpoints" / f"step-{step}")
@@ -128,7 +128,7 @@ def runs(
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        from_the_middle(out[0], out[4])
+        copy_from_step_4(out[0], out[4])
         printed = two(
             "facts",
             [*command(out[1]), *flags],
@@ -136,7 +136,7 @@ def runs(
             [*command(out[4]), *flags, "--shard", "--recompute"],
         )
         (folder / "printed").write_text(printed)
-        from_the_middle(out[2], out[3])
+        copy_from_step_4(out[2], out[3])
         two("facts of the resumed", [*command(out[3]), *flags])
     facts = [storage.read_json(folder / f"facts-{rank}.json") for rank in (0, 1)]
     return Runs(*out, facts=facts, printed=(folder / "printed").read_text())
@@ -148,7 +148,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_close(run: Path, other: Path, records: Records) -> None:
-    """The same within rounding: losses, norms, validation, HellaSwag; weights and moments."""
+    """Equal up to rounding: losses, norms, validation, HellaSwag, weights and optimizer state."""
     kinds = ("train", "validation", "hellaswag")
     logged, expected = records(run, *kinds), records(other, *kinds)
     assert len(logged) == len(expected) == 12 + 4 + 4
@@ -162,25 +162,25 @@ def assert_close(run: Path, other: Path, records: Records) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=2e-6, msg=name)
 
 
-def test_a_sharded_run_is_that_of_one_process(runs: Runs, records: Records) -> None:
+def test_sharded_run_matches_one_process(runs: Runs, records: Records) -> None:
     assert_close(runs.sharded, runs.one, records)
     assert_close(runs.sharded, runs.parallel, records)
     assert min(r["grad_norm"] for r in records(runs.one, "train")) > 0.05  # all were clipped
     assert records(runs.sharded, "samples") == records(runs.one, "samples")
     assert len(records(runs.one, "samples")) == 3
-    assert "2 rows x 16 x 2 micro-steps x 2 ranks" in runs.printed
+    assert "2 rows × 16 tokens × 2 accumulation steps × 2 ranks" in runs.printed
     assert runs.printed.count(", sharded; ") == 2
     assert runs.printed.count(", recomputing, sharded; ") == 1
     split = storage.read_json(runs.sharded / "checkpoints" / "step-000012" / "checkpoint.json")
     assert split["machine"]["shard"]
 
 
-def test_each_rank_holds_a_part_and_they_agree_about_the_norm(runs: Runs) -> None:
+def test_each_rank_holds_a_part_and_norms_agree(runs: Runs) -> None:
     for _, sharded, begun_by_one in runs.facts:
         assert sharded["held"] < 0.52 * sharded["all"]
         assert (len(sharded["norms"]), len(begun_by_one["norms"])) == (12, 8)
-        for norm, norm_of_whole, clipped in sharded["norms"]:
-            assert norm == pytest.approx(norm_of_whole, rel=1e-6)
+        for norm, full_norm, clipped in sharded["norms"]:
+            assert norm == pytest.approx(full_norm, rel=1e-6)
             assert clipped == pytest.approx(0.05, rel=1e-4)
     parallel, sharded, _ = zip(*runs.facts, strict=True)
     assert [facts["held"] for facts in parallel] == [parallel[0]["all"]] * 2
@@ -188,24 +188,24 @@ def test_each_rank_holds_a_part_and_they_agree_about_the_norm(runs: Runs) -> Non
     assert sharded[0]["norms"] == sharded[1]["norms"]
 
 
-def test_the_watchdog_knows_that_a_sharded_model_waits_for_the_others(runs: Runs) -> None:
+def test_watchdog_reports_a_sharded_forward_pass_as_waiting(runs: Runs) -> None:
     for parallel, sharded, _ in runs.facts:
-        assert (parallel["place"], sharded["place"]) == ("step 11", "waiting in step 11")
+        assert (parallel["location"], sharded["location"]) == ("step 11", "waiting in step 11")
 
 
-def test_a_run_goes_on_from_one_process_to_shards_and_back(
+def test_run_resumes_from_one_process_to_shards_and_back(
     runs: Runs, tmp_path: Path, flags: tuple[object, ...], train: Train, records: Records
 ) -> None:
     assert_close(runs.begun_by_one, runs.one, records)
-    begun_sharded = from_the_middle(runs.sharded, tmp_path / "run")
+    begun_sharded = copy_from_step_4(runs.sharded, tmp_path / "run")
     outcome = train(begun_sharded, *flags)
     assert "resumes at step 4 of 12 (on 1 ranks instead of 2)" in outcome.out
     assert "sharded" not in outcome.out
     assert_close(begun_sharded, runs.one, records)
 
 
-def test_a_sharded_run_goes_on_sharded_with_the_same_bits(runs: Runs, records: Records) -> None:
+def test_sharded_run_resumes_with_the_same_bits(runs: Runs, records: Records) -> None:
     for kind in ("train", "validation", "hellaswag", "samples", "checkpoint"):
         assert records(runs.resumed, kind) == records(runs.sharded, kind)
-    resumed, undisturbed = tensors(runs.resumed), tensors(runs.sharded)
-    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+    resumed, uninterrupted = tensors(runs.resumed), tensors(runs.sharded)
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)

@@ -1,4 +1,4 @@
-"""Several ranks that are told to stop agree on the step, save once, and go on to the same end."""
+"""Ranks that receive a stop signal agree on the step, save once, and resume to the same result."""
 
 import signal
 from collections.abc import Callable
@@ -9,32 +9,33 @@ from tests.distributed.conftest import End, read_notes, same_bits, saved
 
 Ranks = Callable[..., End]
 Records = Callable[..., list[dict[str, Any]]]
-SAID = (
-    "rekindle: stopped by {} after step {}, and everything is saved: the same command resumes the "
-    "run"
+STOPPED = (
+    "rekindle: stopped by {} after step {}; a checkpoint was saved: run the same command to resume"
 )
 KINDS = ("train", "validation", "samples")
 
 
-def test_one_rank_or_all_of_them_may_be_told(
-    tmp_path: Path, ranks: Ranks, undisturbed: Callable[..., Path], records: Records
+def test_stop_signal_to_one_rank_or_all_ranks(
+    tmp_path: Path, ranks: Ranks, uninterrupted: Callable[..., Path], records: Records
 ) -> None:
-    """First one rank of two alone; then Ctrl-C, of which each hears twice."""
+    """First a signal to one of two ranks; then Ctrl-C, which each rank receives twice."""
     out = tmp_path / "run"
     end = ranks(
-        2, out, {"rank": 1, "step": 2, "do": "tell", "number": signal.SIGTERM, "who": "rank"}
+        2,
+        out,
+        {"rank": 1, "step": 2, "do": "send_signal", "number": signal.SIGTERM, "target": "rank"},
     )
     assert end.status != 0
-    assert end.errors == [SAID.format("SIGTERM", 2)], end.err
+    assert end.errors == [STOPPED.format("SIGTERM", 2)], end.err
     assert saved(out) == ["step-000003"]
     assert [sorted(by_rank) for by_rank in read_notes(out).values()] == [[0, 1]] * 3
 
     end = ranks(2, out, {"rank": 0, "step": 6, "do": "interrupt"})
-    assert end.errors == [SAID.format("SIGINT", 6)], end.err
+    assert end.errors == [STOPPED.format("SIGINT", 6)], end.err
     assert saved(out) == ["step-000003", "step-000004", "step-000007"]
     assert sorted(read_notes(out)) == list(range(7))
 
     end = ranks(2, out)
     assert end.status == 0, end.err
-    assert same_bits(out, undisturbed(2))
-    assert records(out, *KINDS) == records(undisturbed(2), *KINDS)
+    assert same_bits(out, uninterrupted(2))
+    assert records(out, *KINDS) == records(uninterrupted(2), *KINDS)

@@ -1,6 +1,6 @@
 """Two processes give the results of one: gloo on the CPU, one thread each.
 
-A start of two processes takes seconds, so that there are few of them and each does much.
+Starting two processes takes seconds, so there are few starts, and each does a lot.
 """
 
 import json
@@ -30,12 +30,12 @@ commands, out = json.loads(sys.argv[1]), sys.argv[2]
 gradients = {}
 original = train.grad_norm
 
-def remembered(parameters):  # what every rank holds once they have been averaged
+def remembered(parameters):  # the averaged gradient on each rank
     gradients.setdefault("gradient", torch.cat([p.grad.flatten() for p in parameters]))
     return original(parameters)
 
 train.grad_norm = remembered
-train.World.close = lambda self: None  # gloo cannot meet twice under one torchrun
+train.World.close = lambda self: None  # gloo cannot connect twice under one torchrun
 write = storage.write_file
 
 def slow(path, chunks):
@@ -46,7 +46,7 @@ storage.write_file = slow
 for command in commands:
     status = main(command)
     assert status == 0, status
-    if command[0] == "train":  # whichever rank comes out first
+    if command[0] == "train":  # whichever rank returns first
         run = Path(command[command.index("--out") + 1])
         assert (run / "checkpoints" / "step-000012").is_dir()
 from rekindle.runtime.distributed import get_world
@@ -73,14 +73,14 @@ def one(folder: Path, train: Train) -> Path:
 def torchrun(
     python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`torchrun("-m", "rekindle", ...)` on two processes."""
+    """`torchrun("-m", "rekindle", ...)`: run in two processes."""
     start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     return lambda *arguments: python(*start, *arguments)
 
 
 @pytest.fixture
 def two(folder: Path, torchrun: Callable, command: Callable) -> Path:
-    """The same of two processes."""
+    """The same run with two processes."""
     if not (folder / "two").exists():
         done = torchrun("-m", "rekindle", *command(folder / "two"), *FLAGS)
         assert done.returncode == 0, done.stderr
@@ -88,18 +88,18 @@ def two(folder: Path, torchrun: Callable, command: Callable) -> Path:
     return folder / "two"
 
 
-def test_two_processes_train_as_one(one: Path, two: Path, folder: Path, records: Records) -> None:
+def test_two_processes_train_like_one(one: Path, two: Path, folder: Path, records: Records) -> None:
     assert_close(two, one, records)
     printed = (folder / "printed").read_text()
     assert "8 rows" not in printed
-    assert "4 rows x 16 x 1 micro-steps x 2 ranks" in printed
-    assert printed.count("step     0/12") == 1  # one of them speaks for both
+    assert "4 rows × 16 tokens × 1 accumulation step × 2 ranks" in printed
+    assert printed.count("step     0/12") == 1  # only one of them prints
     split = storage.read_json(last(two) / "checkpoint.json")
     machine = split["machine"]
     assert (split["ranks"], machine["micro_batch"], machine["threads"]) == (2, 4, 1)
 
 
-def test_one_process_goes_on_with_the_run_of_two(
+def test_one_process_resumes_the_run_of_two(
     one: Path, two: Path, tmp_path: Path, train: Train, records: Records
 ) -> None:
     out = tmp_path / "run"
@@ -112,7 +112,7 @@ def test_one_process_goes_on_with_the_run_of_two(
 
 
 def questions(file: Path) -> Path:
-    """A small HellaSwag: endings of different lengths, and right answers all over."""
+    """A small HellaSwag: endings of different lengths, and correct ones at all positions."""
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "away"]
     with open(file, "w") as lines:
         for n in range(21):
@@ -122,7 +122,7 @@ def questions(file: Path) -> Path:
     return file
 
 
-def test_two_processes_go_on_evaluate_and_add_up_gradients_as_one(
+def test_two_processes_resume_evaluate_and_average_gradients_like_one(
     one: Path, tmp_path: Path, train: Train, records: Records, rekindle: Callable,
     command: Callable, torchrun: Callable, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

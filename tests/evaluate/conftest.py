@@ -1,4 +1,4 @@
-"""A model whose losses differ, questions to ask it, and ranks that are threads."""
+"""A model with distinct losses, questions for it, and ranks that are threads."""
 
 import random
 import threading
@@ -19,7 +19,7 @@ from rekindle.runtime.distributed import World
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # fastest for tiny models; tests/conftest.py puts back what was
+    torch.set_num_threads(1)  # fastest for tiny models; tests/conftest.py restores the setting
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def cpu() -> Device:
 
 
 def tiny_model() -> GPT2:
-    """Two layers, a padded vocabulary, and weights so large that no two losses are near."""
+    """Two layers, a padded vocabulary, and weights so large that no two losses are similar."""
     torch.manual_seed(0)
     config = GPT2Config(
         n_layer=2, n_head=2, n_embd=32, block_size=256, vocab_size=257, padded_vocab_size=384
@@ -46,10 +46,10 @@ def model() -> GPT2:
 
 
 def plain_losses(model: GPT2, question: Question) -> tuple[list[float], list[float]]:
-    """Sum and mean of each ending's losses, one question at a time, as the lecture's script does.
+    """Sum and mean of each ending's losses, one question at a time, like the lecture's script.
 
-    Only the padded logits, which our model hides, are fetched by hand, and a text longer than the
-    model's context loses its beginning.
+    Differences: the padded logits, which our model does not return, are computed by hand, and texts
+    longer than the model's context are cut at the beginning.
     """
     tokenizer = ByteTokenizer()
     context = tokenizer.encode(question.context)
@@ -80,7 +80,7 @@ def plain() -> Callable[[GPT2, Question], tuple[list[float], list[float]]]:
 
 @dataclass(frozen=True)
 class Asked:
-    """Questions of varied length, and the ending that the plain reference takes for each."""
+    """Questions of different lengths, and the ending that the plain reference picks for each."""
 
     questions: list[Question]
     by_sum: list[int]
@@ -92,7 +92,7 @@ class Asked:
 
 @pytest.fixture(scope="session")
 def asked(model: GPT2) -> Asked:
-    """40 questions; the endings of one differ in length, so that sum and mean disagree."""
+    """40 questions whose endings differ in length, so that sum and mean pick different ones."""
     torch.set_num_threads(1)
     rng = random.Random(5)
 
@@ -108,14 +108,14 @@ def asked(model: GPT2) -> Asked:
     for question in questions:
         for losses, chosen in zip(plain_losses(model, question), (by_sum, by_mean), strict=True):
             first, second = sorted(losses)[:2]
-            assert second - first > 1e-4  # no rounding changes the choice
+            assert second - first > 1e-4  # rounding cannot change the choice
             chosen.append(losses.index(first))
     assert sum(a != b for a, b in zip(by_sum, by_mean, strict=True)) > 10
     return Asked(questions, by_sum, by_mean)
 
 
 class Meeting:
-    """Where ranks that are threads add up their tensors."""
+    """All-reduce for ranks that are threads."""
 
     def __init__(self, size: int) -> None:
         self._barrier = threading.Barrier(size, timeout=60)
@@ -134,7 +134,7 @@ class Meeting:
 
 @dataclass(frozen=True)
 class ThreadWorld(World):
-    """One rank among threads of this process: what gloo does, without its processes."""
+    """A rank that is a thread of this process, instead of a process with gloo."""
 
     meeting: Meeting = field(default_factory=lambda: Meeting(1))
 
@@ -151,7 +151,7 @@ def work_on_ranks(size: int, work: Callable[[World], Any]) -> list[Any]:
         try:
             results[number] = work(ThreadWorld(number, size, number, meeting=meeting))
         except BaseException:
-            meeting.abort()  # nobody waits for a rank that has failed
+            meeting.abort()  # so that no rank waits for one that failed
             raise
 
     threads = [threading.Thread(target=rank, args=(n,)) for n in range(size)]

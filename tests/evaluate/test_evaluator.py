@@ -1,4 +1,4 @@
-"""Evaluation in training: which tasks, and what the log and the console say of them."""
+"""Evaluation during training: selection of tasks, log records and console output."""
 
 import io
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ ITEM = Item([1], [[2], [3]])
 
 @dataclass
 class Colours:
-    """A task whose scores are given, and whose items come from everywhere but the hub."""
+    """A task with given scores, whose items can be loaded from anywhere except the hub."""
 
     scores: dict[str, float]
     name = "colours"
@@ -50,31 +50,33 @@ def colours() -> Colours:
     return Colours({"total": 4, "perplexity": 7.25, "correct": 3, "acc": 0.75})
 
 
-def load(task: Any, where: str, device: Device, said: list[str], world: Any = None) -> list[Any]:
+def load(
+    task: Any, where: str, device: Device, reported: list[str], world: Any = None
+) -> list[Any]:
     return load_for_training(
-        [(task, where)], ByteTokenizer(), device, world or World(), said.append
+        [(task, where)], ByteTokenizer(), device, world or World(), reported.append
     )
 
 
 def test_which_tasks_a_training_run_evaluates(colours: Colours, cpu: Device) -> None:
-    said: list[str] = []
-    assert load(colours, "file", cpu, said) == [(colours, [ITEM] * 4)]
-    assert load(colours, "none", GPU, said) == []
-    assert load(colours, "auto", cpu, said) == []
-    assert not said
-    assert load(colours, "auto", GPU, said) == []  # the training does without
-    assert said == ["Colours is left out: no network"]
+    reported: list[str] = []
+    assert load(colours, "file", cpu, reported) == [(colours, [ITEM] * 4)]
+    assert load(colours, "none", GPU, reported) == []
+    assert load(colours, "auto", cpu, reported) == []
+    assert not reported
+    assert load(colours, "auto", GPU, reported) == []  # training continues without the task
+    assert reported == ["Colours is skipped: no network"]
     with pytest.raises(UserError, match="no network"):
-        load(colours, "hub", cpu, said)
+        load(colours, "hub", cpu, reported)
 
 
 @pytest.mark.parametrize(
     ("where", "fewest", "found"), [("two", 3, 3), ("two", 0, 0), ("none", 0, 0)]
 )
-def test_a_task_is_evaluated_on_all_ranks_or_on_none(
+def test_task_is_evaluated_on_all_ranks_or_on_none(
     colours: Colours, cpu: Device, where: str, fewest: int, found: int
 ) -> None:
-    """And every rank takes part in finding out."""
+    """Every rank takes part in the decision."""
     calls: list[str] = []
 
     def least(count: int, device: torch.device) -> int:
@@ -84,20 +86,20 @@ def test_a_task_is_evaluated_on_all_ranks_or_on_none(
     def agree(count: int, meaning: str, advice: str, device: torch.device) -> None:
         calls.append(f"{meaning} {advice}")
 
-    said: list[str] = []
-    work = load(colours, where, cpu, said, SimpleNamespace(min=least, agree=agree))
+    reported: list[str] = []
+    work = load(colours, where, cpu, reported, SimpleNamespace(min=least, agree=agree))
     assert sum(len(items) for _, items in work) == found
     assert calls[0] == "min"
     same = "Colours has the checksum give every host the same --colours"
     assert calls[1:] == ([same] if fewest else [])
-    left_out = where == "two" and not fewest
-    assert said == (["Colours is left out: another rank has no items"] if left_out else [])
+    skipped = where == "two" and not fewest
+    assert reported == (["Colours is skipped: another rank has no items"] if skipped else [])
 
 
 def test_ranks_compare_more_than_the_number_of_items(
     monkeypatch: pytest.MonkeyPatch, colours: Colours, cpu: Device
 ) -> None:
-    """A sum over ranks needs the same candidates everywhere."""
+    """Sums over ranks need the same candidates on every rank."""
     others = [Item([1], [[2], [3]], 1), Item([1, 1], [[2], [3]]), Item([1], [[2]])]
     others += [Item([1], [[2], [3, 3]])]
     checksums: list[int] = []
@@ -109,10 +111,10 @@ def test_ranks_compare_more_than_the_number_of_items(
     assert len(set(checksums)) == 5
 
 
-def test_what_is_logged_and_said_of_a_task(
+def test_task_results_are_logged_and_printed(
     model: GPT2, colours: Task, cpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Metrics and how many items there are, but no other count; the task's own metric leads."""
+    """Metrics and the number of items, but no other count; the main metric comes first."""
     monkeypatch.setattr(evaluator.time, "perf_counter", lambda: 5.0)
     records: list[dict[str, Any]] = []
     screen = io.StringIO()

@@ -1,4 +1,4 @@
-"""Validation loss: the same tokens and the same number, however the work is split."""
+"""Validation loss: the same tokens and value for any batch size and number of ranks."""
 
 import math
 from collections.abc import Callable
@@ -22,14 +22,14 @@ OnRanks = Callable[[int, Callable[[World], Loss]], list[Loss]]
 
 @pytest.fixture(scope="module")
 def shards() -> list[np.ndarray]:
-    """Lengths with and without a rest beyond whole windows, one too short for any target."""
+    """Lengths that are and are not multiples of the window, and one too short for a target."""
     random = np.random.default_rng(0)
     lengths = (5 * T + 1, 3 * T + 8, 1, 2 * T, 2)
     return [random.integers(0, 257, n).astype(np.uint16) for n in lengths]
 
 
 def reference(model: GPT2, shards: list[np.ndarray], limit: int) -> Loss:
-    """A window at a time, the loss of each target by hand."""
+    """The loss of each target by hand, one window at a time."""
     nats, count, size = 0.0, 0, 0
     for shard in shards:
         for start in range(0, len(shard) - 1, T):
@@ -50,7 +50,7 @@ def reference(model: GPT2, shards: list[np.ndarray], limit: int) -> Loss:
 @pytest.mark.parametrize(
     ("rows", "ranks"), [(1, 1), (4, 1), (64, 1), (1, 2), (3, 2), (2, 3), (8, 5)]
 )
-def test_every_split_gives_the_loss_of_a_window_at_a_time(
+def test_loss_does_not_depend_on_batch_size_or_ranks(
     model: GPT2, shards: list[np.ndarray], cpu: Device, on_ranks: OnRanks, limit: int, rows: int,
     ranks: int,
 ) -> None:  # fmt: skip
@@ -68,7 +68,7 @@ def test_every_split_gives_the_loss_of_a_window_at_a_time(
 
 
 def test_each_target_is_scored_exactly_once_in_batches_of_one_shape(cpu: Device) -> None:
-    """Tokens that are all different tell which were asked for, and after what."""
+    """All tokens differ, so inputs and targets can be identified."""
     shards = [np.arange(0, 45, dtype=np.uint16), np.arange(100, 133, dtype=np.uint16)]
     seen: list[int] = []
 
@@ -88,7 +88,7 @@ def test_each_target_is_scored_exactly_once_in_batches_of_one_shape(cpu: Device)
 
 
 def test_bits_per_byte_by_hand(cpu: Device) -> None:
-    """3 targets at 2 nats each stand for 4 + 0 + 1 bytes: 6 / ln 2 / 5 bits for each."""
+    """3 targets of 2 nats each for 4 + 0 + 1 bytes of text: 6 / ln 2 / 5 bits per byte."""
     token_bytes = np.array([1, 4, 0])
     loss = validation_loss(
         lambda x, y: (None, torch.tensor(2.0)), [np.array([0, 1, 2, 0], np.uint16)], token_bytes,
@@ -99,7 +99,7 @@ def test_bits_per_byte_by_hand(cpu: Device) -> None:
     assert loss.bits_per_byte == pytest.approx(6 / math.log(2) / 5)
 
 
-def test_gradients_are_not_made(model: GPT2, shards: list[np.ndarray], cpu: Device) -> None:
+def test_no_gradients_are_computed(model: GPT2, shards: list[np.ndarray], cpu: Device) -> None:
     def forward(x: torch.Tensor, y: torch.Tensor) -> tuple[None, torch.Tensor]:
         _, loss = model(x, y)
         assert not loss.requires_grad
@@ -109,8 +109,6 @@ def test_gradients_are_not_made(model: GPT2, shards: list[np.ndarray], cpu: Devi
 
 
 @pytest.mark.parametrize("shards", [[], [np.zeros(1, np.uint16)], [np.zeros(0, np.uint16)]])
-def test_an_empty_split_is_a_users_mistake(
-    model: GPT2, shards: list[np.ndarray], cpu: Device
-) -> None:
+def test_empty_split_is_a_user_error(model: GPT2, shards: list[np.ndarray], cpu: Device) -> None:
     with pytest.raises(UserError, match="validation split is empty"):
         validation_loss(model, shards, BYTES, T=T, tokens=100, rows=2, device=cpu)

@@ -1,4 +1,4 @@
-"""nan is never a score: an evaluation that meets one ends with an error that names its place."""
+"""An evaluation that meets nan or inf ends with an error that names the item and the weight."""
 
 import json
 import math
@@ -40,15 +40,13 @@ def items() -> list[Item]:
     [(14, "item 5"), (52, "item 3, candidate 1"), (81, "item 2, candidate 4")],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_one_loss_that_is_not_finite_leaves_no_score(
-    model: GPT2, token: int, place: str, value: float
-) -> None:
-    """An id that one item holds has a broken row: as context, or as a candidate's only token."""
+def test_one_non_finite_loss_is_an_error(model: GPT2, token: int, place: str, value: float) -> None:
+    """One item holds an id with a non-finite embedding: in its context or as a candidate."""
     with torch.no_grad():
         model.transformer.wte.weight[token, 3] = value
         model.tie()
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.nan_to_num(0, 0, 0))
-        if token > 20:  # the head alone is broken for that target
+        if token > 20:  # only the head is affected, for that target
             model.lm_head.weight[token] = value
     (packed,) = pack([(HellaSwag(), items())], 48, CPU)
     with pytest.raises(UserError, match=f"HellaSwag: .*{place}|HellaSwag: .*item 1") as caught:
@@ -57,8 +55,10 @@ def test_one_loss_that_is_not_finite_leaves_no_score(
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_every_rank_says_so(model: GPT2, on_ranks: Callable[..., list[Any]], ranks: int) -> None:
-    """Though one of them alone met it: none is left waiting for another."""
+def test_every_rank_raises_the_same_error(
+    model: GPT2, on_ranks: Callable[..., list[Any]], ranks: int
+) -> None:
+    """Even if only one rank meets it, so that no rank waits for another."""
     with torch.no_grad():
         model.transformer.wpe.weight[1, 0] = math.nan
 
@@ -68,9 +68,9 @@ def test_every_rank_says_so(model: GPT2, on_ranks: Callable[..., list[Any]], ran
             evaluate(model, packed, CPU)
         return str(caught.value)
 
-    said = on_ranks(ranks, work)
-    assert len(set(said)) == 1
-    assert "transformer.wpe.weight is nan at [1, 0]" in said[0]
+    messages = on_ranks(ranks, work)
+    assert len(set(messages)) == 1
+    assert "transformer.wpe.weight is nan at [1, 0]" in messages[0]
 
 
 def test_finite_weights_are_not_blamed(model: GPT2) -> None:
@@ -120,7 +120,7 @@ def exported(tmp_path: Path) -> Callable[..., Path]:
         ("transformer.wte.weight", (50256, 1), -math.inf),
     ],
 )
-def test_hellaswag_of_a_broken_model(
+def test_hellaswag_of_a_model_with_non_finite_weights(
     exported: Callable[..., Path], questions: Path, refuses: Callable[..., str], precision: str,
     name: str, place: tuple[int, ...], value: float,
 ) -> None:  # fmt: skip
@@ -135,8 +135,8 @@ def run(tmp_path: Path, train: Callable[..., Any]) -> Path:
     return tmp_path / "run"
 
 
-def spoil(run: Path, name: str, value: float) -> None:
-    """Change one number of a run's checkpoint, whose hashes are those of the changed file."""
+def corrupt(run: Path, name: str, value: float) -> None:
+    """Change one number in a run's checkpoint and update its hashes."""
     from rekindle import storage
     from rekindle.checkpoint import format
 
@@ -162,10 +162,10 @@ def spoil(run: Path, name: str, value: float) -> None:
         ("transformer.wpe.weight", math.nan),
     ],
 )
-def test_the_loss_of_a_broken_run(
+def test_validation_loss_of_a_run_with_non_finite_weights(
     run: Path, rekindle: Callable[..., Any], name: str, value: float, json_flag: list[str]
 ) -> None:
-    spoil(run, name, value)
+    corrupt(run, name, value)
     outcome = rekindle("eval", run, "--device", "cpu", *json_flag)
     assert outcome.status == 2
     assert "validation loss" in outcome.err
@@ -174,10 +174,10 @@ def test_the_loss_of_a_broken_run(
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_bits_of_a_text_without_bytes_are_null(
+def test_bits_per_byte_of_a_text_without_bytes_is_null(
     run: Path, tmp_path: Path, rekindle: Callable[..., Any], tokens: int
 ) -> None:
-    """The end of a text stands for no byte; its loss is a number all the same."""
+    """An end-of-text token stands for no byte, but its loss is finite."""
     import numpy as np
 
     from rekindle.data.shards import Manifest, write_shard
@@ -192,17 +192,17 @@ def test_bits_of_a_text_without_bytes_are_null(
     outcome = rekindle("eval", run, *flags, "--json")
     assert outcome.status == 0, outcome.err
 
-    def refuse(constant: str) -> None:
+    def fail(constant: str) -> None:
         raise AssertionError(constant)
 
-    values = json.loads(outcome.out, parse_constant=refuse)["validation"]
+    values = json.loads(outcome.out, parse_constant=fail)["validation"]
     assert values["bits_per_byte"] is None
     assert math.isfinite(values["loss"])
     assert "nan" not in rekindle("eval", run, *flags).out
 
 
 @pytest.mark.parametrize("moved", ["removed", "renamed", "a file"])
-def test_a_run_whose_data_is_elsewhere_now(
+def test_eval_of_a_run_whose_data_was_moved(
     tmp_path: Path, train: Callable[..., Any], write_shards: Callable[..., Any],
     refuses: Callable[..., str], moved: str,
 ) -> None:  # fmt: skip
@@ -220,11 +220,11 @@ def test_a_run_whose_data_is_elsewhere_now(
 
 
 @pytest.mark.parametrize("flags", [("--steps", 1), ("--steps", 3), ("--optim.eps", 1e-30)])
-def test_a_training_run_never_logs_a_score_made_of_nan(
+def test_training_never_logs_a_score_computed_from_nan(
     tmp_path: Path, command: Callable[..., list[str]], rekindle: Callable[..., Any],
     records: Callable[..., Any], questions: Path, flags: tuple[Any, ...], one_thread: None,
 ) -> None:  # fmt: skip
-    """Its first step makes weights of which no loss is finite."""
+    """After the first step, all losses are non-finite."""
     huge = ["--optim.lr", 1e30, "--schedule.warmup", 0, "--eval-every", 1, "--hellaswag", questions]
     context = ["--model.block-size", 64]
     outcome = rekindle(*command(tmp_path / "run"), *context, *huge, *flags)

@@ -1,4 +1,4 @@
-"""Scoring: packed items give what a row at a time gives, on any number of ranks."""
+"""Scoring: packed items match one row at a time, on any number of ranks."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ LONG = [
     Question("abc " * 20, ("a" * 170, "b" * 170, "c" * 170, "d" * 170), 0),  # together 764
     Question("xyz " * 60, ("a", "bc" * 30, "de", "fg" * 5), 0),  # one of the four is too long
     Question("xyz " * 99, ("a", "bc" * 30, "de" * 80, "fg" * 5), 0),  # all are
-    Question("xyz", ("a" * 254, "b" * 255, "c" * 256, "d" * 999), 0),  # endings alone are
+    Question("xyz", ("a" * 254, "b" * 255, "c" * 256, "d" * 999), 0),  # endings alone are too long
     Question("xyz", ("a", "b", "c", "d" * 252), 0),
 ]
 ODD = [
@@ -62,7 +62,7 @@ ODD = [
 @pytest.mark.parametrize("attention", ["plain", "fused"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled's layout"])
 @pytest.mark.parametrize("tokens_per_batch", [1, 700, 16_384], ids=["rows", "few", "many"])
-def test_losses_are_those_of_a_row_at_a_time(
+def test_packed_losses_match_one_row_at_a_time(
     model: GPT2, asked: Any, plain: Plain, tokens_per_batch: int, compiled: bool, attention: str
 ) -> None:
     questions = [*asked.questions, *LONG, *ODD]
@@ -78,8 +78,8 @@ def test_losses_are_those_of_a_row_at_a_time(
     torch.testing.assert_close(means, expected[:, 1], rtol=1e-5, atol=1e-5)
 
 
-def test_choices_are_those_of_a_question_at_a_time(model: GPT2, asked: Any) -> None:
-    """With the reference's choices as labels, every single question has to come out right."""
+def test_choices_match_one_question_at_a_time(model: GPT2, asked: Any) -> None:
+    """With the reference's choices as labels, every question must be answered correctly."""
     both = (asked.by_sum, asked.by_mean)
     for labels in both:
         score = evaluate(model, packed(model, asked.labelled(labels)), CPU)
@@ -90,7 +90,7 @@ def test_choices_are_those_of_a_question_at_a_time(model: GPT2, asked: Any) -> N
 
 
 @pytest.mark.parametrize("changed", range(4))
-def test_an_ending_does_not_see_another(model: GPT2, changed: int) -> None:
+def test_endings_do_not_attend_to_each_other(model: GPT2, changed: int) -> None:
     before = Question("a context ", ("first", "second ending", "third", "the fourth"), 0)
     endings = list(before.endings)
     endings[changed] = endings[changed].upper()
@@ -101,7 +101,7 @@ def test_an_ending_does_not_see_another(model: GPT2, changed: int) -> None:
     assert difference[others].max() < 1e-6
 
 
-def test_the_context_is_computed_once_and_the_head_where_it_counts(model: GPT2, asked: Any) -> None:
+def test_context_is_computed_once_and_head_only_where_needed(model: GPT2, asked: Any) -> None:
     made = packed(model, asked.questions)
     rows, headed = [], []
     hooks = [
@@ -119,14 +119,14 @@ def test_the_context_is_computed_once_and_the_head_where_it_counts(model: GPT2, 
     assert sum(headed) == sum(tokens)
 
 
-def test_positions_stay_inside_the_models_context(model: GPT2) -> None:
+def test_positions_stay_within_the_models_context(model: GPT2) -> None:
     batches = packed(model, [*LONG, *ODD]).batches
     assert max(int(batch.positions.max()) for batch in batches) == model.config.block_size - 1
     assert max(batch.idx.shape[1] for batch in batches) > model.config.block_size  # rows are longer
 
 
 def test_padding_changes_nothing_and_stays_finite(model: GPT2, asked: Any) -> None:
-    """Whatever stands in it; a softmax over nothing would be NaN."""
+    """Whatever padding contains; a softmax over no keys would be NaN."""
     made = packed(model, asked.questions, compiled=True, tokens_per_batch=1500)
     random = torch.Generator().manual_seed(1)
     soiled, padding = [], 0
@@ -134,7 +134,7 @@ def test_padding_changes_nothing_and_stays_finite(model: GPT2, asked: Any) -> No
         idx = batch.idx.clone()
         real = torch.zeros(idx.shape, dtype=torch.bool)
         for i, row in enumerate(batch.segments):
-            end = int(row.nonzero().max()) + 1 if row.any() else 0  # rows end in an ending
+            end = int(row.nonzero().max()) + 1 if row.any() else 0  # rows end with an ending
             real[i, :end] = True
         noise = torch.randint(257, idx.shape, generator=random)
         soiled.append(replace(batch, idx=torch.where(real, idx, noise)))
@@ -153,20 +153,18 @@ def test_padding_changes_nothing_and_stays_finite(model: GPT2, asked: Any) -> No
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 1024, 16_384])
-def test_a_compiled_model_sees_few_shapes_whatever_the_lengths(
-    model: GPT2, tokens_per_batch: int
-) -> None:
+def test_compiled_model_gets_few_shapes_for_any_lengths(model: GPT2, tokens_per_batch: int) -> None:
     questions = [Question("x" * n, ("a", "bb", "ccc", "dddd"), 0) for n in range(1, 400, 3)]
     made = packed(model, questions, compiled=True, tokens_per_batch=tokens_per_batch)
     shapes = {batch.idx.shape for batch in made.batches}
-    assert len(shapes) <= 7  # one less than torch.compile keeps of one function
+    assert len(shapes) <= 7  # one less than torch.compile allows per function
     assert len(shapes) == len({T for _, T in shapes})
     assert all(max(1, tokens_per_batch // T) == B for B, T in shapes)
 
 
 @pytest.mark.parametrize(("compiled", "most"), [(True, 1.15), (False, 1.04)])
 def test_little_is_padded(model: GPT2, compiled: bool, most: float) -> None:
-    """Two sources of questions, as in HellaSwag: many texts of like length, some of any other."""
+    """As in HellaSwag: many questions of similar length, and some of other lengths."""
     near, other = range(180, 250), range(30, 250, 4)
     questions = [Question("x" * n, ("a", "a", "a", "a"), 0) for n in [*near, *near, *near, *other]]
     batches = packed(model, questions, compiled=compiled, tokens_per_batch=2048).batches
@@ -175,11 +173,11 @@ def test_little_is_padded(model: GPT2, compiled: bool, most: float) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7, 50])
-def test_any_number_of_ranks_gives_the_score_of_one(
+def test_score_does_not_depend_on_the_number_of_ranks(
     model: GPT2, asked: Any, ranks: int,
     on_ranks: Callable[[int, Callable[[World], Any]], list[Any]],
 ) -> None:  # fmt: skip
-    """Also more ranks than questions."""
+    """Also with more ranks than questions."""
     questions = [*asked.labelled(asked.by_mean), *LONG]
     alone = evaluate(model, packed(model, questions), CPU)
 
@@ -196,7 +194,7 @@ def test_any_number_of_ranks_gives_the_score_of_one(
 
 
 def test_logits_are_float32_in_the_loss(model: GPT2, asked: Any) -> None:
-    """A bf16 stream gives bf16 logits; losses of that type would have two or three digits."""
+    """With bf16 activations, logits are bf16; bf16 losses would have only two or three digits."""
     one_token = [Question(q.context, ("", "", "", ""), 0) for q in asked.questions]
     made = packed(model, one_token)
     model.use(Compute(dtype=torch.bfloat16))
@@ -208,7 +206,7 @@ def test_logits_are_float32_in_the_loss(model: GPT2, asked: Any) -> None:
     torch.testing.assert_close(sums, losses_of(model, made)[0], rtol=0.1, atol=0.1)
 
 
-def test_a_training_run_tokenizes_once(
+def test_training_tokenizes_once(
     tmp_path: Path, train: Callable[..., Any], records: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -228,7 +226,7 @@ def test_a_training_run_tokenizes_once(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_training_run_packs_for_how_it_runs(
+def test_training_packs_for_its_mode(
     tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
     from rekindle import start as module
@@ -237,7 +235,7 @@ def test_a_training_run_packs_for_how_it_runs(
 
     def build(*arguments: Any, **how: Any) -> Any:
         trainer = rekindle.trainer.build(*arguments, **how)
-        if compiled:  # without a compiler
+        if compiled:  # no compiler is needed
             trainer.machine = dataclasses.replace(trainer.machine, compile=True)
             trainer.compiled = trainer.model.forward
             trainer.compiled_body = trainer.model.transformer  # type: ignore[attr-defined]
@@ -252,8 +250,8 @@ def test_a_training_run_packs_for_how_it_runs(
 
     def evaluator(**parts: Any) -> Evaluator:
         model = parts["model"]
-        assert isinstance(model, GPT2)  # samples and scores: from the model itself
-        assert (parts["forward"] is not model) == compiled  # the loss: as it is trained
+        assert isinstance(model, GPT2)  # samples and scores use the model itself
+        assert (parts["forward"] is not model) == compiled  # the loss uses the compiled form
         assert parts["body"] == (model.transformer if compiled else None)
         return Evaluator(**parts)
 
@@ -265,8 +263,8 @@ def test_a_training_run_packs_for_how_it_runs(
     assert len(built) == 1
 
 
-def test_a_text_longer_than_the_context_loses_its_beginning(model: GPT2) -> None:
-    """What is cut off counts for nothing; what is left decides."""
+def test_text_too_long_is_cut_at_the_beginning(model: GPT2) -> None:
+    """The part that is cut off does not matter; the rest does."""
     endings = ("ij" * 50, "kl" * 50, "mn" * 50, "op" * 50)
     kept = model.config.block_size - 101  # room beside an ending and its space
     tail = ("abcdefgh" * 30)[:kept]
@@ -279,26 +277,27 @@ def test_a_text_longer_than_the_context_loses_its_beginning(model: GPT2) -> None
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_progress_is_of_a_ranks_own_share(
+def test_progress_counts_the_ranks_own_share(
     model: GPT2,
     asked: Any,
     ranks: int,
     on_ranks: Callable[[int, Callable[[World], Any]], list[Any]],
 ) -> None:
-    said: list[list[str]] = [[], []]
+    calls: list[list[tuple[int, float]]] = [[], []]
 
     def work(world: World) -> None:
         share = packed(model, [*asked.questions, *LONG], world=world)
-        evaluate(model, share, CPU, say=said[world.rank].append)
+        evaluate(model, share, CPU, progress=lambda *call: calls[world.rank].append(call))
 
     on_ranks(ranks, work)
-    last = [lines[-1] for lines in said[:ranks]]
+    assert all(reported == sorted(reported) for reported in calls)
+    last = [reported[-1] for reported in calls[:ranks]]
     shares = [188] if ranks == 1 else [96, 92]
-    assert last == [f"HellaSwag: {n} of {n} endings scored" for n in shares]
+    assert last == [(share, 1.0) for share in shares]
 
 
 def test_all_tasks_share_the_shapes_of_a_compiled_model(model: GPT2) -> None:
-    """torch.compile counts the graphs of a function, whichever task they are for."""
+    """torch.compile limits the graphs of a function across all tasks."""
     task = HellaSwag()
     work = [
         (task, [Item([1] * n, [[2], [3]]) for n in lengths])

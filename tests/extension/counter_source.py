@@ -1,4 +1,4 @@
-"""A source written outside the package: documents that count, in two files."""
+"""A source written outside the package: documents of ascending numbers, in two files."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ BLOCK = 5  # documents
 
 
 class CounterSource(Source):
-    """Document n counts from 0 to n. The second file goes on where the first one ends."""
+    """Document n counts from 0 to n. The second file continues where the first one ends."""
 
     name, revision, licence = "counter", "1", "none"
 

@@ -1,4 +1,4 @@
-"""A tokenizer written outside the package: one token a character, of eleven."""
+"""A tokenizer written outside the package: one token per character, for eleven characters."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import pyarrow as pa
 
 
 class DigitTokenizer:
-    """Knows the characters of `alphabet` and no others."""
+    """Encodes the characters of `alphabet` and no others."""
 
     name = "digits"
     bytes_per_token = 1.0

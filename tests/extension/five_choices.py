@@ -1,7 +1,8 @@
-"""An evaluation as somebody else may add one: riddles with up to five answers, from a text file.
+"""A task written outside the package: riddles with up to five answers, from a text file.
 
-A line is `context|answer|answer|...`, the right answer first. `acc` counts the riddles whose right
-answer is the most likely one per token, `greedy` those whose right answer the model gives unasked.
+A line is `context|answer|answer|...`, with the correct answer first. `acc` is the fraction of
+riddles whose correct answer has the lowest loss per token, `greedy` the fraction whose correct
+answer is the model's greedy continuation.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from rekindle.evaluate.tasks import Item
 
 
 class FiveChoices:
-    """Answers need not be equally many in each riddle."""
+    """Riddles may differ in the number of answers."""
 
     name = "five_choices"
     title = "Five choices"
@@ -42,5 +43,5 @@ class FiveChoices:
         assert greedy is not None
         means = [total / count for total, count in zip(sums, counts, strict=True)]
         right = [int(m.argmin()) == item.label for m, item in zip(means, items, strict=True)]
-        said = [bool(g[item.label]) for g, item in zip(greedy, items, strict=True)]
-        return {"acc": sum(right) / len(items), "greedy": sum(said) / len(items)}
+        greedily = [bool(g[item.label]) for g, item in zip(greedy, items, strict=True)]
+        return {"acc": sum(right) / len(items), "greedy": sum(greedily) / len(items)}

@@ -1,5 +1,5 @@
-"""A language model written outside the package: no attention, but a running mean of what came
-before, gated by the token; no biases, no tied head, a scalar and a matrix of another shape."""
+"""A language model written outside the package. Instead of attention, it has a gated running mean
+of earlier positions; no biases, an untied head, a scalar and a three-dimensional parameter."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -52,7 +52,7 @@ class GatedBlock(nn.Module):
 
 
 class RunningSums:
-    """What a cache is to this model."""
+    """The cache of this model."""
 
     positions = mask = None
 

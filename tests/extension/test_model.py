@@ -1,5 +1,5 @@
-"""A model and an optimizer of one file each train, resume bit for bit, evaluate, sample and log as
-ours do: their classes are passed, and nothing else in the package knows them."""
+"""A model and an optimizer from outside the package train, resume bit for bit, evaluate, sample and
+log like built-in ones. Only their classes are passed in."""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def recipe(tiny: Recipe) -> Recipe:
 
 @pytest.fixture
 def run(recipe: Recipe, shard_set: Path, tmp_path: Path) -> Callable[[str], list[dict[str, Any]]]:
-    """`run("name")`: train in a folder of that name; returns what the logger received."""
+    """`run("name")`: train in a folder of that name; returns the records of the logger."""
     riddles = tmp_path / "riddles.txt"
     riddles.write_text("abc |def|gh|i|jk|l\nx|y|zz\n")
 
@@ -56,7 +56,7 @@ class KilledError(Exception):
     pass
 
 
-def test_they_train_and_resume_bit_for_bit(
+def test_external_classes_train_and_resume_bit_for_bit(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = run("straight")
@@ -84,20 +84,22 @@ def test_they_train_and_resume_bit_for_bit(
     assert kinds == {"train", "validation", "five_choices", "samples", "checkpoint"}
 
 
-def test_their_checkpoint_says_what_it_is(run: Callable, tmp_path: Path) -> None:
+def test_checkpoint_names_the_external_classes(run: Callable, tmp_path: Path) -> None:
     run("run")
     path = tmp_path / "run" / "checkpoints" / "step-000012"
-    with pytest.raises(UserError, match="holds a GatedModel, a model that is not Rekindle's"):
+    with pytest.raises(
+        UserError, match="holds a GatedModel, which is not one of Rekindle's models"
+    ):
         checkpoint.load(path)
     saved = checkpoint.load(path, GatedModel)
     assert isinstance(saved.config, GatedConfig)
-    said = saved.description
-    assert (said.model_class, said.optimizer_class) == ("GatedModel", "SignOptimizer")
-    assert said.recipe["optim.memory"] == 3
-    assert said.recipe["model.width"] == 24
+    description = saved.description
+    assert (description.model_class, description.optimizer_class) == ("GatedModel", "SignOptimizer")
+    assert description.recipe["optim.memory"] == 3
+    assert description.recipe["model.width"] == 24
 
 
-def test_without_a_folder(recipe: Recipe, shard_set: Path, tmp_path: Path) -> None:
+def test_trainer_without_a_run_folder(recipe: Recipe, shard_set: Path, tmp_path: Path) -> None:
     data = open_split(shard_set, read_manifest(shard_set), "train")
 
     def make() -> Any:
@@ -119,7 +121,7 @@ def test_without_a_folder(recipe: Recipe, shard_set: Path, tmp_path: Path) -> No
         assert [trainer.train_step().loss for _ in range(4)] == rest
 
 
-def test_another_optimizers_state_is_refused(
+def test_state_of_another_optimizer_is_rejected(
     recipe: Recipe, shard_set: Path, tmp_path: Path
 ) -> None:
     data = open_split(shard_set, read_manifest(shard_set), "train")
@@ -136,7 +138,7 @@ def test_another_optimizers_state_is_refused(
         it.restore(path)
 
 
-def test_their_numbers_are_flags(recipe: Recipe) -> None:
+def test_external_config_fields_are_flags(recipe: Recipe) -> None:
     from rekindle.flags import flags_of
 
     names = {flag.name for flag in flags_of(recipe)}

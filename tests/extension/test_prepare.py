@@ -1,4 +1,4 @@
-"""A source and a tokenizer that the package does not know are prepared as its own are."""
+"""Preparing data with a source and a tokenizer from outside the package."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir() if path.name != LOCK}
 
 
-def test_the_tokens_decode_to_every_document(tmp_path: Path) -> None:
+def test_tokens_decode_to_every_document(tmp_path: Path) -> None:
     source = CounterSource(40, 25)
     manifest = run(source, tmp_path)
     train, val = texts(tmp_path, "train"), texts(tmp_path, "val")
@@ -48,17 +48,17 @@ def test_the_tokens_decode_to_every_document(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests end calls, not machines; flushing the disk would only make them slow."""
+    """These tests interrupt calls, not machines, so flushing the disk would only slow them down."""
     monkeypatch.setattr(files, "_flush", lambda descriptor: None)
     monkeypatch.setattr(files, "_flush_folder", lambda path: None)
 
 
 class Crash(Exception):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 class CrashingSource(CounterSource):
-    """Ends the process instead of reading its block number `last`."""
+    """Crashes instead of reading block number `last`."""
 
     def __init__(self, first: int, second: int, last: int) -> None:
         super().__init__(first, second)
@@ -72,11 +72,13 @@ class CrashingSource(CounterSource):
             yield block
 
 
-def test_killed_in_either_file_it_resumes_to_the_same_bytes(
+def test_killed_preparation_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "usable_cores", lambda: 1)  # what is read ahead is lost
-    run(CounterSource(40, 25), tmp_path / "whole")
+    monkeypatch.setattr(
+        encoding, "usable_cores", lambda: 1
+    )  # no reading ahead, which would be lost
+    run(CounterSource(40, 25), tmp_path / "straight")
     resumed_in = set()  # the file
     for last in (0, 9, 12):
         out = tmp_path / str(last)
@@ -85,11 +87,11 @@ def test_killed_in_either_file_it_resumes_to_the_same_bytes(
         if (state := out / shards.UNFINISHED / shards.STATE).exists():
             resumed_in.add(read_json(state)["cursor"][0])
         run(CounterSource(40, 25), out)
-        assert contents(out) == contents(tmp_path / "whole")
+        assert contents(out) == contents(tmp_path / "straight")
     assert resumed_in == {0, 1}
 
 
-def test_another_vocabulary_of_the_same_name_is_refused(
+def test_different_vocabulary_of_the_same_name_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "usable_cores", lambda: 1)
@@ -97,6 +99,6 @@ def test_another_vocabulary_of_the_same_name_is_refused(
     with pytest.raises(Crash):
         run(CrashingSource(40, 25, 12), tmp_path)
     for _ in range(2):  # unfinished, then finished
-        with pytest.raises(UserError, match="another vocabulary of the name 'digits'"):
+        with pytest.raises(UserError, match="another vocabulary named 'digits'"):
             run(CounterSource(40, 25), tmp_path, other)
         run(CounterSource(40, 25), tmp_path)

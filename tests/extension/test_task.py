@@ -1,4 +1,4 @@
-"""A task of one file is passed as an object, without a line anywhere else, and scored."""
+"""A task from outside the package is passed as an object and scored, without registering it."""
 
 import random
 from pathlib import Path
@@ -29,7 +29,7 @@ def model() -> GPT2:
 
 @torch.no_grad()
 def plain_loop(model: GPT2, items: list[Item]) -> Plain:
-    """Loss, scored tokens and greediness of each candidate, one text at a time."""
+    """Loss, number of scored tokens and greediness of each candidate, one text at a time."""
     found = []
     for item in items:
         found.append([])
@@ -47,7 +47,7 @@ def plain_loop(model: GPT2, items: list[Item]) -> Plain:
 
 @pytest.fixture
 def items(tmp_path: Path, model: GPT2) -> list[Item]:
-    """Riddles of one to five answers, some of them what the model says itself, some too long."""
+    """Riddles with one to five answers; some are greedy continuations, some too long."""
     rng = random.Random(3)
 
     def text(least: int, most: int) -> str:
@@ -63,7 +63,7 @@ def items(tmp_path: Path, model: GPT2) -> list[Item]:
 
 @torch.no_grad()
 def likely(model: GPT2, item: Item) -> Item:
-    """The same, with the model's own continuation as its first candidate."""
+    """The item with the model's greedy continuation as its first candidate."""
     text = list(item.context)
     for _ in range(4):
         logits, _ = model(torch.tensor([text]))
@@ -94,7 +94,7 @@ def score_by_hand(expected: Plain) -> dict[str, float]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("tokens_per_batch", [1, 2048], ids=["a row at a time", "together"])
-def test_a_task_of_one_file(
+def test_external_task_is_scored(
     model: GPT2, items: list[Item], ranks: int, tokens_per_batch: int
 ) -> None:
     expected = plain_loop(model, items)

@@ -1,4 +1,4 @@
-"""A nursery of processes to be killed, and a disk that fails when told."""
+"""Processes that can be killed, and a disk that fails on request."""
 
 import json
 import os
@@ -17,12 +17,14 @@ import pytest
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 
 
-MEMORY = Path("/dev/shm")  # where flushing takes no time, and a killed process loses no more
+MEMORY = Path(
+    "/dev/shm"
+)  # flushing takes no time, and killing a process loses the same data as on disk
 
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """A new folder, on a file system in memory where there is one with room."""
+    """A new folder, in memory if there is a file system with enough room."""
     if not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).free < 2**25:
         yield tmp_path
         return
@@ -49,30 +51,32 @@ def fault_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def nursery(fault_library: Path) -> Iterator[Callable[..., End]]:
-    """`nursery(arguments, fault="write model 1 1 28")`, `nursery(arguments, signal=9, after=1)`:
-    a command of rekindle in a process of its own."""
+def fork_server(fault_library: Path) -> Iterator[Callable[..., End]]:
+    """`fork_server(arguments, fault="write model 1 1 28")` or `fork_server(arguments, signal=9,
+    after=1)`: run a command of rekindle in a separate process."""
     process = subprocess.Popen(
-        [sys.executable, HERE / "nursery.py"],
+        [sys.executable, HERE / "fork_server.py"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "LD_PRELOAD": str(fault_library),
              "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    asked, answered = process.stdin, process.stdout
-    assert asked
-    assert answered
-    assert answered.readline() == "ready\n"
+    requests, results = process.stdin, process.stdout
+    assert requests
+    assert results
+    assert results.readline() == "ready\n"
 
     def run(arguments: list[str], **job: Any) -> End:
-        print(json.dumps({"arguments": [str(a) for a in arguments], **job}), file=asked, flush=True)
-        return End(**json.loads(answered.readline()))
+        print(
+            json.dumps({"arguments": [str(a) for a in arguments], **job}), file=requests, flush=True
+        )
+        return End(**json.loads(results.readline()))
 
     yield run
-    asked.close()
+    requests.close()
     process.wait()
 
 
-# -- what is on the disk before every operation ----------------------------------------------------
+# -- the state of the disk before every operation --------------------------------------------------
 
 Disk = dict[str, bytes | None]  # by path under the folder: a file's content; None for a folder
 
@@ -96,9 +100,9 @@ def write_disk(folder: Path, disk: Disk) -> Path:
 class Trace:
     """What one command did to a folder, and what the folder held before each operation.
 
-    `killed` is what a kill at that moment leaves; `without_power` what a power cut may leave: the
-    names are as they are, but of each file only what was flushed. Equal ones are there once, with
-    the first operation before which they were.
+    `killed` is the state that a kill at that moment leaves; `without_power` is what a power cut may
+    leave: the same names, but only the flushed content of each file. Equal states are kept once,
+    under the first operation that they precede.
     """
 
     folder: Path
@@ -110,7 +114,7 @@ class Trace:
     _done: tuple[str, str, str] = ("", "", "")
 
     def before(self, call: str, *paths: str) -> None:
-        """Note the state of the disk; `call` is done next."""
+        """Record the state of the disk before `call` is executed."""
         disk = read_disk(self.folder) if self.folder.exists() else {}
         self._follow(*self._done, disk)
         here, there = (os.path.relpath(path, self.folder) if path else "" for path in paths)
@@ -124,7 +128,7 @@ class Trace:
                 states[name] = state
 
     def _follow(self, call: str, path: str, other: str, disk: Disk) -> None:
-        """Update what is flushed, now that an operation is done."""
+        """Update the flushed content after an operation."""
         if call == "fsync" and disk.get(path) is not None:
             self.flushed[path] = disk[path]
         elif call in ("truncate", "unlink"):
@@ -135,27 +139,27 @@ class Trace:
 
 
 @pytest.fixture(scope="session")
-def traced(nursery: Callable[..., End]) -> Callable[..., Trace]:
-    """`traced(folder, arguments)`: runs the command, which must succeed, and notes what it does."""
+def traced(fork_server: Callable[..., End]) -> Callable[..., Trace]:
+    """`traced(folder, arguments)`: run the command, which must succeed, and trace it."""
 
     def run(folder: Path, arguments: list[str]) -> Trace:
         trace = Trace(folder, read_disk(folder) if folder.exists() else {})
-        pipes = [Path(f"{folder}.{name}") for name in ("asked", "answered")]
+        pipes = [Path(f"{folder}.{name}") for name in ("requests", "replies")]
         for pipe in pipes:
             os.mkfifo(pipe)
-        asked, answered = (os.open(pipe, os.O_RDWR) for pipe in pipes)
+        requests, replies = (os.open(pipe, os.O_RDWR) for pipe in pipes)
 
         def serve() -> None:
-            while (line := os.read(asked, 10_000).decode().rstrip("\n")) != "end":
+            while (line := os.read(requests, 10_000).decode().rstrip("\n")) != "end":
                 trace.before(*line.split("\t"))
-                os.write(answered, b".")
+                os.write(replies, b".")
 
         server = threading.Thread(target=serve)
         server.start()
-        end = nursery(arguments, trace=str(folder))
-        os.write(asked, b"end\n")
+        end = fork_server(arguments, trace=str(folder))
+        os.write(requests, b"end\n")
         server.join()
-        for descriptor, pipe in zip((asked, answered), pipes, strict=True):
+        for descriptor, pipe in zip((requests, replies), pipes, strict=True):
             os.close(descriptor)
             pipe.unlink()
         assert end.status == 0, end.err
@@ -167,5 +171,5 @@ def traced(nursery: Callable[..., End]) -> Callable[..., Trace]:
 
 @pytest.fixture(name="write_disk")
 def _write_disk() -> Callable[[Path, Disk], Path]:
-    """`write_disk(folder, disk)`: make the folder hold that."""
+    """`write_disk(folder, disk)`: create the folder with this content."""
     return write_disk

@@ -1,13 +1,14 @@
-/* Faults of a disk for real, by LD_PRELOAD: calls that fail, wait, or are the last of the process.
+/* Injects disk faults by LD_PRELOAD: calls that fail, are delayed, or kill the process.
 
-   FAULT="CALL PATH FIRST COUNT ACTION": of the calls of CALL (write, fsync or rename) on a file whose
-   path holds PATH, those from the FIRST on, COUNT of them. ACTION is a number of errno to fail with,
-   `sleepN` for N milliseconds more, `kill` for SIGKILL instead of the call, `half` for SIGKILL when
-   half the bytes are written, or `after` for SIGKILL after the call. Read anew at every call.
+   FAULT="CALL PATH FIRST COUNT ACTION" selects calls of CALL (write, fsync or rename) on files whose
+   path contains PATH: COUNT of them, starting with number FIRST. ACTION is an errno to fail with,
+   `sleepN` for a delay of N milliseconds, `kill` for SIGKILL instead of the call, `half` for SIGKILL
+   after half the bytes are written, or `after` for SIGKILL after the call. Read again at every call.
 
-   TRACE="FOLDER": reports every call that changes anything in FOLDER (or that flushes it) before it
-   happens, as a line of call, path and second path in the FIFO FOLDER.asked, and waits for a byte in
-   FOLDER.answered. A write is done in two halves, with a report before each. One call at a time. */
+   TRACE="FOLDER" reports every call that changes anything in FOLDER (or flushes it) before it
+   happens, as a line of call, path and second path in the FIFO FOLDER.requests, and waits for a byte
+   in FOLDER.replies. A write is done in two halves, with a report before each. Calls are serialized.
+ */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -27,8 +28,8 @@
 
 static atomic_int seen;
 
-/* Whether this call is to be disturbed, and how. */
-static int disturbed(const char *call, const char *path, char *action) {
+/* Whether this call gets a fault, and which action. */
+static int has_fault(const char *call, const char *path, char *action) {
   char wanted_call[16], wanted_path[256];
   int first, count;
   const char *fault = getenv("FAULT");
@@ -52,7 +53,7 @@ static void die(void) {
   for (;;) pause();
 }
 
-/* Before the call: 1 if it must fail, with errno set. */
+/* Act before the call. Returns 1 if it must fail, with errno set. */
 static int before(const char *action) {
   if (!strcmp(action, "kill")) die();
   if (!strncmp(action, "sleep", 5)) usleep(1000 * atoi(action + 5));
@@ -69,19 +70,19 @@ static int is_traced(const char *path) {
 }
 
 static void report(const char *call, const char *path, const char *other) {
-  static int asked = -1, answered = -1;
+  static int requests = -1, replies = -1;
   char line[9000];
-  if (asked < 0) {
-    snprintf(line, sizeof line, "%s.asked", getenv("TRACE"));
-    asked = syscall(SYS_openat, AT_FDCWD, line, O_WRONLY | O_CLOEXEC);
-    snprintf(line, sizeof line, "%s.answered", getenv("TRACE"));
-    answered = syscall(SYS_openat, AT_FDCWD, line, O_RDONLY | O_CLOEXEC);
+  if (requests < 0) {
+    snprintf(line, sizeof line, "%s.requests", getenv("TRACE"));
+    requests = syscall(SYS_openat, AT_FDCWD, line, O_WRONLY | O_CLOEXEC);
+    snprintf(line, sizeof line, "%s.replies", getenv("TRACE"));
+    replies = syscall(SYS_openat, AT_FDCWD, line, O_RDONLY | O_CLOEXEC);
   }
   int length = snprintf(line, sizeof line, "%s\t%s\t%s\n", call, path, other);
-  if (syscall(SYS_write, asked, line, length) != length || read(answered, line, 1) != 1) abort();
+  if (syscall(SYS_write, requests, line, length) != length || read(replies, line, 1) != 1) abort();
 }
 
-/* Begin a call; 1 if it is traced, and then `end` must follow. */
+/* Start a call. Returns 1 if it is traced; then `end` must be called. */
 static int begin(const char *call, const char *path, const char *other) {
   if (!is_traced(path)) return 0;
   pthread_mutex_lock(&one_at_a_time);
@@ -117,7 +118,7 @@ ssize_t write(int descriptor, const void *bytes, size_t size) {
     end(1);
     return rest < 0 && !first ? rest : first + (rest > 0 ? rest : 0);
   }
-  int hit = disturbed("write", path, action);
+  int hit = has_fault("write", path, action);
   if (hit) {
     if (!strcmp(action, "half")) {
       real(descriptor, bytes, size / 2);
@@ -134,7 +135,7 @@ int fsync(int descriptor) {
   int (*real)(int) = REAL("fsync");
   char path[4096], action[16] = "";
   path_of(descriptor, path, sizeof path);
-  int hit = disturbed("fsync", path, action);
+  int hit = has_fault("fsync", path, action);
   if (hit && before(action)) return -1;
   int traced = begin("fsync", path, ""), result = real(descriptor);
   end(traced);
@@ -145,7 +146,7 @@ int fsync(int descriptor) {
 int rename(const char *from, const char *to) {
   int (*real)(const char *, const char *) = REAL("rename");
   char action[16] = "";
-  int hit = disturbed("rename", to, action);
+  int hit = has_fault("rename", to, action);
   if (hit && before(action)) return -1;
   int traced = begin("rename", from, to), result = real(from, to);
   end(traced);
@@ -153,7 +154,7 @@ int rename(const char *from, const char *to) {
   return result;
 }
 
-/* The rest is only traced. */
+/* The following calls are only traced. */
 
 static int open_at(int folder, const char *name, int flags, int mode) {
   char path[4096];

@@ -1,4 +1,4 @@
-"""A step whose numbers are bad leaves no trace but its place; ten in a row send the run back."""
+"""A non-finite step or a loss spike is skipped; ten in a row roll the run back."""
 
 import math
 import os
@@ -25,23 +25,23 @@ from rekindle.train import StepResult
 from tests.conftest import train_command, updates
 
 Records = Callable[..., list[dict[str, Any]]]
-# The loss falls from 6 to 2 within these steps, so that only a narrow guard sees a spike.
+# The loss falls from 6 to 2 within these steps, so only a strict guard detects a spike.
 FLAGS = ["--steps", 60, "--checkpoint-every", 8, "--eval-every", 20, "--optim.lr", 0.03,
          "--spike", 3]  # fmt: skip
 
 
 class Killed(BaseException):
-    """The process ended here."""
+    """Simulates the end of the process."""
 
 
 @dataclass
 class Watched:
-    """What a run is made to suffer, by the number of its batch, and what it did."""
+    """Faults to inject into a run, by batch number, and a record of its steps."""
 
-    spoil: dict[int, str] = field(default_factory=dict)
+    faults: dict[int, str] = field(default_factory=dict)
     end: dict[int, Any] = field(default_factory=dict)  # before this batch: a signal, or `Killed`
-    steps: list[tuple[int, float, str]] = field(default_factory=list)  # batch, lr, why skipped
-    numbers: dict[bytes, int] = field(default_factory=dict)  # of batches, by their inputs
+    steps: list[tuple[int, float, str]] = field(default_factory=list)  # batch, lr, "skipped" or ""
+    numbers: dict[bytes, int] = field(default_factory=dict)  # batch numbers by inputs
     listener: Listener = field(default_factory=Listener)
 
     def listen(self) -> Listener:
@@ -52,8 +52,10 @@ class Watched:
         number = arguments[1]
         x, y = original(*arguments)
         self.numbers[np.ascontiguousarray(x).tobytes()] = number
-        if self.spoil.get(number) == "labels":
-            y = np.random.default_rng(number).integers(0, 32, y.shape)  # that never come
+        if self.faults.get(number) == "labels":
+            y = np.random.default_rng(number).integers(
+                0, 32, y.shape
+            )  # tokens that the data does not contain
         return x, y
 
     def step(self, original: Callable, forward: Any, *arguments: Any, **options: Any) -> StepResult:
@@ -63,12 +65,12 @@ class Watched:
             raise Killed
         if end:
             os.kill(os.getpid(), end)
-            while not self.listener.signal:  # another thread hears it
+            while not self.listener.signal:  # another thread receives it
                 time.sleep(0.001)
-        where, _, what = self.spoil.get(number, "").partition(" ")
+        where, _, what = self.faults.get(number, "").partition(" ")
         value = float(what or 1)
 
-        def spoilt(x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
+        def corrupted(x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
             logits, loss = forward(x, y)
             return logits, loss * (value if where == "loss" else 1.0)
 
@@ -80,7 +82,7 @@ class Watched:
         weight = forward.transformer.h[1].mlp.c_fc.weight
         hook = weight.register_hook(one_element) if where == "gradient" else None
         before = bits(forward, optimizer)
-        result = original(spoilt, *arguments, **options)
+        result = original(corrupted, *arguments, **options)
         if hook:
             hook.remove()
         assert (bits(forward, optimizer) == before) == result.skipped
@@ -90,18 +92,18 @@ class Watched:
 
 
 def bits(model: torch.nn.Module, optimizer: Any) -> list[bytes]:
-    """Of the weights, the moments and the count of updates."""
+    """The bytes of the weights, the optimizer state and the count of updates."""
     tensors = (*model.parameters(), *optimizer.state_tensors().values())
     return [t.detach().numpy().tobytes() for t in tensors]
 
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watched]:
-    """`watch(spoil, end)`: from now on runs suffer this."""
+    """`watch(faults, end)`: inject these faults into the following runs."""
     batch, step = Batches.batch, rekindle.trainer.train_step
 
-    def begin(spoil: dict[int, str], end: dict[int, Any] | None = None) -> Watched:
-        watched = Watched(spoil, end or {})
+    def begin(faults: dict[int, str], end: dict[int, Any] | None = None) -> Watched:
+        watched = Watched(faults, end or {})
         monkeypatch.setattr(rekindle.start, "Listener", watched.listen)
         monkeypatch.setattr(Batches, "batch", lambda *a: watched.batch(batch, *a))
         monkeypatch.setattr(
@@ -116,18 +118,18 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watched]:
 def run(
     command: Callable, rekindle: Callable, tmp_path: Path, one_thread: None
 ) -> Callable[..., Any]:
-    """`run("name")`: 60 steps, a checkpoint at every 8th."""
+    """`run("name")`: train for 60 steps, with a checkpoint every 8 steps."""
     return lambda name: rekindle(*command(tmp_path / name), *FLAGS)
 
 
 def end_of(run: Path, records: Records) -> tuple[Any, ...]:
-    """What two equal runs have in common."""
+    """The parts of a finished run that must be equal in equal runs."""
     last = checkpoint.list_checkpoints(run / "checkpoints")[-1]
-    said = checkpoint.load(last).description
-    assert said.step == 60
+    description = checkpoint.load(last).description
+    assert description.step == 60
     return (
         [(last / name).read_bytes() for name in checkpoint.FILES],
-        {key: getattr(said, key) for key in ("data_position", "guard", "validation_loss")},
+        {key: getattr(description, key) for key in ("data_position", "guard", "validation_loss")},
         records(run, "train", "validation", "samples", "rollback"),
     )
 
@@ -138,14 +140,14 @@ def ends() -> dict[str, Any]:
 
 
 @pytest.fixture
-def undisturbed(
+def uninterrupted(
     watch: Callable, run: Callable, tmp_path: Path, records: Records, ends: dict[str, Any]
 ) -> Callable[[dict[int, str]], tuple[Any, ...]]:
-    """`undisturbed(spoil)`: the end of a run that suffers this and nothing else, made once."""
+    """`uninterrupted(faults)`: `end_of` a run with these faults that is not stopped; cached."""
 
-    def end(spoil: dict[int, str]) -> tuple[Any, ...]:
-        if (name := str(spoil)) not in ends:
-            watch(spoil)
+    def end(faults: dict[int, str]) -> tuple[Any, ...]:
+        if (name := str(faults)) not in ends:
+            watch(faults)
             assert run("straight").status == 0
             ends[name] = end_of(tmp_path / "straight", records)
         return ends[name]
@@ -156,24 +158,24 @@ def undisturbed(
 BAD = ["loss nan", "loss inf", "loss -inf", "gradient nan", "gradient inf", "gradient -inf"]
 
 
-def test_a_refused_step_uses_up_its_batch_and_its_place_in_the_schedule(
+def test_skipped_step_consumes_its_batch_and_learning_rate(
     watch: Callable, run: Callable, tmp_path: Path
 ) -> None:
-    """`Watched.step` sees that it touches no bit of the weights and the moments."""
+    """`Watched.step` checks that no bit of the weights and the optimizer state changes."""
     plain = watch({})
     assert run("plain").status == 0
-    spoil = {3 + 5 * n: bad for n, bad in enumerate(BAD)} | {50: "labels"}
-    spoilt = watch(spoil)
+    faults = {3 + 5 * n: bad for n, bad in enumerate(BAD)} | {50: "labels"}
+    corrupted = watch(faults)
     assert run("run").status == 0
-    assert [step[:2] for step in spoilt.steps] == [step[:2] for step in plain.steps]
-    assert [number for number, _, objection in spoilt.steps if objection] == list(spoil)
+    assert [step[:2] for step in corrupted.steps] == [step[:2] for step in plain.steps]
+    assert [number for number, _, skipped in corrupted.steps if skipped] == list(faults)
     last = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-000060")
-    assert updates(last.path) == 60 - len(spoil)
+    assert updates(last.path) == 60 - len(faults)
     assert all(tensor.isfinite().all() for tensor in last.model.values())
 
 
 def interrupt(run: Callable, number: Any) -> None:
-    """Run until the signal or the kill that `watch` was told of."""
+    """Run until the signal or the kill that was passed to `watch`."""
     if number is Killed:
         with pytest.raises(Killed):
             run("run")
@@ -181,20 +183,20 @@ def interrupt(run: Callable, number: Any) -> None:
         assert run("run").status == 128 + number
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, Killed], ids=["told to stop", "killed"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, Killed], ids=["stopped", "killed"])
 @pytest.mark.parametrize("at", [5, 41, 52])
-def test_the_guard_remembers_across_a_stop(
-    watch: Callable, run: Callable, undisturbed: Callable, tmp_path: Path, records: Records,
+def test_guard_state_survives_a_stop(
+    watch: Callable, run: Callable, uninterrupted: Callable, tmp_path: Path, records: Records,
     at: int, number: Any,
 ) -> None:  # fmt: skip
-    """Before and in the middle of what is refused."""
-    spoil = dict.fromkeys((4, 5, 6, 8), "loss nan")
-    spoil |= dict.fromkeys((20, 40, 41, 51, 53), "labels")  # 20 is too early to be refused
-    expected = undisturbed(spoil)
+    """Before and during a series of skipped steps."""
+    faults = dict.fromkeys((4, 5, 6, 8), "loss nan")
+    faults |= dict.fromkeys((20, 40, 41, 51, 53), "labels")  # 20 is too early to be skipped
+    expected = uninterrupted(faults)
     assert [r["step"] for r in expected[2] if r.get("skipped")] == [
         4, 5, 6, 8, 40, 41, 51, 53,
     ]  # fmt: skip
-    watch(spoil, {at: number})
+    watch(faults, {at: number})
     interrupt(run, number)
     assert run("run").status == 0
     assert end_of(tmp_path / "run", records) == expected
@@ -205,16 +207,16 @@ def test_the_guard_remembers_across_a_stop(
 STREAK = dict.fromkeys(range(44, 54), "labels")
 
 
-def test_ten_in_a_row_step_over_the_data(
+def test_ten_skipped_steps_roll_back_past_the_data(
     watch: Callable, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends with the bits of a run on data in which they never were."""
+    """The result is the same as of a run on data without these batches."""
     watched = watch(STREAK)
     outcome = run("run")
     assert outcome.status == 0, outcome.err
     assert (
         "the 10 steps before step 54 were skipped in a row: rolled back to step 40, "
-        "continuing with batch 54 (batches 40 to 53 are left out)"
+        "continuing with batch 54 (batches 40 to 53 are skipped)"
     ) in outcome.out
     assert [number for number, _, _ in watched.steps] == list(range(74))
     rates = [lr for _, lr, _ in watched.steps]
@@ -227,29 +229,29 @@ def test_ten_in_a_row_step_over_the_data(
     ends = [tmp_path / name / "checkpoints" / "step-000060" for name in ("run", "without")]
     for name in checkpoint.FILES:
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
-    said = [checkpoint.load(end).description for end in ends]
-    assert said[0].guard == said[1].guard
-    assert said[0].data_position == {"windows": 74 * 8}
+    descriptions = [checkpoint.load(end).description for end in ends]
+    assert descriptions[0].guard == descriptions[1].guard
+    assert descriptions[0].data_position == {"windows": 74 * 8}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, Killed], ids=["told to stop", "killed"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, Killed], ids=["stopped", "killed"])
 @pytest.mark.parametrize("at", [46, 53, 54])
-def test_stopped_around_going_back_it_ends_the_same(
-    watch: Callable, run: Callable, undisturbed: Callable, tmp_path: Path, records: Records,
+def test_run_stopped_around_a_rollback_ends_the_same(
+    watch: Callable, run: Callable, uninterrupted: Callable, tmp_path: Path, records: Records,
     at: int, number: Any,
 ) -> None:  # fmt: skip
-    """In the streak, in its last step, and right after going back."""
-    expected = undisturbed(STREAK)
+    """In the streak, in its last step, and right after the rollback."""
+    expected = uninterrupted(STREAK)
     watch(STREAK, {at: number})
     interrupt(run, number)
     assert run("run").status == 0
     assert end_of(tmp_path / "run", records) == expected
 
 
-def test_a_checkpoint_saved_in_the_streak_is_not_gone_back_to(
-    watch: Callable, run: Callable, undisturbed: Callable, tmp_path: Path, records: Records
+def test_rollback_ignores_checkpoints_saved_in_the_streak(
+    watch: Callable, run: Callable, uninterrupted: Callable, tmp_path: Path, records: Records
 ) -> None:
-    expected = undisturbed(STREAK)
+    expected = uninterrupted(STREAK)
     watch(STREAK, {45: signal.SIGTERM, 49: signal.SIGUSR1})
     names = []
     for status in (128 + signal.SIGTERM, 128 + signal.SIGUSR1, 0):
@@ -262,10 +264,10 @@ def test_a_checkpoint_saved_in_the_streak_is_not_gone_back_to(
     assert end_of(tmp_path / "run", records) == expected
 
 
-def test_a_damaged_checkpoint_is_not_gone_back_to(
+def test_rollback_ignores_a_damaged_checkpoint(
     watch: Callable, run: Callable, tmp_path: Path
 ) -> None:
-    """But the one before it; the next start sets it aside."""
+    """The checkpoint before it is used; the next start sets the damaged one aside."""
     watch(STREAK, {46: signal.SIGTERM})
     assert run("run").status == 128 + signal.SIGTERM
     watched = watch(STREAK)
@@ -284,7 +286,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
     assert watched.steps[-1][0] == 54 + 60 - 32 - 1
 
 
-def test_no_checkpoint_is_saved_within_a_streak_unasked(watch: Callable, run: Callable) -> None:
+def test_no_scheduled_checkpoint_is_saved_in_a_streak(watch: Callable, run: Callable) -> None:
     watch(dict.fromkeys(range(44, 50), "labels"))
     outcome = run("run")
     assert "step    40 | saved" in outcome.out
@@ -292,7 +294,7 @@ def test_no_checkpoint_is_saved_within_a_streak_unasked(watch: Callable, run: Ca
     assert "step    56 | saved" in outcome.out
 
 
-# -- by data alone, and killed for real ------------------------------------------------------------
+# -- noisy data, and real kills --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -315,15 +317,15 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ["rename metrics.jsonl 1 1 kill", "rename metrics.jsonl 1 1 after",
      "write metrics.jsonl 75 1 kill", "write metrics.jsonl 76 1 half"],
 )  # fmt: skip
-def test_killed_while_going_back_it_ends_the_same(
-    tmp_path: Path, nursery: Callable, command: Callable, noisy: Path, records: Records,
+def test_run_killed_during_a_rollback_ends_the_same(
+    tmp_path: Path, fork_server: Callable, command: Callable, noisy: Path, records: Records,
     ends: dict[str, Any], fault: str,
 ) -> None:  # fmt: skip
-    """Before and after the log is cut back, and in the lines that follow."""
+    """Before and after the log is truncated, and in the lines that follow."""
 
     def train(name: str, **job: Any) -> Any:
         flags = [*FLAGS, "--data", noisy, "--batch.order", "sequential"]
-        return nursery([*command(tmp_path / name), *flags], **job)
+        return fork_server([*command(tmp_path / name), *flags], **job)
 
     if "killed" not in ends:
         assert "rolled back to step 40, continuing with batch 54" in train("straight").out
@@ -345,11 +347,11 @@ HUGE = ("--optim.lr", 1e30, "--schedule.warmup", 0)
 
 @pytest.mark.parametrize("flags", [("--optim.weight-decay", 1e30), ("--optim.eps", 1e-30)])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_a_run_never_ends_well_with_weights_that_are_no_use(
+def test_run_that_ends_with_unusable_weights_fails(
     tmp_path: Path, command: Callable, rekindle: Callable, one_thread: None, flags: tuple,
     steps: int,
 ) -> None:  # fmt: skip
-    """Weights that overflow, or are so large that every loss does."""
+    """Weights that overflow, or are so large that every loss overflows."""
     outcome = rekindle(*command(tmp_path / "run"), *HUGE, *flags, "--steps", steps)
     assert outcome.status == 2
     assert "is not finite after step" in outcome.err or "a loss of nan" in outcome.err
@@ -367,14 +369,14 @@ def test_without_a_validation_split_the_last_loss_decides(
     outcome = rekindle(*flags, *HUGE, "--steps", 4, "--optim.lr", lr)
     if lr == 1e30:
         assert outcome.status == 2
-        assert "the run ends with a loss of" in outcome.err
+        assert "the run ended with a loss of" in outcome.err
     else:
         assert outcome.status == 0, outcome.err
 
 
 @pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_any_number_that_is_not_finite_is_found(tiny: Any, what: str, value: float) -> None:
+def test_any_non_finite_number_is_found(tiny: Any, what: str, value: float) -> None:
     from rekindle.errors import UserError
     from rekindle.model.gpt2 import GPT2
     from rekindle.optim.adamw import AdamW

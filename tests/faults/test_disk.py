@@ -1,4 +1,4 @@
-"""A disk that is full, broken, slow or gone does not stop the training, and destroys nothing."""
+"""A disk that is full, broken, slow or missing does not stop training or destroy anything."""
 
 import errno
 import os
@@ -15,15 +15,15 @@ import pytest
 from rekindle import checkpoint
 from rekindle import trainer as rekindle_trainer
 
-Nursery = Callable[..., Any]
+ForkServer = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
 
 FULL, BROKEN = errno.ENOSPC, errno.EIO
 
 
 @pytest.fixture
-def train(command: Callable, nursery: Nursery) -> Callable[..., Any]:
-    return lambda out, *flags, **job: nursery([*command(out), *flags], **job)
+def train(command: Callable, fork_server: ForkServer) -> Callable[..., Any]:
+    return lambda out, *flags, **job: fork_server([*command(out), *flags], **job)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def expected(straight: Path, train: Callable) -> Path:
-    """The run that nobody disturbs."""
+    """The run without faults."""
     if not straight.exists():
         assert train(straight).status == 0
     return straight
@@ -46,7 +46,7 @@ def weights(run: Path, step: int = 12) -> list[bytes]:
 
 
 def assert_same_records(run: Path, other: Path, records: Records) -> None:
-    """A checkpoint is told of when it is whole, which may be later."""
+    """Checkpoint records are compared separately, because they may be logged later."""
     for kinds in (("train", "validation", "samples"), ("checkpoint",)):
         assert records(run, *kinds) == records(other, *kinds)
 
@@ -57,22 +57,22 @@ def steps(run: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
-def test_a_disk_that_fails_once_is_tried_again(
+def test_saving_is_retried_when_the_disk_fails_once(
     tmp_path: Path, train: Callable, expected: Path, records: Records, call: str
 ) -> None:
     out = tmp_path / "run"
     end = train(out, fault=f"{call} optimizer.safetensors 1 1 {BROKEN}")
     assert end.status == 0, end.err
-    assert "step     4 | saving failed: Input/output error; once more in 0 s" in end.out
+    assert "step     4 | saving failed: Input/output error; retrying in 0 s" in end.out
     assert steps(out) == [4, 8, 12]
     assert weights(out) == weights(expected)
     assert_same_records(out, expected, records)
 
 
-def test_training_goes_on_past_a_checkpoint_that_cannot_be_saved(
+def test_training_continues_when_a_checkpoint_cannot_be_saved(
     tmp_path: Path, train: Callable, expected: Path, records: Records
 ) -> None:
-    """Of step 8, in three attempts; that of step 4 stays though only one is to be kept."""
+    """Step 8 fails in three attempts. Step 4 is kept meanwhile, although only one is to be kept."""
     out = tmp_path / "run"
     end = train(
         out, "--keep-checkpoints", 1, "--keep-best", 0,
@@ -85,7 +85,7 @@ def test_training_goes_on_past_a_checkpoint_that_cannot_be_saved(
     assert records(out, "train") == records(expected, "train")
 
 
-def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(
+def test_failure_to_save_the_last_checkpoint_is_an_error(
     tmp_path: Path, train: Callable, expected: Path, records: Records
 ) -> None:
     out = tmp_path / "run"
@@ -96,8 +96,8 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(
     assert end.status == 2
     assert end.err == (
         f"rekindle: error: saving the checkpoint of step 12 in {out / 'checkpoints'} failed (No "
-        "space left on device): make room or see that it may be written to, then give the same "
-        "command again; it resumes from the newest checkpoint there\n"
+        "space left on device): free some space or make the folder writable, then run the same "
+        "command again; it resumes from the newest checkpoint\n"
     )
     assert steps(out) == [8]
     assert train(out).status == 0
@@ -105,36 +105,39 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(
     assert_same_records(out, expected, records)
 
 
-def test_lines_of_the_log_wait_for_a_disk_that_takes_them(
+def test_log_lines_are_kept_until_they_can_be_written(
     tmp_path: Path, train: Callable, expected: Path, records: Records
 ) -> None:
     out = tmp_path / "run"
     end = train(out, fault=f"write metrics.jsonl 3 5 {FULL}")
     assert end.status == 0, end.err
-    assert "metrics.jsonl cannot be written (No space left on device): lines wait" in end.out
-    assert "metrics.jsonl is written again, with every line that waited" in end.out
+    assert (
+        "metrics.jsonl cannot be written (No space left on device): lines are kept in memory"
+        in end.out
+    )
+    assert "metrics.jsonl can be written again; no lines were lost" in end.out
     assert_same_records(out, expected, records)
 
 
-def test_a_disk_without_room_for_the_log_is_told(
+def test_resume_without_room_for_the_log_is_an_error(
     tmp_path: Path, train: Callable, expected: Path, records: Records
 ) -> None:
-    """Which a run that goes on writes anew."""
+    """A resumed run rewrites its log."""
     out = tmp_path / "run"
     assert train(out, fault="rename checkpoints/step-000012 1 1 kill").status == -signal.SIGKILL
     before = (out / "metrics.jsonl").read_bytes()
     end = train(out, fault=f"write .tmp-metrics.jsonl 1 1 {FULL}")
     assert end.status == 2
     assert end.err == (
-        f"rekindle: error: {out}/metrics.jsonl cannot be written anew (No space left on device): "
-        "make room or see that it may be written to, then give the same command again\n"
+        f"rekindle: error: {out}/metrics.jsonl cannot be rewritten (No space left on device): "
+        "free disk space or fix its permissions, then run the same command again\n"
     )
     assert (out / "metrics.jsonl").read_bytes() == before
     assert train(out).status == 0
     assert_same_records(out, expected, records)
 
 
-def test_a_log_that_is_never_written_stops_nothing(
+def test_unwritable_log_does_not_stop_the_run(
     tmp_path: Path, train: Callable, expected: Path
 ) -> None:
     end = train(tmp_path / "run", fault=f"write metrics.jsonl 1 9999 {FULL}")
@@ -147,10 +150,8 @@ STARTS = [f"write metrics.jsonl 1 99 {FULL}", f"write .lock 1 1 {FULL}", f"fsync
 
 
 @pytest.mark.parametrize("fault", STARTS)
-def test_a_disk_that_fails_at_the_start_is_told_in_a_line(
-    tmp_path: Path, train: Callable, fault: str
-) -> None:
-    """Or does no harm."""
+def test_disk_failure_at_the_start_is_one_line(tmp_path: Path, train: Callable, fault: str) -> None:
+    """Or it does not affect the run."""
     end = train(tmp_path / "run", fault=fault)
     assert "Traceback" not in end.err
     assert end.err.count("\n") == (1 if end.status else 0)
@@ -158,21 +159,21 @@ def test_a_disk_that_fails_at_the_start_is_told_in_a_line(
     assert train(tmp_path / "run").status == 0
 
 
-def test_checkpoints_that_are_gone_are_missed(tmp_path: Path, train: Callable) -> None:
-    """As when the disk behind a link is not mounted: beginning anew would replace the log."""
+def test_missing_checkpoints_are_an_error(tmp_path: Path, train: Callable) -> None:
+    """As when a linked disk is not mounted: starting from scratch would overwrite the log."""
     out = tmp_path / "run"
     assert train(out).status == 0
     log = (out / "metrics.jsonl").read_bytes()
     shutil.move(out / "checkpoints", tmp_path / "elsewhere")
     end = train(out)
     assert end.status == 2
-    assert f"{out} has saved checkpoints and there is none: see that the disk" in end.err
+    assert f"the log of {out} lists checkpoints, but none is there: check that" in end.err
     assert (out / "metrics.jsonl").read_bytes() == log
     shutil.move(tmp_path / "elsewhere", out / "checkpoints")
     assert train(out, "--steps", 14).status == 0
 
 
-def test_a_slow_disk_changes_nothing(
+def test_slow_disk_changes_nothing(
     tmp_path: Path, train: Callable, expected: Path, records: Records
 ) -> None:
     end = train(tmp_path / "run", fault="fsync safetensors 1 99 sleep200")
@@ -197,10 +198,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_real_small_disk(
-    small_disk: Path, tmp_path: Path, train: Callable, expected: Path
-) -> None:
-    """It fills up; the checkpoint that fitted stays whole, and the run moves away with it."""
+def test_real_small_disk(small_disk: Path, tmp_path: Path, train: Callable, expected: Path) -> None:
+    """When it is full, the checkpoint that fitted stays complete, and the run can be moved."""
     out = small_disk / "run"
     end = train(out)
     assert end.status == 2
@@ -213,7 +212,7 @@ def test_a_real_small_disk(
     assert weights(tmp_path / "moved") == weights(expected)
 
 
-def test_a_disk_that_becomes_read_only(
+def test_disk_that_becomes_read_only(
     small_disk: Path, train: Callable, expected: Path, tmp_path: Path
 ) -> None:
     out = small_disk / "run"
@@ -222,22 +221,21 @@ def test_a_disk_that_becomes_read_only(
     end = train(out)
     assert end.status == 2
     assert end.err == (
-        f"rekindle: error: {out} may not be written to (Read-only file system): give another "
-        "--out\n"
+        f"rekindle: error: {out} is not writable (Read-only file system): choose another --out\n"
     )
     assert steps(out) == [4]
 
 
-def test_a_run_folder_that_vanishes_is_made_again(
+def test_deleted_run_folder_is_recreated(
     tmp_path: Path, rekindle: Callable, command: Callable, expected: Path, records: Records,
     monkeypatch: pytest.MonkeyPatch, one_thread: None,
 ) -> None:  # fmt: skip
-    """With the next checkpoint, from which the same command goes on."""
+    """When the next checkpoint is saved, from which the same command resumes."""
     out, original = tmp_path / "run", rekindle_trainer.learning_rate
 
     def remove(step: int, **options: Any) -> float:
         if step == 6:
-            while not steps(out):  # written in the background, it would come after
+            while not steps(out):  # wait for it, because it is written in the background
                 time.sleep(0.01)
             shutil.rmtree(out)
         return original(step, **options)
@@ -246,11 +244,14 @@ def test_a_run_folder_that_vanishes_is_made_again(
         patch.setattr(rekindle_trainer, "learning_rate", remove)
         outcome = rekindle(*command(out), "--steps", 10)
     assert outcome.status == 0, outcome.err
-    assert "metrics.jsonl cannot be written (No such file or directory): lines wait" in outcome.out
+    assert (
+        "metrics.jsonl cannot be written (No such file or directory): lines are kept in memory"
+        in outcome.out
+    )
     assert steps(out) == [8, 10]
     outcome = rekindle(*command(out))
     assert "resumes at step 10 of 12" in outcome.out
     assert (out / "run.json").is_file()
     assert [r["step"] for r in records(out, "train")] == [6, 7, 8, 9, 10, 11]
     other = rekindle(*command(out), "--seed", 1)
-    assert "was begun with another recipe" in other.err
+    assert "was started with a different recipe" in other.err

@@ -1,9 +1,9 @@
-"""Killed at random moments, a run that is resumed ends with the bits of an undisturbed one.
+"""A run killed at random moments and resumed ends with the same bits as an uninterrupted one.
 
     REKINDLE_KILLS=5000 python -m pytest tests/faults/test_kills.py -m slow
 
-kills that often. The quick tests kill a few times, since `test_operations.py` covers every state
-of the disk of one run; chance adds the orders in which its threads may come.
+kills that many times. The quick tests kill a few times, since `test_operations.py` covers every
+state of the disk of one run; random kills add different orders of its threads.
 """
 
 import json
@@ -25,22 +25,24 @@ STEPS = 20
 FLAGS = ["--steps", STEPS, "--checkpoint-every", 3, "--eval-every", 6, "--keep-checkpoints", 2,
          "--micro-batch", 8]  # fmt: skip
 
-Nursery = Callable[..., Any]
+ForkServer = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run that nobody disturbs, made by the first test that asks for it."""
+    """The uninterrupted run, created by the first test that needs it."""
     return {"run": tmp_path_factory.mktemp("straight") / "run"}
 
 
 @pytest.fixture
-def train(command: Callable, nursery: Nursery, straight: dict[str, Any]) -> Callable[..., Any]:
+def train(
+    command: Callable, fork_server: ForkServer, straight: dict[str, Any]
+) -> Callable[..., Any]:
     """`train(out, fault=...)`: the tiny recipe in a process that may be killed."""
 
     def run(out: Path, **job: Any) -> Any:
-        return nursery([*command(out), *FLAGS], **job)
+        return fork_server([*command(out), *FLAGS], **job)
 
     if not straight["run"].exists():
         began = time.monotonic()
@@ -50,10 +52,10 @@ def train(command: Callable, nursery: Nursery, straight: dict[str, Any]) -> Call
 
 
 def everything(run: Path, records: Records) -> tuple[Any, ...]:
-    """All that a run has at its end and that may not differ."""
+    """Everything of a finished run that must not differ."""
     found = [checkpoint.load(path) for path in checkpoint.list_checkpoints(run / "checkpoints")]
     bits = [[(c.path / name).read_bytes() for name in checkpoint.FILES] for c in found]
-    said = [
+    descriptions = [
         {
             key: getattr(c.description, key)
             for key in ("step", "data_position", "guard", "evaluated")
@@ -62,7 +64,7 @@ def everything(run: Path, records: Records) -> tuple[Any, ...]:
     ]
     kinds = ("train", "validation", "samples", "checkpoint")
     assert not list(run.rglob(".tmp-*"))
-    return (bits, said, *(records(run, kind) for kind in kinds))
+    return (bits, descriptions, *(records(run, kind) for kind in kinds))
 
 
 @pytest.mark.parametrize("wanted", KILLS)
@@ -83,9 +85,9 @@ def test_killed_at_random_moments(
                 break
             kills += 1
         assert everything(out, records) == expected
-        shutil.rmtree(out)  # thousands of them would fill a disk
+        shutil.rmtree(out)  # thousands of them would fill the disk
     print(f"{kills} kills in {runs} runs")
-    assert runs > wanted / 40  # else it was never killed near the end
+    assert runs > wanted / 40  # otherwise it was never killed near the end
 
 
 # -- preparing data -------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def test_killed_at_random_moments(
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of documents, enough for a fraction of a second's work."""
+    """A file of documents that takes a fraction of a second to prepare."""
     chance, file = random.Random(0), tmp_path_factory.mktemp("texts") / "texts.jsonl"
     with open(file, "w") as lines:
         for n in range(1000):
@@ -102,9 +104,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def prepare(nursery: Nursery, texts: Path, out: Path, **job: Any) -> Any:
+def prepare(fork_server: ForkServer, texts: Path, out: Path, **job: Any) -> Any:
     flags = ["--val-tokens", 5000, "--shard-tokens", 25_000, "--tokenizer", "bytes"]
-    return nursery(["prepare", "--jsonl", texts, "--out", out, *flags], **job)
+    return fork_server(["prepare", "--jsonl", texts, "--out", out, *flags], **job)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -113,24 +115,24 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("wanted", KILLS)
 def test_preparing_killed_at_random_moments(
-    tmp_path: Path, nursery: Nursery, texts: Path, wanted: int
+    tmp_path: Path, fork_server: ForkServer, texts: Path, wanted: int
 ) -> None:
     began = time.monotonic()
-    assert prepare(nursery, texts, tmp_path / "straight").status == 0
+    assert prepare(fork_server, texts, tmp_path / "straight").status == 0
     seconds, chance, kills = time.monotonic() - began, random.Random(), 0
     expected = contents(tmp_path / "straight")
     assert len(expected) > 10
     for n in range(max(1, wanted // 20)):
         out = tmp_path / f"data-{n}"
-        for _ in range(10):  # a kill before anything is saved begins anew
+        for _ in range(10):  # after a kill before anything is saved, preparing starts again
             end = prepare(
-                nursery, texts, out, signal=signal.SIGKILL, after=chance.uniform(0.0, seconds)
+                fork_server, texts, out, signal=signal.SIGKILL, after=chance.uniform(0.0, seconds)
             )
             assert end.status in (0, -signal.SIGKILL), end.err
             if end.status == 0:
                 break
             kills += 1
         else:
-            assert prepare(nursery, texts, out).status == 0
+            assert prepare(fork_server, texts, out).status == 0
         assert contents(out) == expected
-    assert wanted < 20 or kills  # a few may all come too late
+    assert wanted < 20 or kills  # with few kills, all may come too late

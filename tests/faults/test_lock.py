@@ -1,4 +1,4 @@
-"""A folder is one process's: the next one says whose it is, and disturbs nothing."""
+"""Only one process may write to a folder: a second one names the first and changes nothing."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from rekindle.errors import UserError
 from rekindle.observe.console import Console
 from rekindle.storage import Lock
 
-Nursery = Callable[..., Any]
+ForkServer = Callable[..., Any]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -29,15 +29,15 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def assert_refused(end: Any, folder: Path) -> None:
     assert end.status == 2
     assert end.err.startswith(f"rekindle: error: {folder} is in use by process {os.getpid()} on ")
-    assert end.err.endswith(": wait until that is done, or give another --out\n")
+    assert end.err.endswith(": wait until it has finished, or choose another --out\n")
     assert end.err.count("\n") == 1
 
 
 @pytest.fixture
 def meanwhile(
-    monkeypatch: pytest.MonkeyPatch, nursery: Nursery, command: Callable
+    monkeypatch: pytest.MonkeyPatch, fork_server: ForkServer, command: Callable
 ) -> Callable[..., list[Any]]:
-    """`meanwhile(out, 5)`: in step 5 another process is given `out` too; how it ended."""
+    """`meanwhile(out, 5)`: in step 5, start another process with `out`; returns how it ended."""
 
     def arrange(out: Path, at: int) -> list[Any]:
         original, ends = rekindle_trainer.learning_rate, []
@@ -45,7 +45,7 @@ def meanwhile(
         def wrapped(step: int, **options: Any) -> float:
             if step == at:
                 before = contents(out)
-                ends.append(nursery(command(out)))
+                ends.append(fork_server(command(out)))
                 assert contents(out) == before
             return original(step, **options)
 
@@ -55,10 +55,10 @@ def meanwhile(
     return arrange
 
 
-def test_a_second_run_in_a_folder_is_refused(
+def test_second_run_in_a_folder_is_rejected(
     tmp_path: Path, train: Callable, meanwhile: Callable, records: Callable
 ) -> None:
-    """In a new folder and in one that is gone on with; and the first one does not notice."""
+    """For a new run and for a resumed one. The first run is not affected."""
     out = tmp_path / "run"
     train(tmp_path / "straight", "--checkpoint-every", 0)
     for steps, at in ((12, 3), (18, 14)):
@@ -71,10 +71,10 @@ def test_a_second_run_in_a_folder_is_refused(
             assert records(out) == records(tmp_path / "straight")
 
 
-def test_a_second_run_does_not_judge_what_the_first_one_is_writing(
+def test_second_run_does_not_inspect_checkpoints_of_the_first(
     tmp_path: Path, train: Callable, command: Callable, rekindle: Callable
 ) -> None:
-    """A checkpoint that is just being removed would look damaged to it."""
+    """A checkpoint that is being removed would look damaged."""
     out = tmp_path / "run"
     train(out)
     for path in checkpoint.list_checkpoints(out / "checkpoints"):
@@ -82,18 +82,18 @@ def test_a_second_run_does_not_judge_what_the_first_one_is_writing(
     with Lock(out) as lock:
         lock.take()
         assert_refused(rekindle(*command(out)), out)
-    assert "no checkpoint" in rekindle(*command(out)).err
+    assert "all checkpoints in" in rekindle(*command(out)).err
 
 
-def test_of_two_that_begin_at_once_one_begins(
-    tmp_path: Path, command: Callable, rekindle: Callable, nursery: Nursery, train: Callable,
+def test_only_one_of_two_simultaneous_runs_starts(
+    tmp_path: Path, command: Callable, rekindle: Callable, fork_server: ForkServer, train: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """While this one checks the hashes of its data, another one trains to the end."""
+    """While this run checks the hashes of its data, another one trains to the end."""
     out, verify = tmp_path / "run", start._verify_data
 
     def meanwhile(*arguments: Any) -> None:
-        assert nursery(command(out)).status == 0
+        assert fork_server(command(out)).status == 0
         verify(*arguments)
 
     with monkeypatch.context() as patch:
@@ -101,8 +101,8 @@ def test_of_two_that_begin_at_once_one_begins(
         end = rekindle(*command(out), "--seed", 7)
     assert end.status == 2
     assert end.err == (
-        f"rekindle: error: another process has begun {out} meanwhile: give the same command again, "
-        "or another --out\n"
+        f"rekindle: error: another process has just started a run in {out}: run the same command "
+        "again, or choose another --out\n"
     )
     train(tmp_path / "straight")
     assert contents_of_checkpoints(out) == contents_of_checkpoints(tmp_path / "straight")
@@ -113,18 +113,18 @@ def contents_of_checkpoints(run: Path) -> list[bytes]:
     return [(path / name).read_bytes() for path in found for name in checkpoint.FILES]
 
 
-def test_a_run_whose_lock_was_lost_is_locked_all_the_same(tmp_path: Path, train: Callable) -> None:
+def test_run_without_its_lock_file_is_locked_again(tmp_path: Path, train: Callable) -> None:
     """As in a copy without hidden files."""
     train(tmp_path / "run", "--steps", 4)
     (tmp_path / "run" / ".lock").unlink()
     assert "resumes at step 4" in train(tmp_path / "run").out
 
 
-def test_after_a_kill_the_next_one_gets_in(
-    tmp_path: Path, nursery: Nursery, command: Callable, train: Callable
+def test_lock_is_free_after_a_kill(
+    tmp_path: Path, fork_server: ForkServer, command: Callable, train: Callable
 ) -> None:
     out = tmp_path / "run"
-    end = nursery(command(out), fault="rename checkpoints/step-000008 1 1 kill")
+    end = fork_server(command(out), fault="rename checkpoints/step-000008 1 1 kill")
     assert end.status == -signal.SIGKILL
     before = (out / ".lock").read_text()
     assert before.startswith("process ")
@@ -133,8 +133,8 @@ def test_after_a_kill_the_next_one_gets_in(
     assert (out / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
-def test_a_second_preparation_into_a_folder_is_refused(
-    tmp_path: Path, nursery: Nursery, rekindle: Callable, monkeypatch: pytest.MonkeyPatch
+def test_second_preparation_into_a_folder_is_rejected(
+    tmp_path: Path, fork_server: ForkServer, rekindle: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, out = tmp_path / "texts.jsonl", tmp_path / "data"
     text.write_text("".join(json.dumps({"text": f"Number {n}."}) + "\n" for n in range(300)))
@@ -143,15 +143,15 @@ def test_a_second_preparation_into_a_folder_is_refused(
 
     def wrapped(preparation: Any) -> Any:
         before = contents(out)
-        ends.append(nursery([*command, out]))
+        ends.append(fork_server([*command, out]))
         assert contents(out) == before
         return write(preparation)
 
     monkeypatch.setattr(rekindle_prepare._Preparation, "_finish", wrapped)
     assert rekindle(*command, out).status == 0
     assert_refused(ends[0], out)
-    assert "prepared already" in nursery([*command, out]).out
-    assert nursery([*command, tmp_path / "other"]).status == 0
+    assert "already prepared" in fork_server([*command, out]).out
+    assert fork_server([*command, tmp_path / "other"]).status == 0
     mine, other = (contents(folder) for folder in (out, tmp_path / "other"))
     assert {p.name: c for p, c in mine.items() if p.name != ".lock"} == {
         p.name: c for p, c in other.items() if p.name != ".lock"
@@ -159,10 +159,8 @@ def test_a_second_preparation_into_a_folder_is_refused(
 
 
 @pytest.mark.parametrize("make", [lambda folder: PublishedShards(), ShardFolder])
-def test_ready_made_shards_are_taken_by_one_process(
-    tmp_path: Path, shard_set: Path, make: Callable
-) -> None:
-    """The second is refused before it asks the hub for anything."""
+def test_ready_made_shards_are_locked(tmp_path: Path, shard_set: Path, make: Callable) -> None:
+    """The second process is rejected before it contacts the hub."""
     (tmp_path / "train.bin").write_bytes((shard_set / "train-0000.bin").read_bytes())
     with Lock(tmp_path) as first, Lock(tmp_path) as second:
         first.take()
@@ -171,7 +169,7 @@ def test_ready_made_shards_are_taken_by_one_process(
     assert {path.name for path in tmp_path.iterdir()} == {"train.bin", ".lock"}
 
 
-def test_a_lock_is_given_back(tmp_path: Path) -> None:
+def test_lock_is_released(tmp_path: Path) -> None:
     with Lock(tmp_path) as lock:
         lock.take()
         lock.take()
@@ -181,29 +179,29 @@ def test_a_lock_is_given_back(tmp_path: Path) -> None:
         lock.take()
 
 
-def test_a_lock_that_is_not_there_is_not_made_without_leave(tmp_path: Path) -> None:
+def test_missing_lock_file_is_created_only_on_request(tmp_path: Path) -> None:
     with Lock(tmp_path) as lock:
         lock.take(create=False)
         assert storage.is_empty(tmp_path)
         assert not list(tmp_path.iterdir())
 
 
-def test_a_file_system_without_locks_keeps_nobody_out(
+def test_file_system_without_locks_does_not_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As some of clusters are; but one that says the lock is taken means it."""
+    """As on some clusters. If the file system reports that the lock is held, it does block."""
     import fcntl
 
-    def refuse(number: int) -> Callable[[int, int], None]:
+    def failing_flock(number: int) -> Callable[[int, int], None]:
         def flock(descriptor: int, operation: int) -> None:
             raise OSError(number, os.strerror(number))
 
         return flock
 
-    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOSYS))
+    monkeypatch.setattr(fcntl, "flock", failing_flock(errno.ENOSYS))
     with storage.Lock(tmp_path) as first, storage.Lock(tmp_path) as second:
         first.take()
         second.take()
-    monkeypatch.setattr(fcntl, "flock", refuse(errno.EAGAIN))
+    monkeypatch.setattr(fcntl, "flock", failing_flock(errno.EAGAIN))
     with storage.Lock(tmp_path) as lock, pytest.raises(UserError, match="is in use by"):
         lock.take()

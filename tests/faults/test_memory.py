@@ -1,4 +1,4 @@
-"""A long run takes no more memory than a short one."""
+"""A long run does not use more memory than a short one."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-STEPS, SETTLED = 2400, 400  # by then everything has happened more than once
+STEPS, SETTLED = 2400, 400  # everything has happened more than once by step SETTLED
 
 # Trains in this process and prints its resident pages at step SETTLED and at the end.
 WATCHED = """
@@ -22,12 +22,12 @@ def resident():
 
 at, original, seen = int(sys.argv[1]), trainer.learning_rate, []
 
-def looked(step, **options):
+def watched(step, **options):
     if step == at or step == options["steps"] - 1:
         seen.append(resident())
     return original(step, **options)
 
-trainer.learning_rate = looked
+trainer.learning_rate = watched
 assert cli.main(sys.argv[2:]) == 0
 print(*seen)
 """

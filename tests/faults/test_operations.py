@@ -1,9 +1,9 @@
-"""A crash before any operation that changes the disk, or in the middle of a write, costs nothing.
+"""A crash before any operation that changes the disk, or in the middle of a write, loses nothing.
 
-One run is traced, and what its folder holds before each operation is kept: exactly what a kill at
-that moment leaves behind. From each of these states the same command is given again, and must end
-with the bits of the undisturbed run. The same holds for what a power cut leaves, except for the
-log, which is not flushed at every line.
+One run is traced, and the content of its folder before each operation is recorded: exactly the
+state that a kill at that moment leaves. From each state, the same command is run again and must end
+with the same bits as the uninterrupted run. The same holds for the states after a power cut, except
+for the log, which is not flushed at every line.
 """
 
 import json
@@ -23,7 +23,7 @@ from rekindle import trainer as rekindle_trainer
 from rekindle.data import shards
 
 Records = Callable[..., list[dict[str, Any]]]
-# The least in which everything happens: two checkpoints, the first of which is removed again.
+# The shortest run with all operations: two checkpoints, the first of which is removed again.
 FLAGS = ["--steps", 3, "--checkpoint-every", 2, "--eval-every", 2, "--keep-checkpoints", 1,
          "--keep-best", 0, "--micro-batch", 8, "--model.n-layer", 1,
          "--eval-tokens", 99]  # fmt: skip
@@ -31,7 +31,7 @@ CALLS = {"create", "truncate", "write", "half", "fsync", "rename", "mkdir", "rmd
 
 
 def bits(run: Path) -> tuple[Any, ...]:
-    """The checkpoints of a finished run, and that it left nothing unfinished."""
+    """The checkpoints of a finished run; checks that no unfinished files are left."""
     found = [checkpoint.load(path) for path in checkpoint.list_checkpoints(run / "checkpoints")]
     files = [(c.path / name).read_bytes() for c in found for name in checkpoint.FILES]
     keys = ("step", "data_position", "guard", "evaluated", "validation_loss")
@@ -52,7 +52,7 @@ def traces() -> dict[str, Any]:
 def begun(
     traces: dict[str, Any], traced: Callable, tmp_path: Path, command: Callable, records: Records
 ) -> Any:
-    """The trace of a run from its beginning, with how it ended; made once."""
+    """The trace of a new run, its checkpoints and its log; cached."""
     if "begun" not in traces:
         out = tmp_path / "straight"
         traces["begun"] = traced(out, [*command(out), *FLAGS]), bits(out), log(out, records)
@@ -64,10 +64,10 @@ def resumed(
     traces: dict[str, Any], begun: Any, traced: Callable, tmp_path: Path, command: Callable,
     rekindle: Callable, records: Records, one_thread: None,
 ) -> Any:  # fmt: skip
-    """The trace of a run as it resumes with all there is to mend.
+    """The trace of a run that resumes and has everything to repair.
 
-    It was stopped before the validation of step 2, which is made up for. Of step 3 there is an
-    unfinished checkpoint, and one that is damaged and set aside.
+    It was stopped before the validation of step 2, which is caught up on. For step 3, there is an
+    unfinished checkpoint, and a damaged one that is set aside.
     """
     if "resumed" not in traces:
         out = tmp_path / "resumed"
@@ -89,13 +89,13 @@ def resumed(
 
 
 def stop_after(number: int, run: Callable[[], Any]) -> None:
-    """Run until a signal in the step of that number."""
+    """Run until a signal in step `number`."""
     original = rekindle_trainer.learning_rate
 
     def signalled(step: int, **options: Any) -> float:
         if step == number:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.05)  # until this thread has heard of it
+            time.sleep(0.05)  # until this thread has received it
         return original(step, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -104,7 +104,7 @@ def stop_after(number: int, run: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("which", ["begun", "resumed"])
-def test_killed_at_any_operation_a_run_ends_the_same(
+def test_run_killed_at_any_operation_ends_the_same(
     request: pytest.FixtureRequest, tmp_path: Path, train: Callable, records: Records,
     write_disk: Callable, which: str,
 ) -> None:  # fmt: skip
@@ -120,7 +120,7 @@ def test_killed_at_any_operation_a_run_ends_the_same(
 
 
 @pytest.mark.parametrize("which", ["begun", "resumed"])
-def test_without_power_at_any_operation_a_run_ends_the_same(
+def test_run_after_a_power_cut_at_any_operation_ends_the_same(
     request: pytest.FixtureRequest, tmp_path: Path, train: Callable, write_disk: Callable,
     which: str,
 ) -> None:  # fmt: skip
@@ -139,7 +139,7 @@ def test_without_power_at_any_operation_a_run_ends_the_same(
 
 @pytest.fixture
 def prepare(tmp_path: Path) -> Callable[[Path], list[Any]]:
-    """`prepare(out)`: the command that makes a few shards of both splits."""
+    """`prepare(out)`: the command that prepares a few shards of both splits."""
     chance = random.Random(0)
     texts = [" ".join(map(str, chance.choices(range(999), k=9))) for _ in range(200)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -152,31 +152,31 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != storage.LOCK}
 
 
-def test_cut_short_at_any_operation_a_preparation_ends_the_same(
+def test_preparation_interrupted_at_any_operation_ends_the_same(
     tmp_path: Path, rekindle: Callable, prepare: Callable, traced: Callable, write_disk: Callable
 ) -> None:
-    """Killed, and without power."""
+    """After kills and after power cuts."""
     trace = traced(tmp_path / "straight", prepare(tmp_path / "straight"))
     assert {call for call, *_ in trace.operations} == CALLS | {"end"}
     released = [p for call, p, _ in trace.operations if call == "unlink" and p[:9] == ".progress"]
-    assert released  # a shard was made of pieces that had been saved
+    assert released  # a shard was assembled from saved pieces
     expected = contents(tmp_path / "straight")
     for operation, disk in [*trace.killed.items(), *trace.without_power.items()]:
         out = write_disk(tmp_path / "data", disk)
         outcome = rekindle(*prepare(out))
         assert outcome.status == 0, f"{operation}: {outcome.err}"
-        whole = shards.MANIFEST in disk
-        assert ("prepared already" in outcome.out) == whole, operation
+        complete = shards.MANIFEST in disk
+        assert ("already prepared" in outcome.out) == complete, operation
         assert contents(out) == expected, operation
         shutil.rmtree(out)
     print(f"{len(trace.killed)} states after kills, {len(trace.without_power)} without power")
 
 
 @pytest.mark.parametrize("which", ["begun", "resumed"])
-def test_nothing_is_seen_half_written_or_half_removed(
+def test_no_file_is_visible_half_written_or_half_removed(
     request: pytest.FixtureRequest, which: str
 ) -> None:
-    """Only what has a temporary name is changed in place, the lock and the log apart."""
+    """Only files with temporary names are changed in place, except for the lock and the log."""
     trace, *_ = request.getfixturevalue(which)
     in_place = {
         path for call, path, _ in trace.operations
@@ -189,17 +189,17 @@ def test_nothing_is_seen_half_written_or_half_removed(
 def test_names_are_flushed_before_anything_is_removed(
     request: pytest.FixtureRequest, which: str
 ) -> None:
-    """A new name that is not flushed may be lost in a power cut, and what was removed is gone."""
+    """Otherwise a power cut could lose the new name after the old file was removed."""
     assert_names_are_flushed(request.getfixturevalue(which)[0].operations)
 
 
-def test_a_preparation_flushes_names(tmp_path: Path, prepare: Callable, traced: Callable) -> None:
+def test_preparation_flushes_names(tmp_path: Path, prepare: Callable, traced: Callable) -> None:
     out = tmp_path / "data"
     assert_names_are_flushed(traced(out, prepare(out)).operations)
 
 
 def assert_names_are_flushed(operations: list[tuple[str, str, str]]) -> None:
-    waiting: set[str] = set()  # folders that hold a new name
+    waiting: set[str] = set()  # folders with a new name
     for call, path, other in operations:
         if call == "rename" and not Path(other).name.startswith(storage.TEMPORARY):
             waiting.add(str(Path(other).parent))

@@ -1,4 +1,4 @@
-"""Told to stop, a run saves what it has done and ends within seconds; told twice, at once."""
+"""After a stop signal, a run saves a checkpoint and ends within seconds; after two, at once."""
 
 import os
 import signal
@@ -15,24 +15,25 @@ from torch._C._distributed_c10d import HashStore
 
 from rekindle import checkpoint
 from rekindle import trainer as rekindle_trainer
+from rekindle.evaluate import loss
 from rekindle.runtime import signals as listening
 from rekindle.runtime.signals import ECHO, SIGNALS, Listener
 
-Nursery = Callable[..., Any]
+ForkServer = Callable[..., Any]
 Records = Callable[..., list[dict[str, Any]]]
 KINDS = ("train", "validation", "samples")
 
 
 @pytest.fixture(autouse=True)
-def hears_ctrl_c() -> Iterator[None]:
-    """What a shell starts in the background ignores it, and so would these tests."""
+def receive_ctrl_c() -> Iterator[None]:
+    """Handle SIGINT even if a shell started the tests in the background, where it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files")
-def test_a_listener_leaves_nothing_open() -> None:
+def test_listener_leaves_no_open_files() -> None:
     before, handlers = len(os.listdir("/proc/self/fd")), [signal.getsignal(n) for n in SIGNALS]
     with Listener() as listener:
         assert len(os.listdir("/proc/self/fd")) == before + 2
@@ -42,8 +43,8 @@ def test_a_listener_leaves_nothing_open() -> None:
 
 
 @pytest.fixture
-def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """`tell(5, SIGTERM)`: this process gets the signal in step 5."""
+def send_signal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """`send_signal(5, SIGTERM)`: send the signal to this process in step 5."""
 
     def arrange(at: int, number: int) -> None:
         original = rekindle_trainer.learning_rate
@@ -51,7 +52,7 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
         def signalled(step: int, **options: Any) -> float:
             if step == at:
                 os.kill(os.getpid(), number)
-                time.sleep(0.05)  # until this thread has heard of it
+                time.sleep(0.05)  # until this thread has received it
             return original(step, **options)
 
         monkeypatch.setattr(rekindle_trainer, "learning_rate", signalled)
@@ -59,22 +60,24 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return arrange
 
 
-@pytest.mark.parametrize(("at", "number"), zip((5, 7, 0, 11), [*SIGNALS, SIGNALS[0]], strict=True))
-def test_a_run_that_is_told_to_stop_goes_on_to_the_same_end(
+@pytest.mark.parametrize(
+    ("at", "number"), zip((5, 7, 0, 3, 11), [*SIGNALS, SIGNALS[0]], strict=True)
+)
+def test_stopped_run_resumes_to_the_same_result(
     tmp_path: Path, train: Callable, rekindle: Callable, command: Callable, records: Records,
-    tell: Callable, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, at: int,
+    send_signal: Callable, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, at: int,
 ) -> None:  # fmt: skip
-    """In the first step, where no checkpoint is due, where one is, and in the last step."""
+    """In the first step, with and without a checkpoint due, and in the last step."""
     train(tmp_path / "straight")
     out, before = tmp_path / "run", signal.getsignal(number)
     with monkeypatch.context():
-        tell(at, number)
+        send_signal(at, number)
         outcome = rekindle(*command(out))
         monkeypatch.undo()
     assert outcome.status == 128 + number
     assert outcome.err == (
-        f"rekindle: stopped by {number.name} after step {at}, and everything is saved: the same "
-        "command resumes the run\n"
+        f"rekindle: stopped by {number.name} after step {at}; a checkpoint was saved: run the "
+        "same command to resume\n"
     )
     assert signal.getsignal(number) == before
     assert checkpoint.list_checkpoints(out / "checkpoints")[-1].name == f"step-{at + 1:06d}"
@@ -85,9 +88,44 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_end(
     assert records(out, *KINDS) == records(tmp_path / "straight", *KINDS)
 
 
-def test_it_ends_at_the_next_step(tmp_path: Path, command: Callable, nursery: Nursery) -> None:
+@pytest.mark.parametrize("at", [0, 4, 12])
+def test_signal_during_an_evaluation_does_not_wait_for_its_end(
+    tmp_path: Path, train: Callable, rekindle: Callable, command: Callable, records: Records,
+    monkeypatch: pytest.MonkeyPatch, at: int,
+) -> None:  # fmt: skip
+    """The resumed run evaluates what the stopped one did not."""
+    flags = ["--micro-batch", 1, "--eval-tokens", 200]
+    train(tmp_path / "straight", *flags)
+    out, original, batches = tmp_path / "run", loss.validation_batches, []
+
+    def signalled(*arguments: Any) -> Iterator[Any]:
+        for number, batch in enumerate(original(*arguments)):
+            batches.append(number)
+            if number == 2 and batches.count(0) == 1 + at // 4:  # evaluations so far
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)  # until the listening thread has received it
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loss, "validation_batches", signalled)
+        outcome = rekindle(*command(out), *flags)
+    assert outcome.status == 128 + signal.SIGTERM
+    assert batches[-1] == 2
+    newest = checkpoint.list_checkpoints(out / "checkpoints")[-1]
+    assert newest.name == f"step-{at:06d}"
+    assert not checkpoint.load(newest).description.evaluated
+    train(out, *flags)
+    ends = [run / "checkpoints" / "step-000012" for run in (out, tmp_path / "straight")]
+    for name in checkpoint.FILES:
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+    assert records(out, *KINDS) == records(tmp_path / "straight", *KINDS)
+
+
+def test_run_stops_at_the_next_step(
+    tmp_path: Path, command: Callable, fork_server: ForkServer
+) -> None:
     out = tmp_path / "run"
-    end = nursery(
+    end = fork_server(
         [*command(out), "--steps", 100_000],
         signal=signal.SIGTERM, until=str(out / "metrics.jsonl"),
     )  # fmt: skip
@@ -95,12 +133,12 @@ def test_it_ends_at_the_next_step(tmp_path: Path, command: Callable, nursery: Nu
     assert "stopped by SIGTERM" in end.err
 
 
-def test_a_second_signal_ends_it_at_once(
-    tmp_path: Path, command: Callable, nursery: Nursery
+def test_second_signal_ends_the_run_at_once(
+    tmp_path: Path, command: Callable, fork_server: ForkServer
 ) -> None:
-    """Though the disk would take ten minutes; nothing half-written is taken for a checkpoint."""
+    """Even if the disk would take ten minutes. An unfinished file is not used as a checkpoint."""
     out = tmp_path / "run"
-    end = nursery(
+    end = fork_server(
         [*command(out), "--steps", 100_000, "--checkpoint-every", 0],
         signal=signal.SIGTERM, until=str(out / "metrics.jsonl"), again=ECHO + 0.5,
         fault="fsync model 1 1 sleep600000",
@@ -111,20 +149,20 @@ def test_a_second_signal_ends_it_at_once(
 
 
 @pytest.mark.parametrize("signals", [1, 1000])
-def test_a_second_signal_is_heard_where_python_is_not(
+def test_second_signal_works_while_the_main_thread_is_blocked(
     monkeypatch: pytest.MonkeyPatch, signals: int
 ) -> None:
-    """The main thread waits in C++, as for a rank that never comes."""
+    """The main thread is blocked in C++, as when waiting for a missing rank."""
     monkeypatch.setattr(listening, "ECHO", 0.05)
-    seconds = 600 if signals > 1 else 0.5  # that it waits
+    seconds = 600 if signals > 1 else 0.5  # how long it is blocked
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             with Listener() as listener:
-                threading.Thread(target=tell_each_other, args=[signals], daemon=True).start()
+                threading.Thread(target=send_many, args=[signals], daemon=True).start()
                 with suppress(RuntimeError):
-                    HashStore().wait(["what nobody sets"], timedelta(seconds=seconds))
+                    HashStore().wait(["never set"], timedelta(seconds=seconds))
                 while not listener.signal:
                     time.sleep(0.01)
                 status = 42  # it waited to the end
@@ -134,14 +172,14 @@ def test_a_second_signal_is_heard_where_python_is_not(
     assert status == (42 if signals == 1 else 128 + signal.SIGTERM)
 
 
-def tell_each_other(signals: int) -> None:
+def send_many(signals: int) -> None:
     for _ in range(signals):
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_an_echo_of_the_first_signal_is_not_a_second_one() -> None:
-    """torchrun passes Ctrl-C on to processes that the terminal has told already."""
+    """torchrun forwards Ctrl-C to processes that already received it from the terminal."""
     with Listener() as listener:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
@@ -149,7 +187,7 @@ def test_an_echo_of_the_first_signal_is_not_a_second_one() -> None:
         assert listener.signal == signal.SIGINT
 
 
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
+def test_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with Listener() as listener:

@@ -1,4 +1,4 @@
-"""A tiny GPT-2, written down in Hugging Face's layout by hand."""
+"""A tiny GPT-2, saved in Hugging Face's layout without `transformers`."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # OpenAI's Conv1
 
 @pytest.fixture(scope="session")
 def model() -> GPT2:
-    """Random everywhere, so that no tensor can take another's place unnoticed."""
+    """Random in every tensor, so that swapped tensors are detected."""
     torch.manual_seed(0)
     model = GPT2(
         GPT2Config(
@@ -44,7 +44,7 @@ def describe(model: GPT2) -> dict[str, Any]:
 def export(
     model: GPT2, prefix: str = "", dtype: torch.dtype = torch.float32, buffers: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors of `model` as Hugging Face's files name and turn them."""
+    """The tensors of `model` with the names and orientation of Hugging Face's files."""
     tensors = {}
     for name, p in model.named_parameters():
         tensor = p.detach().t() if name.endswith(TRANSPOSED) else p.detach()
@@ -59,7 +59,7 @@ def export(
 @pytest.fixture
 def folder(tmp_path: Path, model: GPT2) -> Callable[..., Path]:
     """`folder(config={...}, tensors={...}, prefix=..., dtype=...)`: a folder in that layout, with
-    these fields of the configuration and these tensors in place of the right ones (None: gone)."""
+    the given configuration fields and tensors replaced (None removes one)."""
 
     def make(
         config: Any = None, tensors: dict[str, Tensor | None] | None = None, **how: Any

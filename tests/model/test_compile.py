@@ -1,5 +1,5 @@
-"""Compilation changes nothing but speed: losses, gradients, HellaSwag and samples are eager's, and
-evaluating in the midst of training compiles a few graphs once, then none."""
+"""Compilation only changes the speed: losses, gradients, HellaSwag and samples match eager, and
+evaluating during training compiles a few graphs once."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ CONFIG = GPT2Config(
 
 
 class Compiled(NamedTuple):
-    """A model, and what training calls in its place."""
+    """A model and its compiled forms."""
 
     model: GPT2
     forward: Forward
@@ -51,7 +51,7 @@ def make_model(config: GPT2Config = CONFIG) -> GPT2:
 
 
 def compiled(model: GPT2) -> Compiled:
-    """Compiled as training does it."""
+    """Compile a model as training does."""
     machine = dataclasses.replace(resolve(MachineOptions(device="cpu")), compile=True)
     forward, transformer = placement.compile_model(model, machine)
     assert forward is not model
@@ -74,7 +74,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def questions(count: int, longest: int) -> list[Item]:
-    """HellaSwag's, of all lengths up to `longest` tokens, with the ending."""
+    """HellaSwag items of all lengths up to `longest` tokens, including the ending."""
     random = np.random.default_rng(2)
 
     def text(length: int) -> str:
@@ -87,7 +87,7 @@ def questions(count: int, longest: int) -> list[Item]:
     return [tokenize(question, ByteTokenizer()) for question in asked]
 
 
-def test_losses_and_gradients_are_eagers(inductor: Compiled, batch: tuple[Tensor, Tensor]) -> None:
+def test_losses_and_gradients_match_eager(inductor: Compiled, batch: tuple[Tensor, Tensor]) -> None:
     gradients, losses = [], []
     for forward in (inductor.model, inductor.forward):
         inductor.model.zero_grad()
@@ -103,7 +103,7 @@ def test_losses_and_gradients_are_eagers(inductor: Compiled, batch: tuple[Tensor
         torch.testing.assert_close(gradients[1][name], eager, rtol=0, atol=1e-4 * scale, msg=name)
 
 
-def test_hellaswag_and_validation_are_eagers(inductor: Compiled) -> None:
+def test_hellaswag_and_validation_match_eager(inductor: Compiled) -> None:
     work = [(HellaSwag(), questions(3, CONFIG.block_size))]
     (asked,) = scoring.pack(work, CONFIG.block_size, CPU, compiled=True, tokens_per_batch=256)
     assert len({batch.idx.shape for batch in asked.batches}) == 2
@@ -122,24 +122,24 @@ def test_hellaswag_and_validation_are_eagers(inductor: Compiled) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_samples_are_those_of_a_model_that_was_never_compiled(
+def test_samples_match_a_model_that_was_never_compiled(
     inductor: Compiled, batch: tuple[Tensor, Tensor]
 ) -> None:
-    """Samples are taken from the eager model, whose lengths would each be a graph of its own."""
+    """Samples come from the eager model, because every length would need its own graph."""
     inductor.forward(*batch)
     never = generate(make_model(), [1, 2, 3], 20, num=2)
     assert torch.equal(generate(inductor.model, [1, 2, 3], 20, num=2), never)
 
 
-def test_names_stay_clean(inductor: Compiled) -> None:
+def test_compiling_does_not_change_parameter_names(inductor: Compiled) -> None:
     assert not [name for name in inductor.model.state_dict() if "_orig_mod" in name]
 
 
-def test_evaluation_compiles_a_few_graphs_once(
+def test_evaluation_compiles_few_graphs_and_only_once(
     monkeypatch: pytest.MonkeyPatch, batch: tuple[Tensor, Tensor]
 ) -> None:
     """Questions of all lengths up to GPT-2's context: one graph for training, one for validation,
-    and no more for all tasks than torch.compile keeps of one function."""
+    and no more for all tasks than torch.compile allows per function."""
     graphs: list[torch.fx.GraphModule] = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -154,7 +154,7 @@ def test_evaluation_compiles_a_few_graphs_once(
     model, forward, transformer = compiled(make_model(wide))
     work = [(HellaSwag(), questions(40, 1024)), (HellaSwag(), questions(9, 500))]
     tasks = scoring.pack(work, 1024, CPU, compiled=True)
-    tokens = np.zeros(3 * ROWS * T + 9, np.uint16)  # batches that are full, and one that is not
+    tokens = np.zeros(3 * ROWS * T + 9, np.uint16)  # full batches, and one that is not full
 
     def one_round() -> int:
         _, loss = forward(*batch)

@@ -1,5 +1,5 @@
-"""However a model computes, it computes the same: losses and gradients of every way against the
-plainest, and masks and positions that mean nothing change nothing."""
+"""All compute settings give the same losses and gradients as the plainest one; masks and positions
+that do not change the meaning do not change the result."""
 
 import pytest
 import torch
@@ -50,13 +50,13 @@ def loss_and_gradients(model: GPT2, batch: tuple[Tensor, Tensor]) -> tuple[float
         (Compute(), 1e-5),
         (Compute(separate_qkv=True), 1e-5),
         (Compute(recompute=True), 1e-5),
-        (Compute(loss_kernel=True, mlp_kernel=True), 1e-5),  # here: the PyTorch that defines them
+        (Compute(loss_kernel=True, mlp_kernel=True), 1e-5),  # on a CPU: their PyTorch reference
         (Compute(dtype=torch.bfloat16), 4e-2),
         (Compute(dtype=torch.bfloat16, attention="plain", separate_qkv=True), 4e-2),
     ],
     ids=["fused attention", "separate qkv", "recompute", "kernels", "bf16", "bf16 plain"],
 )
-def test_every_way_computes_the_same(
+def test_all_compute_settings_agree(
     model: GPT2, batch: tuple[Tensor, Tensor], compute: Compute, tolerance: float
 ) -> None:
     loss, gradients = loss_and_gradients(model.use(PLAINEST), batch)
@@ -68,7 +68,7 @@ def test_every_way_computes_the_same(
         assert error < tolerance, (name, error)
 
 
-def test_bf16_is_bf16_and_its_weights_are_not(model: GPT2, batch: tuple[Tensor, Tensor]) -> None:
+def test_bf16_activations_with_float32_weights(model: GPT2, batch: tuple[Tensor, Tensor]) -> None:
     seen = []
     model.transformer.h[1].register_forward_hook(lambda *args: seen.append(args[-1].dtype))
     model.use(Compute(dtype=torch.bfloat16))(*batch)
@@ -76,17 +76,17 @@ def test_bf16_is_bf16_and_its_weights_are_not(model: GPT2, batch: tuple[Tensor, 
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_bf16_rounds_neither_the_weights_of_layer_norms_nor_their_gradients() -> None:
+def test_bf16_does_not_round_layer_norm_weights_or_gradients() -> None:
     torch.manual_seed(0)
     norm, x = LayerNorm(64), torch.randn(50, 64).bfloat16()
     with torch.no_grad():
-        norm.weight.fill_(1 + 2**-9)  # which bf16 rounds to 1
+        norm.weight.fill_(1 + 2**-9)  # bf16 would round it to 1
         norm.bias.fill_(2**-12)
     with torch.no_grad():
-        asked = norm(x)
+        inference = norm(x)
     y = norm(x)
     exact = F.layer_norm(x.double(), (64,), norm.weight.double(), norm.bias.double(), norm.eps)
-    for found in (asked, y):
+    for found in (inference, y):
         assert found.dtype == torch.bfloat16
         assert (found == exact.bfloat16()).float().mean() > 0.99
     upstream = torch.randn(50, 64).bfloat16()
@@ -112,7 +112,9 @@ def test_training_passes_no_mask(
     assert masks == CONFIG.n_layer * [(None, True)]
 
 
-def test_recompute_keeps_less_for_backward(model: GPT2, batch: tuple[Tensor, Tensor]) -> None:
+def test_recompute_saves_less_for_the_backward_pass(
+    model: GPT2, batch: tuple[Tensor, Tensor]
+) -> None:
     def kept(compute: Compute) -> int:
         sizes: dict[int, int] = {}
 
@@ -128,8 +130,8 @@ def test_recompute_keeps_less_for_backward(model: GPT2, batch: tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("attention", ["plain", "fused"])
-def test_a_mask_says_who_is_looked_at(model: GPT2, attention: str) -> None:
-    """Two texts side by side in one row, each blind to the other, are the two texts."""
+def test_mask_separates_two_texts_in_one_row(model: GPT2, attention: str) -> None:
+    """Two texts in one row that cannot see each other give the results of separate rows."""
     model.use(Compute(attention=attention))
     a, b = torch.randint(257, (1, 7)), torch.randint(257, (1, 9))
     mask = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
@@ -141,7 +143,7 @@ def test_a_mask_says_who_is_looked_at(model: GPT2, attention: str) -> None:
     torch.testing.assert_close(both[:, 7:], model.transformer(b), rtol=1e-4, atol=1e-5)
 
 
-def test_attention_written_out_is_the_fused_one() -> None:
+def test_plain_attention_matches_fused_attention() -> None:
     q, k, v = torch.randn(3, 2, 4, 10, 8).unbind()
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(attend(q, k, v, None, causal=True), expected)

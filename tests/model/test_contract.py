@@ -1,4 +1,4 @@
-"""Every model fulfils the contract: its parts agree with the whole."""
+"""Every model implements `LanguageModel` consistently."""
 
 import subprocess
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def idx() -> Tensor:
     return torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(1))
 
 
-def test_importing_the_contract_imports_no_torch(
+def test_interfaces_do_not_import_torch(
     python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     script = """
@@ -60,14 +60,14 @@ assert "torch" not in sys.modules
     assert child.returncode == 0, child.stderr
 
 
-def test_the_head_of_the_body_is_the_logits(model: Any, idx: Tensor) -> None:
+def test_head_of_body_equals_logits(model: Any, idx: Tensor) -> None:
     logits, _ = model(idx)
-    seen = model.head(model.body(idx))
-    assert seen.shape == (3, 17, model.config.padded_vocab_size)
-    assert torch.equal(seen[..., : model.config.vocab_size], logits)
+    result = model.head(model.body(idx))
+    assert result.shape == (3, 17, model.config.padded_vocab_size)
+    assert torch.equal(result[..., : model.config.vocab_size], logits)
 
 
-def test_the_mean_of_the_losses_is_the_loss(model: Any, idx: Tensor) -> None:
+def test_mean_of_losses_equals_loss(model: Any, idx: Tensor) -> None:
     y = idx.roll(-1, 1)
     y[:, 5:9] = -100
     _, loss = model(idx, y)
@@ -79,7 +79,7 @@ def test_the_mean_of_the_losses_is_the_loss(model: Any, idx: Tensor) -> None:
 
 
 @pytest.mark.parametrize("N", [0, 1, HEAD_ROWS + 1, 2 * HEAD_ROWS])
-def test_losses_take_the_head_in_pieces(model: Any, N: int, monkeypatch: Any) -> None:
+def test_losses_call_the_head_in_pieces(model: Any, N: int, monkeypatch: Any) -> None:
     random = torch.Generator().manual_seed(2)
     x = torch.randn(N, 32, generator=random)
     y = torch.randint(50, (N,), generator=random)
@@ -92,7 +92,7 @@ def test_losses_take_the_head_in_pieces(model: Any, N: int, monkeypatch: Any) ->
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_losses_are_float32_whatever_the_model_computes_in(model: Any, idx: Tensor) -> None:
+def test_losses_are_float32_for_a_bf16_model(model: Any, idx: Tensor) -> None:
     model.use(Compute(dtype=torch.bfloat16))
     x = model.body(idx).flatten(0, 1)
     assert x.dtype == torch.bfloat16
@@ -115,7 +115,7 @@ def test_roles_cover_exactly_the_parameters(model: Any) -> None:
         assert role != "matrix" or id(p) in linear, name
 
 
-def test_blocks_hold_what_repeats(model: Any) -> None:
+def test_blocks_contain_all_matrices(model: Any) -> None:
     assert len(model.blocks) == model.config.n_layer
     inside = [id(p) for block in model.blocks for p in block.parameters()]
     assert len(inside) == len(set(inside))
@@ -129,7 +129,7 @@ def test_padding_rows_are_not_counted(model: Any) -> None:
     assert model.parameter_count() == sum(p.numel() for p in model.parameters()) - padding
 
 
-def test_a_new_cache_is_empty_and_the_models_own(model: Any, idx: Tensor) -> None:
+def test_cached_body_matches_a_full_pass(model: Any, idx: Tensor) -> None:
     cache = model.new_cache(3, 17)
     assert cache.length == 0
     with torch.no_grad():
@@ -141,8 +141,8 @@ def test_a_new_cache_is_empty_and_the_models_own(model: Any, idx: Tensor) -> Non
         torch.testing.assert_close(torch.cat(parts, 1), model.body(idx), rtol=1e-4, atol=1e-5)
 
 
-def test_positions_and_mask_reach_the_body(model: Any, idx: Tensor) -> None:
-    """Two texts in one row, of which the second does not see the first."""
+def test_positions_and_mask_separate_two_texts(model: Any, idx: Tensor) -> None:
+    """Two texts in one row, where the second does not see the first."""
     T = idx.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool).tril()
     mask[4:, :4] = False  # the second text does not see the first
@@ -153,7 +153,7 @@ def test_positions_and_mask_reach_the_body(model: Any, idx: Tensor) -> None:
         torch.testing.assert_close(both[:, 4:], model.body(idx[:, 4:]), rtol=1e-4, atol=1e-5)
 
 
-def test_the_table_names_the_models() -> None:
+def test_lookup_finds_the_models() -> None:
     assert lookup.models() == {"gpt2": GPT2, "modern": Modern}
     assert lookup.model_for(GPT2Config()) is GPT2
     assert lookup.model_for(ModernConfig()) is Modern

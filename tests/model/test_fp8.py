@@ -1,4 +1,4 @@
-"""The head in FP8: its arithmetic on a CPU, which has no FP8 units but computes the same."""
+"""The FP8 head, on a CPU: it has no FP8 units, but computes the same numbers."""
 
 import dataclasses
 from typing import Any
@@ -24,10 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize(("dtype", "error"), [(E4M3, 2**-4), (E5M2, 2**-3)])
 @pytest.mark.parametrize("size", [1e-8, 1.0, 1e5])
-def test_quantized_numbers_are_within_half_a_step(
-    dtype: torch.dtype, error: float, size: float
-) -> None:
-    """Relative to each number, down to 1/2^10 of the largest; the largest itself is exact."""
+def test_quantization_error_is_bounded(dtype: torch.dtype, error: float, size: float) -> None:
+    """Half a unit in the last place for numbers down to 1/2^10 of the largest, which is exact."""
     torch.manual_seed(0)
     x = torch.randn(64, 32) * size
     q, scale = quantize(x, dtype)
@@ -39,7 +37,7 @@ def test_quantized_numbers_are_within_half_a_step(
     assert back.abs().max().item() == pytest.approx(x.abs().max().item(), rel=1e-6)
 
 
-def test_zeros_stay_zeros_and_nan_is_not_hidden() -> None:
+def test_zeros_stay_zeros_and_nan_stays_nan() -> None:
     q, scale = quantize(torch.zeros(16, 16), E4M3)
     assert not (q.float() * scale).any()
     for bad in (torch.nan, torch.inf):
@@ -49,7 +47,7 @@ def test_zeros_stay_zeros_and_nan_is_not_hidden() -> None:
         assert (q.float() * scale).isnan().any()
 
 
-def test_matmul_is_that_of_the_quantized_numbers() -> None:
+def test_matmul_multiplies_the_quantized_numbers() -> None:
     torch.manual_seed(0)
     (a, sa), (b, sb) = quantize(torch.randn(32, 64), E4M3), quantize(torch.randn(48, 64), E4M3)
     expected = (a.double() * sa) @ (b.double() * sb).T
@@ -64,12 +62,12 @@ def relative(mine: Tensor | None, like: Tensor | None) -> float:
     return ((mine - like).norm() / like.norm()).item()
 
 
-def test_output_and_gradients_are_linears_within_fp8s_rounding() -> None:
-    """3 bits of mantissa err by 2^-5 on average over what they multiply, 2 bits by 2^-4; both
-    operands of a product err, at random: 0.04 and 0.06."""
+def test_output_and_gradients_match_a_linear_layer_up_to_rounding() -> None:
+    """The average rounding error is 2^-5 with 3 bits of mantissa and 2^-4 with 2. Those of the two
+    operands of a matmul are independent: 0.04 forward, 0.06 backward."""
     torch.manual_seed(0)
     x, w = torch.randn(2, 16, 64, requires_grad=True), torch.randn(48, 64, requires_grad=True)
-    g = torch.randn(2, 16, 48) * 1e-6  # as small as a mean's gradient
+    g = torch.randn(2, 16, 48) * 1e-6  # as small as the gradient of a mean
     fp8_linear(x, w).backward(g)
     mine, x.grad, w.grad = (x.grad, w.grad), None, None
     F.linear(x, w).backward(g)
@@ -90,7 +88,7 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_model_trains_with_it_and_is_evaluated_without(model: Any, compiled: bool) -> None:
+def test_fp8_is_used_for_training_but_not_for_evaluation(model: Any, compiled: bool) -> None:
     idx = torch.randint(50, (2, 16))
     with torch.no_grad():
         exact = model(idx, idx)[1]
@@ -108,14 +106,14 @@ def test_the_model_trains_with_it_and_is_evaluated_without(model: Any, compiled:
         assert relative(mine[name], p.grad) < 0.1, name
 
 
-def test_autocasts_type_is_the_outputs() -> None:
+def test_output_has_autocasts_dtype() -> None:
     x, w = torch.randn(16, 32), torch.randn(48, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fp8_linear(x, w).dtype == torch.bfloat16
     assert fp8_linear(x, w).dtype == torch.float32
 
 
-def test_who_cannot_compute_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_needs_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     assert fp8.why_not(torch.device("cpu"))
     for capability, can in (((9, 0), True), ((10, 0), True), ((8, 9), False)):
@@ -123,20 +121,20 @@ def test_who_cannot_compute_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (fp8.why_not(gpu) is None) == can
 
 
-def test_a_model_that_has_none_is_refused(model: Any, tiny: Recipe) -> None:
-    assert fp8.unfit(model, 16) is None
-    assert fp8.unfit(model, 24) == "batch.length 24 is no multiple of 16"
+def test_unsupported_model_is_rejected(model: Any, tiny: Recipe) -> None:
+    assert fp8.unsupported(model, 16) is None
+    assert fp8.unsupported(model, 24) == "batch.length 24 is not a multiple of 16"
     machine = dataclasses.replace(resolve(MachineOptions(device="cpu")), fp8_head=True)
     tokens = [np.zeros(700, np.uint16)]
-    with pytest.raises(UserError, match="--fp8-head: GPT2 has no head in FP8; leave it out"):
+    with pytest.raises(UserError, match="--fp8-head: GPT2 does not support it; leave it out"):
         build(tiny, tokens, machine)
     config = ModernConfig(n_layer=2, n_embd=24, head_size=8, block_size=16, vocab_size=257,
                           value_embeddings=0).for_training()  # fmt: skip
-    with pytest.raises(UserError, match="n_embd 24 is no multiple of 16"):
+    with pytest.raises(UserError, match="n_embd 24 is not a multiple of 16"):
         build(dataclasses.replace(tiny, model=config), tokens, machine)
 
 
-def test_a_trainer_uses_it(tiny: Recipe, model: Any) -> None:
+def test_trainer_uses_fp8(tiny: Recipe, model: Any) -> None:
     machine = resolve(MachineOptions(device="cpu", compile=False, precision="fp32"))
     recipe = dataclasses.replace(tiny, model=dataclasses.replace(model.config, vocab_size=60))
     tokens = [np.arange(700, dtype=np.uint16) % 60]

@@ -1,4 +1,4 @@
-"""The model is GPT-2: its parameters, their first values, and what it computes."""
+"""The model is GPT-2: its parameters, their initialization, and what it computes."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import SIZES, GPT2Config
 from rekindle.model.shapes import on_meta
 
-# What the lecture's own script gives for its seed, on torch 2.13 and 2.15.
+# Hash of the initial weights of the lecture's own script, on torch 2.13 and 2.15.
 LECTURE_SHA256 = "5343694de440a599e5c15ef21e00f484bc2b7246a91d01ac221160724bce3c56"
 TINY = GPT2Config(
     n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=50, padded_vocab_size=64
@@ -24,7 +24,7 @@ TINY = GPT2Config(
 
 
 def expected_shapes(c: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """The tensors of OpenAI's checkpoint, with linear weights as PyTorch has them: (out, in)."""
+    """The tensors of OpenAI's checkpoint, with linear weights in PyTorch's layout, (out, in)."""
     C = c.n_embd
     shapes = {
         "transformer.wte.weight": (c.padded_vocab_size, C),
@@ -48,14 +48,14 @@ def expected_shapes(c: GPT2Config) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def lecture_model() -> GPT2:
-    """GPT-2 124M as the lecture's script initialises it."""
+    """GPT-2 124M, initialized as in the lecture's script."""
     torch.manual_seed(1337)
     return GPT2(SIZES["gpt2"].for_training())
 
 
 @pytest.fixture
 def model() -> GPT2:
-    """A tiny GPT-2 with weights so large that every part of it shows in the logits."""
+    """A tiny GPT-2 with weights so large that every part affects the logits."""
     torch.manual_seed(0)
     model = GPT2(TINY)
     with torch.no_grad():
@@ -75,7 +75,7 @@ SAME_NUMBERS = platform.machine() in (
 
 
 @pytest.mark.skipif(not SAME_NUMBERS, reason="PyTorch draws other normal numbers")
-def test_initial_weights_are_the_lectures_to_the_byte(lecture_model: GPT2) -> None:
+def test_initial_weights_match_the_lecture_byte_for_byte(lecture_model: GPT2) -> None:
     digest = hashlib.sha256()
     for p in lecture_model.parameters():
         digest.update(p.detach().numpy().tobytes())
@@ -84,7 +84,7 @@ def test_initial_weights_are_the_lectures_to_the_byte(lecture_model: GPT2) -> No
 
 @pytest.mark.skipif(not SAME_NUMBERS, reason="PyTorch draws other normal numbers")
 def test_initial_weights_of_a_tiny_model_never_change() -> None:
-    """A seed that a run was begun with must give the same run again, of any shape."""
+    """The seed of an old run must still give the same run, for any model shape."""
     torch.manual_seed(1337)
     model = GPT2(GPT2Config(2, 2, 16, 32, vocab_size=257, padded_vocab_size=384))
     digest = hashlib.sha256()
@@ -105,13 +105,14 @@ def test_initial_statistics_of_every_parameter(lecture_model: GPT2) -> None:
             assert (p == 0).all(), name
         else:
             std = residual if "c_proj" in name else 0.02
-            # Of n normal numbers, the mean is off by std/√n and the spread by std/√(2n): 6 of them.
+            # For n normal numbers, the standard error is std/√n for the mean and std/√(2n) for the
+            # standard deviation; allow 6 of them.
             assert p.mean().item() == pytest.approx(0, abs=6 * std / math.sqrt(p.numel())), name
             assert p.std().item() == pytest.approx(std, rel=6 / math.sqrt(2 * p.numel())), name
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_parameters_have_gpt2s_names_and_shapes(size: str) -> None:
+def test_parameters_have_gpt2_names_and_shapes(size: str) -> None:
     config = SIZES[size]
     model = on_meta(GPT2, config)
     assert {n: tuple(p.shape) for n, p in model.named_parameters()} == expected_shapes(config)
@@ -140,9 +141,9 @@ def test_training_pads_the_vocabulary_to_a_multiple_of_128() -> None:
         assert GPT2Config(vocab_size=vocabulary).for_training().padded_vocab_size == rows
 
 
-def test_head_and_token_table_are_one_parameter(model: GPT2, idx: torch.Tensor) -> None:
+def test_head_and_token_embedding_share_one_parameter(model: GPT2, idx: torch.Tensor) -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
-    unused = int(idx.max()) + 1  # never read, so whatever gradient it has came through the head
+    unused = int(idx.max()) + 1  # not in the input, so its gradient can only come from the head
     _, loss = model(idx, idx)
     loss.backward()
     gradient = model.transformer.wte.weight.grad
@@ -152,7 +153,7 @@ def test_head_and_token_table_are_one_parameter(model: GPT2, idx: torch.Tensor) 
 
 def test_logits_without_targets_and_a_loss_with_them(model: GPT2, idx: torch.Tensor) -> None:
     logits, loss = model(idx)
-    assert logits.shape == (3, 17, TINY.vocab_size)  # the padding of the table is not visible
+    assert logits.shape == (3, 17, TINY.vocab_size)  # without padding rows
     assert loss is None
     logits, loss = model(idx, idx)
     assert logits is None
@@ -160,9 +161,7 @@ def test_logits_without_targets_and_a_loss_with_them(model: GPT2, idx: torch.Ten
     assert loss.requires_grad
 
 
-def test_loss_is_the_mean_cross_entropy_with_the_padded_logits(
-    model: GPT2, idx: torch.Tensor
-) -> None:
+def test_loss_is_the_mean_cross_entropy_over_padded_logits(model: GPT2, idx: torch.Tensor) -> None:
     x, y = idx[:, :-1], idx[:, 1:]
     _, loss = model(x, y)
     logits = model.transformer(x) @ model.transformer.wte.weight.t()  # (B, T, padded)
@@ -172,10 +171,10 @@ def test_loss_is_the_mean_cross_entropy_with_the_padded_logits(
     visible, _ = model(x)
     assert torch.equal(visible, logits[..., : TINY.vocab_size])
     without_padding = F.cross_entropy(visible.flatten(0, 1), y.flatten())
-    assert loss.item() > without_padding.item() + 1e-3  # so that the difference is a difference
+    assert loss.item() > without_padding.item() + 1e-3  # the padding makes a difference
 
 
-def test_ignored_targets_count_for_nothing(model: GPT2, idx: torch.Tensor) -> None:
+def test_ignored_targets_do_not_affect_the_loss(model: GPT2, idx: torch.Tensor) -> None:
     y = idx.roll(-1, 1)
     half = y.clone()
     half[:, 9:] = -100
@@ -184,28 +183,28 @@ def test_ignored_targets_count_for_nothing(model: GPT2, idx: torch.Tensor) -> No
     assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
-def test_a_later_token_changes_nothing_before_it(model: GPT2, idx: torch.Tensor) -> None:
+def test_attention_is_causal(model: GPT2, idx: torch.Tensor) -> None:
     other = idx.clone()
     other[:, 10] = (other[:, 10] + 1) % TINY.vocab_size
     with torch.no_grad():
         before, after = model(idx)[0], model(other)[0]
     torch.testing.assert_close(before[:, :10], after[:, :10], rtol=0, atol=1e-5)
-    assert ((before - after)[:, 10:].abs().amax(-1) > 1e-3).all()  # and every position from it on
+    assert ((before - after)[:, 10:].abs().amax(-1) > 1e-3).all()  # and changes all later positions
 
 
-def test_the_same_token_means_something_else_elsewhere(model: GPT2) -> None:
+def test_position_changes_the_logits(model: GPT2) -> None:
     with torch.no_grad():
         logits, _ = model(torch.full((1, 5), 7))
     assert (logits[0, 1:] - logits[0, :-1]).abs().amax(-1).min() > 1e-3
 
 
-def test_a_context_longer_than_block_size_is_refused(model: GPT2) -> None:
+def test_context_longer_than_block_size_is_rejected(model: GPT2) -> None:
     model(torch.zeros(1, TINY.block_size, dtype=torch.long))
     with pytest.raises(ValueError, match="block_size = 24"):
         model(torch.zeros(1, TINY.block_size + 1, dtype=torch.long))
 
 
-def test_flops_per_token_are_those_that_pytorch_counts() -> None:
+def test_flops_per_token_match_pytorchs_counter() -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -213,7 +212,7 @@ def test_flops_per_token_are_those_that_pytorch_counts() -> None:
     with torch.device("meta"):
         model = GPT2(TINY)
         x = torch.zeros(2, T, dtype=torch.long)
-    # The plain attention, whose backward pass computes nothing twice.
+    # Plain attention, whose backward pass does not recompute anything.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         _, loss = model(x, x)
         loss.backward()
@@ -223,8 +222,8 @@ def test_flops_per_token_are_those_that_pytorch_counts() -> None:
 @pytest.mark.parametrize(
     ("config", "rows"), [(SIZES["gpt2"], 50_257), (SIZES["gpt2"].for_training(), 50_304)]
 )
-def test_flops_per_token_are_those_of_the_palm_paper(config: GPT2Config, rows: int) -> None:
-    """6 N + 12 L C T, with N the 124M weights of GPT-2 that multiply: 0.85 GFLOP a token."""
+def test_flops_per_token_match_the_palm_paper(config: GPT2Config, rows: int) -> None:
+    """6 N + 12 L C T, where N are GPT-2's 124M weights in matmuls: 0.85 GFLOPs per token."""
     weights = 12 * 12 * 768**2 + rows * 768
     flops = on_meta(GPT2, config).flops_per_token(1024)
     assert flops == 6 * weights + 12 * 12 * 768 * 1024
@@ -241,29 +240,29 @@ def test_flops_per_token_are_those_of_the_palm_paper(config: GPT2Config, rows: i
         ({"padded_vocab_size": 50_256}, "padded_vocab_size 50256 is less than vocab_size 50257"),
     ],
 )
-def test_sizes_that_no_gpt2_can_have(sizes: dict[str, Any], reason: str) -> None:
+def test_invalid_sizes_are_rejected(sizes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason) as caught:
         GPT2Config(**sizes)
     assert "\n" not in str(caught.value)
 
 
-def test_the_embedding_is_as_long_as_the_vocabulary_unless_it_is_padded() -> None:
+def test_embedding_has_vocab_size_rows_unless_padded() -> None:
     assert GPT2Config(vocab_size=257).padded_vocab_size == 257
     assert GPT2Config(vocab_size=257, padded_vocab_size=384).padded_vocab_size == 384
     assert GPT2Config() == SIZES["gpt2"]
 
 
-def test_a_configuration_is_read_from_a_file_with_every_field() -> None:
+def test_from_dict_requires_every_field() -> None:
     described = dataclasses.asdict(TINY)
     assert GPT2Config.from_dict({**described, "more": 1}) == TINY
     for name in described:
         for wrong in (None, 0, "2", True):
-            with pytest.raises(UserError, match=f"^{name} is missing or no positive whole number"):
+            with pytest.raises(UserError, match=f"^{name} is missing or not a positive whole"):
                 GPT2Config.from_dict({**described, name: wrong})
     with pytest.raises(UserError, match="not a multiple of n_head"):
         GPT2Config.from_dict({**described, "n_head": 3})
 
 
-def test_the_package_offers_the_model() -> None:
+def test_package_exports_the_model() -> None:
     assert rekindle.GPT2 is GPT2
     assert rekindle.GPT2Config is GPT2Config

@@ -1,8 +1,8 @@
-"""Each kernel computes what the plain PyTorch beside it computes: values, gradients, in place, far.
+"""Each kernel matches its plain PyTorch reference: values, gradients, in-place writes, far offsets.
 
-On a GPU the kernels run there. Elsewhere Triton's interpreter runs them in NumPy; it must be asked
-for before Triton is imported, so all these tests run in one process of their own, and what is
-collected here reports what became of each of them there.
+On a GPU, the kernels run there. Elsewhere, Triton's interpreter runs them in NumPy. It must be
+enabled before Triton is imported, so all these tests run in one separate process, and the tests
+collected here report its results.
 """
 
 import functools
@@ -31,13 +31,13 @@ ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available() and common.triton is not None and not common.INTERPRETED
 DEVICE = "cuda" if CUDA else "cpu"
 BF16, FP32 = torch.bfloat16, torch.float32
-V = 2 * 8192 + 77  # two blocks of the vocabulary and a part
-EXACT = BF16 if CUDA else FP32  # the dtype that shows most
+V = 2 * 8192 + 77  # two full blocks of the vocabulary and a partial one
+EXACT = BF16 if CUDA else FP32  # the most precise dtype of the kernels here
 DTYPES = [pytest.param(d, id=str(d)[6:]) for d in {BF16: 0, EXACT: 0}]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's: exp overflows
-    pytest.mark.timeout(600),  # the first waits for the process of all
+    pytest.mark.timeout(600),  # the first test waits for the separate process
 ]
 Function = Callable[..., Tensor]
 
@@ -46,7 +46,7 @@ Function = Callable[..., Tensor]
 def in_the_interpreter(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
-    """What each selected test said in a process that interprets: "" if it passed."""
+    """The result of each selected test in the interpreting process: "" if it passed."""
     path = tmp_path_factory.mktemp("interpreter") / "results.xml"
     here = [i.nodeid for i in request.session.items if i.path == Path(__file__)]
     selected = [name.rsplit("@", 1)[0] for name in here]  # xdist appends the group
@@ -72,7 +72,7 @@ def in_the_interpreter(
 
 @pytest.fixture(autouse=True)
 def _the_interpreter_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter truncates float32 to bf16; let it round to nearest, as a GPU does."""
+    """Triton's interpreter truncates float32 to bf16; make it round to nearest, as a GPU does."""
     if not common.INTERPRETED:
         return
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
@@ -94,10 +94,10 @@ def _where_the_kernels_run(request: pytest.FixtureRequest) -> None:
         return
     if common.triton is None:
         pytest.skip("Triton is not installed")
-    said = request.getfixturevalue("in_the_interpreter")[request.node.name]
-    if said.startswith("skipped"):
-        pytest.skip(said)
-    request.node.obj = lambda **_: pytest.fail(said, pytrace=False) if said else None
+    result = request.getfixturevalue("in_the_interpreter")[request.node.name]
+    if result.startswith("skipped"):
+        pytest.skip(result)
+    request.node.obj = lambda **_: pytest.fail(result, pytrace=False) if result else None
 
 
 def normal(*shape: int, dtype: torch.dtype = FP32, scale: float = 1.0) -> Tensor:
@@ -111,7 +111,7 @@ def values_and_gradients(f: Function, *inputs: Tensor, upstream: Tensor) -> list
 
 
 def assert_same(f: Function, plain: Function, *inputs: Tensor, upstream: Tensor) -> None:
-    """In fp32, equal within rounding. In bf16, about as far from fp64 as plain PyTorch is."""
+    """In fp32: equal up to rounding. In bf16: about as close to fp64 as plain PyTorch."""
     ours = values_and_gradients(f, *inputs, upstream=upstream)
     theirs = values_and_gradients(plain, *inputs, upstream=upstream)
     exact_inputs = [
@@ -126,7 +126,7 @@ def assert_same(f: Function, plain: Function, *inputs: Tensor, upstream: Tensor)
         else:
             error, plain_error = ((t.double() - e).norm().item() for t in (a, b))
             floor = 2**-9 * e.norm().item()  # one rounding to bf16
-            # 1.41 where the gradient from above is applied after a rounding, instead of before
+            # 1.41 where the upstream gradient is applied after rounding instead of before
             assert error <= 1.5 * max(plain_error, floor), (i, error, plain_error)
 
 
@@ -134,13 +134,13 @@ def exact_form(plain: Function) -> Function:
     if plain is kernels.plain_mlp:
         return plain
     cap = plain.keywords["cap"] if isinstance(plain, functools.partial) else 0.0
-    # The plain form calls float().
+    # Not the plain form, because it calls float().
     return lambda h, w, t: F.cross_entropy(kernels.soft_cap(h @ w.T, cap), t)
 
 
 # ---- Cross-entropy -------------------------------------------------------------------------------
 
-THIRD = torch.tensor(1 / 3, device=DEVICE)  # a gradient from above that bf16 cannot hold
+THIRD = torch.tensor(1 / 3, device=DEVICE)  # an upstream gradient that bf16 cannot represent
 
 
 def make_head(
@@ -166,7 +166,7 @@ def test_cross_entropy(dtype: torch.dtype, N: int, rows: int) -> None:
 @pytest.mark.parametrize(("N", "rows"), [(6, V), (5, 50)])
 @pytest.mark.parametrize("cap", [0.5, 15.0])
 def test_cross_entropy_of_capped_logits(dtype: torch.dtype, N: int, rows: int, cap: float) -> None:
-    """Far above the cap and below it; ignored rows, and columns beyond the vocabulary."""
+    """Logits far above and below the cap; ignored rows, and columns beyond the vocabulary."""
     hidden, weight, targets = make_head(N, rows=rows, dtype=dtype)
     targets[1] = -100
     assert 1 < (hidden @ weight.T).abs().max() < 15
@@ -185,7 +185,7 @@ def test_capped_losses_of_bad_targets_are_nan() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ignored_targets_count_nowhere(dtype: torch.dtype) -> None:
+def test_ignored_targets_do_not_count(dtype: torch.dtype) -> None:
     hidden, weight, targets = make_head(dtype=dtype)
     targets[::2] = -100
     assert_same_loss(hidden, weight, targets)
@@ -211,7 +211,7 @@ def test_a_target_outside_the_vocabulary_is_nan(bad: int) -> None:
     assert dhidden.isnan().any(1).tolist() == [False, True, False, False, False, False]
 
 
-def test_the_gradient_from_above_is_not_rounded() -> None:
+def test_upstream_gradient_is_not_rounded() -> None:
     hidden, weight, targets = make_head(rows=50, dtype=BF16)
     loss = linear_cross_entropy(hidden, weight, targets)
     one = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
@@ -239,7 +239,7 @@ def test_cross_entropy_of_views() -> None:
     assert_same_loss(*views)
 
 
-def test_without_gradients_the_logits_stay() -> None:
+def test_logits_are_unchanged_without_gradients() -> None:
     hidden, weight, targets = make_head(dtype=BF16)
     logits = (hidden @ weight.T).detach()
     before, count = logits.clone(), torch.tensor(len(targets), device=DEVICE)
@@ -249,7 +249,7 @@ def test_without_gradients_the_logits_stay() -> None:
     assert not torch.equal(logits, before)
 
 
-def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gradient_is_computed_unless_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = make_head(dtype=BF16)
     wanted, row_losses = [], cross_entropy._row_losses
 
@@ -268,10 +268,10 @@ def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatc
     assert wanted == [False, False, True]
 
 
-def test_logits_are_held_once() -> None:
+def test_only_one_copy_of_the_logits_is_held() -> None:
     N, C = 64, 8
     hidden, weight, targets = make_head(N, C, dtype=BF16)
-    linear_cross_entropy(hidden, weight, targets).backward()  # what is made once only
+    linear_cross_entropy(hidden, weight, targets).backward()  # excludes what is allocated only once
     half = N * V * 2 // 2  # bytes
     activities = [ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]
     with profile(activities=activities, profile_memory=True) as run:
@@ -283,7 +283,7 @@ def test_logits_are_held_once() -> None:
 
 
 def assert_rounded(ours: Tensor, exact: Tensor) -> None:
-    """The bf16 numbers nearest to `exact`, but for a few that lie in the middle between two."""
+    """`ours` are the nearest bf16 numbers to `exact`, except for a few ties."""
     assert ours.dtype == BF16
     assert (ours == exact.to(BF16)).float().mean() > 0.98
 
@@ -300,18 +300,18 @@ def test_gradients_of_logits_are_rounded_to_nearest() -> None:
 
 
 def far_rows(near: Tensor, stride: int) -> Tensor:
-    """The rows of `near` (N, V) so many elements apart; memory between that nobody touches costs
-    nothing. They start in the middle of it, for offsets that wrap to stay inside."""
+    """The rows of `near` (N, V), `stride` elements apart. Untouched memory between costs nothing.
+    They start in the middle of the allocation, so that offsets that wrap stay inside."""
     N, V = near.shape
     assert (N - 1) * stride >= 2**31
     try:
         storage = torch.empty(2**31 + N * stride, dtype=BF16, device=DEVICE)
     except RuntimeError as error:
-        pytest.skip(f"there are no 8.6 GB to address: {error}")
+        pytest.skip(f"cannot allocate 8.6 GB: {error}")
     return storage.as_strided((N, V), (stride, 1), 2**31).copy_(near)
 
 
-@pytest.mark.skipif(not CUDA and sys.platform != "linux", reason="memory is lent lazily on Linux")
+@pytest.mark.skipif(not CUDA and sys.platform != "linux", reason="needs lazily allocated memory")
 def test_offsets_of_logits_have_64_bits() -> None:
     torch.manual_seed(0)
     near = torch.randn(3, 100, device=DEVICE).to(BF16)
@@ -347,13 +347,13 @@ def assert_same_mlp(*inputs: Tensor) -> None:
     ("N", "C", "width"), [(300, 72, 200), (128, 64, 256), (1, 16, 33), (1157, 16, 140)]
 )
 def test_mlp(dtype: torch.dtype, N: int, C: int, width: int) -> None:
-    """Tiles that are full, that are not, one row, and more rows of tiles than L2 groups."""
+    """Full and partial tiles, a single row, and more rows of tiles than L2 groups."""
     assert_same_mlp(*make_mlp(N, C, width, dtype))
 
 
 @pytest.fixture(params=range(len(mlp.CONFIGURATIONS)))
 def _configuration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of those that autotuning chooses from."""
+    """One of the configurations that autotuning chooses from."""
     chosen = [mlp.CONFIGURATIONS[request.param]]
     monkeypatch.setattr(mlp._matmul_gelu_kernel, "configs", chosen)
 
@@ -394,7 +394,7 @@ def test_mlp_of_views_and_another_width() -> None:
 
 
 def test_gelu_far_from_zero() -> None:
-    """As far as nothing of exp is left, and farther than it reaches."""
+    """Where exp underflows, and beyond its range."""
     x = torch.tensor([[-1e4], [-60.0], [-6.0], [-0.75], [0.0], [0.75], [6.0], [60.0], [1e4]])
     one = torch.ones(1, 1)
     inputs = [x, one, one[0] * 0, one, one[0] * 0]
@@ -410,7 +410,7 @@ def test_gelu_far_from_zero() -> None:
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def test_mlp_without_gradients_keeps_nothing() -> None:
+def test_mlp_without_gradients_saves_nothing() -> None:
     inputs = make_mlp(dtype=BF16)
     y, h, pre = torch.ops.rekindle.mlp(*inputs, False)
     assert h.numel() == pre.numel() == 0
@@ -419,14 +419,14 @@ def test_mlp_without_gradients_keeps_nothing() -> None:
     assert torch.equal(fused_mlp(*inputs), y)
 
 
-@pytest.mark.skipif(not CUDA and sys.platform != "linux", reason="memory is lent lazily on Linux")
+@pytest.mark.skipif(not CUDA and sys.platform != "linux", reason="needs lazily allocated memory")
 def test_offsets_inside_the_mlp_have_64_bits() -> None:
     x, w1, b1, _, _ = (t.detach() for t in make_mlp(130, 16, 40, BF16))
     pre, h, dpre = (torch.zeros(130, 40, dtype=BF16, device=DEVICE) for _ in range(3))
     _matmul_gelu(x, w1.T, out=h, pre=pre, bias=b1)
     _matmul_gelu(x, w1.T, out=dpre, pre=pre)
     for bias, argument, result in ((b1, pre * 0, h), (None, pre, dpre)):
-        # Two rows of tiles; 2^24 is the most at which offsets inside a tile fit into 32 bits.
+        # Two rows of tiles. 2^24 is the largest stride with 32-bit offsets inside a tile.
         far_pre, far_out = far_rows(argument, 2**24), far_rows(pre * 0, 2**24)
         _matmul_gelu(x, w1.T, out=far_out, pre=far_pre, bias=bias)
         assert torch.equal(far_out, result)
@@ -457,7 +457,7 @@ def test_operators_are_what_the_compiler_expects(want_grad: bool) -> None:
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_compiled_into_one_graph(autocast: bool) -> None:
-    """As training would: an MLP below a head, in a scaled loss, under autocast or not."""
+    """As in training: an MLP below a head, in a scaled loss, with and without autocast."""
     dtype = FP32 if autocast else BF16
     inputs = [*make_mlp(20, 16, 24, dtype), *make_head(20, 16, rows=50, dtype=dtype)[1:]]
 
@@ -488,7 +488,7 @@ def test_compiled_into_one_graph(autocast: bool) -> None:
 
 
 def test_autocast_decides_the_dtype() -> None:
-    """Inputs in fp32, arithmetic in bf16, gradients in fp32: as plain PyTorch does it."""
+    """fp32 inputs, bf16 arithmetic, fp32 gradients, like plain PyTorch."""
     head, inputs = make_head(), make_mlp()
     with torch.autocast(DEVICE, dtype=BF16):
         loss = linear_cross_entropy(*head)
@@ -500,8 +500,8 @@ def test_autocast_decides_the_dtype() -> None:
         assert gradient.dtype == FP32
 
 
-def test_nothing_can_be_differentiated_twice() -> None:
-    """Silently leaving out a term would be worse."""
+def test_double_backward_is_rejected() -> None:
+    """Otherwise a term of the gradient would be missing silently."""
     head, inputs = make_head(rows=50, dtype=BF16), make_mlp(20, 16, 24, BF16)
     for f, arguments in ((linear_cross_entropy, head), (fused_mlp, inputs)):
         y = f(*arguments)
@@ -512,7 +512,7 @@ def test_nothing_can_be_differentiated_twice() -> None:
             gradient.sum().backward()
 
 
-def test_shapes_that_do_not_fit_are_refused() -> None:
+def test_mismatched_shapes_are_rejected() -> None:
     hidden, weight, targets = make_head(rows=50, dtype=BF16)
     with pytest.raises(ValueError, match="targets"):
         linear_cross_entropy(hidden, weight, targets[:5])
@@ -534,7 +534,7 @@ assert torch.equal(k.fused_mlp(h, w, w[:, 0], w.T, w[0]), k.plain_mlp(h, w, w[:,
 """
 
 
-def test_without_triton_it_is_plain_pytorch(
+def test_without_triton_plain_pytorch_is_used(
     python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     child = python("-c", WITHOUT_TRITON)
@@ -554,7 +554,7 @@ assert torch.equal(k.linear_cross_entropy(h, w, t), k.plain_linear_cross_entropy
 
 
 @pytest.mark.skipif(common.triton is None, reason="Triton is not installed")
-def test_the_cpu_and_fp32_are_plain_pytorchs(
+def test_cpu_and_fp32_use_plain_pytorch(
     python: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -568,7 +568,7 @@ from rekindle.model.kernels import mlp
 card = absent.CARDS["sm_90"]
 absent.pretend_to_triton(card)
 
-def made_for(rows):
+def compiled_for(rows):
     with hopper._recording() as recorders:
         hopper.forward(rows, 768, 3072)
     [(arguments, options)] = recorders["_matmul_gelu_kernel"].calls
@@ -576,8 +576,8 @@ def made_for(rows):
     return mlp._matmul_gelu_kernel.fn.warmup(*arguments, grid=(1,), **options)
 
 import functools
-# 15, 16 (which 16 divides) and 17 bits of rows: what is compiled once serves all.
-assert made_for(16_384) is made_for(32_768) is made_for(65_536)
+# 15, 16 and 17 bits of rows share one compiled kernel.
+assert compiled_for(16_384) is compiled_for(32_768) is compiled_for(65_536)
 for case in ("cross-entropy", "MLP forward, no gradient", "MLP backward, sizes that do not divide"):
     found = hopper.compile_case(case, card)
     assert not hopper.violations(case, card, found), found
@@ -589,8 +589,8 @@ import math
 def test_the_kernels_compile_for_hopper(
     python: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The interpreter takes what the compiler would not; the compiler needs no GPU. All cases, for
-    other architectures too: `make gpu-checks`."""
+    """The interpreter accepts code that the compiler rejects, and the compiler needs no GPU. `make
+    gpu-checks` covers all cases and other architectures."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     child = python("-c", COMPILE)
     assert child.returncode == 0, child.stderr

@@ -1,5 +1,5 @@
-"""The modern model against its definition, written out here in float64 one token and one head at a
-time; its switches, its cache, and what is new in its gradients."""
+"""The modern model against its definition, implemented here in float64 for one token and one head
+at a time; its switches, its cache and its gradients."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ OFF = [{}, *({name: value} for name, value in PLAIN.items()), PLAIN]
 
 
 def make_model(config: ModernConfig, **changes: Any) -> Any:
-    """With weights so large that every part of it shows in the logits."""
+    """A model with weights so large that every part affects the logits."""
     torch.manual_seed(0)
     model = Modern(dataclasses.replace(config, **changes))
     with torch.no_grad():
@@ -53,7 +53,7 @@ def model() -> Modern:
 
 @pytest.fixture
 def idx() -> Tensor:
-    """Documents begin in the midst of the rows; one row begins with one, one has none."""
+    """Documents begin inside rows; one row starts with a document, one has no document start."""
     idx = torch.randint(8, 50, (3, 17), generator=torch.Generator().manual_seed(1))
     idx[0, 0] = idx[0, 9] = idx[1, 5] = idx[1, 6] = TINY.document_token
     return idx
@@ -66,7 +66,7 @@ def unit(x: Tensor) -> Tensor:
     return x / (x.pow(2).mean() + 1e-6).sqrt()
 
 
-def turned(x: Tensor, position: int, base: int) -> Tensor:
+def rotated(x: Tensor, position: int, base: int) -> Tensor:
     """One head's query or key: pair i is channels i and i + D / 2, as one complex number."""
     D = len(x)
     if not base:
@@ -80,7 +80,7 @@ def turned(x: Tensor, position: int, base: int) -> Tensor:
 
 
 def reference(model: Modern, tokens: list[int]) -> Tensor:
-    """Logits (T, V) in float64 of one row."""
+    """Logits (T, V) of one row, in float64."""
     c = model.config
     w = {name: p.detach().double() for name, p in model.named_parameters()}
     head = w["lm_head.weight"] if c.untied else w["wte.weight"]
@@ -108,7 +108,7 @@ def reference(model: Modern, tokens: list[int]) -> Tensor:
         written = []
         for t in range(T):
             begin = max([0] + [s for s in range(t + 1) if tokens[s] == c.document_token])
-            if c.window and layer in (0, 1, 2):  # of five: the fourth and the last see all
+            if c.window and layer in (0, 1, 2):  # of five; the fourth and the last have no window
                 begin = max(begin, t - c.window + 1)
             parts = []
             for h in range(c.n_embd // D):
@@ -116,9 +116,9 @@ def reference(model: Modern, tokens: list[int]) -> Tensor:
                 query = unit(q[t][span]) if c.qk_norm else q[t][span]
                 keys = [unit(k[s][span]) if c.qk_norm else k[s][span] for s in range(begin, t + 1)]
                 scale = 15.36 / D if c.qk_norm else 1 / math.sqrt(D)
-                query = turned(query, t, c.rotary_base)
+                query = rotated(query, t, c.rotary_base)
                 scores = torch.stack(
-                    [scale * (query @ turned(key, begin + s, c.rotary_base))
+                    [scale * (query @ rotated(key, begin + s, c.rotary_base))
                      for s, key in enumerate(keys)]
                 )  # fmt: skip
                 weights = scores.exp() / scores.exp().sum()
@@ -136,7 +136,7 @@ def reference(model: Modern, tokens: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("off", OFF, ids=lambda off: ", ".join(off) if len(off) < 2 else "plain")
-def test_logits_are_those_of_the_definition(off: dict[str, Any], idx: Tensor) -> None:
+def test_logits_match_the_definition(off: dict[str, Any], idx: Tensor) -> None:
     idx = idx[:2, :11]
     model = make_model(TINY, **off).double()
     expected = torch.stack([reference(model, row) for row in idx.tolist()])
@@ -146,7 +146,7 @@ def test_logits_are_those_of_the_definition(off: dict[str, Any], idx: Tensor) ->
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_first_half_of_the_pairs_turns_and_the_rest_stands(model: Any) -> None:
+def test_rotary_positions_rotate_the_first_half_of_the_pairs(model: Any) -> None:
     x = torch.randn(1, 2, 1, 8, dtype=torch.float64)
     rotation = model._rotation(torch.tensor([0, 3]))
     assert rotation is not None
@@ -158,26 +158,26 @@ def test_the_first_half_of_the_pairs_turns_and_the_rest_stands(model: Any) -> No
         assert torch.equal(before, after) == still
 
 
-def test_scores_depend_on_distances_alone(idx: Tensor) -> None:
-    """The same text further on in the context is the same text."""
+def test_attention_depends_only_on_relative_positions(idx: Tensor) -> None:
+    """Shifting all positions does not change the result."""
     model = make_model(TINY).double().use(Compute(torch.float64))
     near, far = (model.body(idx, positions=torch.arange(17) + start) for start in (0, 400))
     torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("off", OFF, ids=lambda off: ", ".join(off) if len(off) < 2 else "plain")
-def test_every_switch_switches_something(off: dict[str, Any], idx: Tensor) -> None:
+def test_every_switch_changes_the_logits(off: dict[str, Any], idx: Tensor) -> None:
     model, other = make_model(TINY), make_model(TINY, **off)
     same = {n: p for n, p in model.named_parameters() if n in other.state_dict()}
     other.load_state_dict(same, strict=False)
     with torch.no_grad():
         changed = not torch.allclose(model(idx)[0], other(idx)[0], atol=1e-3)
-    # Zeros to begin with are a matter of the initial weights.
+    # Zero initialization only changes the initial weights, which are overwritten here.
     assert changed == (off not in ({}, {"zero_init": False}))
 
 
-def test_gradients_are_those_of_finite_differences(idx: Tensor) -> None:
-    """Of the body's every parameter, and of the soft-cap: in a direction drawn at random."""
+def test_gradients_match_finite_differences(idx: Tensor) -> None:
+    """For every parameter of the body and for the soft-cap, in a random direction."""
     model = make_model(TINY).double().use(Compute(torch.float64))
     upstream = torch.randn(3, 17, 24, dtype=torch.float64)
     random = torch.Generator().manual_seed(5)
@@ -203,7 +203,7 @@ def test_gradients_are_those_of_finite_differences(idx: Tensor) -> None:
         assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(expected, rel=1e-4, abs=1e-4), name
 
 
-def test_the_head_is_capped_in_float32() -> None:
+def test_logits_are_capped_in_float32() -> None:
     model = make_model(TINY, soft_cap=2.0).use(Compute(dtype=torch.bfloat16))
     x = torch.randn(7, 24).bfloat16()
     plain = model.lm_head(x).float()
@@ -217,7 +217,7 @@ def test_the_head_is_capped_in_float32() -> None:
 
 
 def changed_by(model: Any, idx: Tensor, position: int) -> list[bool]:
-    """Which positions of a single row a change of the token at `position` reaches."""
+    """Which positions of a single row change when the token at `position` changes."""
     other = idx.clone()
     other[0, position] = 49 if idx[0, position] != 49 else 48
     with torch.no_grad():
@@ -225,9 +225,9 @@ def changed_by(model: Any, idx: Tensor, position: int) -> list[bool]:
     return (difference[0] > 1e-5).tolist()
 
 
-def test_a_window_ends(idx: Tensor) -> None:
-    """With three windowed layers of 3 tokens, and the last one without: only it sees further. With
-    the windows alone (the last layer's attention silenced) 6 tokens are the furthest."""
+def test_window_limits_the_reach_of_attention(idx: Tensor) -> None:
+    """Three layers with a window of 3 tokens, and a last layer without. With attention disabled in
+    the last layer, a token reaches at most 6 positions ahead."""
     model = make_model(TINY, n_layer=4, window=3, document_token=-1)
     row = idx[2:]
     assert changed_by(model, row, 2) == [t >= 2 for t in range(17)]
@@ -236,13 +236,13 @@ def test_a_window_ends(idx: Tensor) -> None:
     assert changed_by(model, row, 2) == [2 <= t <= 2 + 3 * 2 for t in range(17)]
 
 
-def test_no_document_sees_another(model: Any, idx: Tensor) -> None:
+def test_attention_stays_within_documents(model: Any, idx: Tensor) -> None:
     assert changed_by(model, idx[:1], 4) == [4 <= t < 9 for t in range(17)]
     assert changed_by(model, idx[:1], 12) == [t >= 12 for t in range(17)]
     with torch.no_grad():
-        whole = model(idx[:1])[0]
+        full = model(idx[:1])[0]
         parts = [model(idx[:1, :9])[0], model(idx[:1, 9:])[0]]
-    torch.testing.assert_close(whole, torch.cat(parts, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(full, torch.cat(parts, 1), rtol=1e-4, atol=1e-4)
 
 
 CACHED = [{}, {"window": 0}, {"document_token": -1}, {"window": 0, "document_token": -1}]
@@ -251,14 +251,16 @@ CACHED = [{}, {"window": 0}, {"document_token": -1}, {"window": 0, "document_tok
 @pytest.mark.parametrize("changes", CACHED, ids=["both", "documents", "window", "neither"])
 @pytest.mark.parametrize("fix", [False, True])
 @pytest.mark.parametrize("prompt", [1, 7, 11])
-def test_cached_is_uncached(changes: dict[str, Any], fix: bool, prompt: int, idx: Tensor) -> None:
-    """A prompt whose single row becomes three, which then differ: in tokens and in documents."""
+def test_cached_logits_match_uncached(
+    changes: dict[str, Any], fix: bool, prompt: int, idx: Tensor
+) -> None:
+    """The single row of the prompt becomes three, which then differ in tokens and documents."""
     model = make_model(TINY, **changes)
     idx = idx.clone()
     idx[:, :prompt] = idx[0, :prompt]
     cache = model.new_cache(3, 20)
     with torch.no_grad():
-        whole = model(idx)[0][:, prompt - 1 :]
+        full = model(idx)[0][:, prompt - 1 :]
         logits = [predict(model, idx[:1, :prompt], cache).expand(3, -1)]
         cache.advance(prompt)
         if fix:
@@ -266,11 +268,11 @@ def test_cached_is_uncached(changes: dict[str, Any], fix: bool, prompt: int, idx
         for t in range(prompt, 17):
             logits.append(predict(model, idx[:, t : t + 1], cache))
             cache.advance(1)
-    torch.testing.assert_close(torch.stack(logits, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(logits, 1), full, rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_text_is_eagers_and_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of fixed shapes, whose place in the text is a tensor: nothing is compiled anew."""
+def test_compiled_text_matches_eager_with_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step has fixed shapes and its position is a tensor, so it is compiled only once."""
     graphs: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
@@ -288,7 +290,7 @@ def test_compiled_text_is_eagers_and_one_graph(monkeypatch: pytest.MonkeyPatch) 
     assert len(graphs) == 1
 
 
-def test_a_prompt_in_parts_is_refused(idx: Tensor) -> None:
+def test_prompt_in_parts_is_rejected(idx: Tensor) -> None:
     model = make_model(TINY, window=0, document_token=-1)
     cache = model.new_cache(3, 20)
     model.body(idx[:, :5], cache)
@@ -300,9 +302,9 @@ def test_a_prompt_in_parts_is_refused(idx: Tensor) -> None:
 
 
 @pytest.mark.parametrize("attention", ["plain", "fused", "flex"])
-def test_packed_rows_are_their_texts(model: Any, idx: Tensor, attention: str) -> None:
-    """A context and two candidates in a row, as evaluation packs them: windows reach back into the
-    context, and a document that begins in the first candidate does not begin in the second."""
+def test_packed_rows_match_separate_texts(model: Any, idx: Tensor, attention: str) -> None:
+    """A context and two candidates in one row, as evaluation packs them. Windows reach into the
+    context, and a document that begins in the first candidate does not affect the second."""
     model.use(Compute(attention=attention))
     context, first, second = idx[0, :10], idx[1, 3:8], idx[2, :6]
     assert (first == TINY.document_token).any()
@@ -328,7 +330,7 @@ def gradients(forward: Any, model: Any, idx: Tensor) -> dict[str, Tensor]:
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Each within `tolerance` of its size, and tiny ones within that of all together."""
+    """Each tensor within `tolerance` of its norm; tiny ones within 1 % of the total norm."""
     assert found.keys() == expected.keys()
     size = torch.stack([tensor.norm() for tensor in expected.values()]).norm()
     for name, tensor in expected.items():
@@ -346,7 +348,7 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
     ],
     ids=["plain attention", "recompute", "bf16", "loss kernel"],
 )
-def test_every_way_computes_the_same(
+def test_all_compute_settings_agree(
     model: Any, idx: Tensor, compute: Compute, tolerance: float
 ) -> None:
     expected = gradients(model, model, idx)
@@ -356,17 +358,15 @@ def test_every_way_computes_the_same(
 
 @torch.no_grad()  # FlexAttention has no backward on a CPU
 @pytest.mark.parametrize("changes", [{}, {"window": 0}, {"document_token": -1}, PLAIN])
-def test_flex_attention_sees_the_same(
-    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Over more than one of its blocks of 128; only where something is hidden."""
+def test_flex_attention_matches(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several of its blocks of 128. It is used only if windows or documents mask tokens."""
     calls: list[float] = []
 
-    def noted(*arguments: Any) -> Tensor:
+    def counted(*arguments: Any) -> Tensor:
         calls.append(arguments[3].sparsity())
         return attend_blocks(*arguments)
 
-    monkeypatch.setattr(modern, "attend_blocks", noted)
+    monkeypatch.setattr(modern, "attend_blocks", counted)
     model = make_model(TINY, **{"block_size": 300, "window": 40, **changes})
     idx = torch.randint(8, 50, (2, 300), generator=torch.Generator().manual_seed(1))
     idx[0, 140] = idx[1, 10] = TINY.document_token
@@ -376,7 +376,7 @@ def test_flex_attention_sees_the_same(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert len(calls) == (0 if changes is PLAIN else 5)
     if "window" not in changes:
-        assert calls[0] > calls[3] > 30  # percent of the blocks that are left out
+        assert calls[0] > calls[3] > 30  # percent of the blocks that are skipped
     cache = model.new_cache(2, 300)
     predict(model, idx[:, :299], cache)
     cache.advance(299)
@@ -385,7 +385,7 @@ def test_flex_attention_sees_the_same(
 
 
 def test_autocast_multiplies_in_bf16(model: Any, idx: Tensor) -> None:
-    """As a CPU trains by default: attention too, though rotary angles are float32."""
+    """As by default on a CPU. Attention is bf16 too, although rotary angles are float32."""
     expected, seen = gradients(model, model, idx), []
     attend = model.h[0].attn._attend
 
@@ -400,7 +400,7 @@ def test_autocast_multiplies_in_bf16(model: Any, idx: Tensor) -> None:
     assert set(seen) == {torch.bfloat16}
 
 
-def test_bf16_is_bf16_and_its_weights_are_not(model: Any, idx: Tensor) -> None:
+def test_bf16_activations_with_float32_weights(model: Any, idx: Tensor) -> None:
     seen = []
     model.h[1].register_forward_hook(lambda *args: seen.append(args[-1].dtype))
     model.use(Compute(dtype=torch.bfloat16))(idx)
@@ -408,7 +408,7 @@ def test_bf16_is_bf16_and_its_weights_are_not(model: Any, idx: Tensor) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_recompute_keeps_less_for_backward(model: Any, idx: Tensor) -> None:
+def test_recompute_saves_less_for_the_backward_pass(model: Any, idx: Tensor) -> None:
     def kept(compute: Compute) -> int:
         sizes: dict[int, int] = {}
 
@@ -425,7 +425,7 @@ def test_recompute_keeps_less_for_backward(model: Any, idx: Tensor) -> None:
 
 @pytest.mark.slow  # half a minute of compiling
 @pytest.mark.timeout(600)
-def test_compiled_is_eager(idx: Tensor) -> None:
+def test_compiled_matches_eager(idx: Tensor) -> None:
     if reason := why_not_compile(torch.device("cpu")):
         pytest.skip(reason)
     model = make_model(TINY, n_layer=2, value_embeddings=1)
@@ -438,15 +438,15 @@ def test_compiled_is_eager(idx: Tensor) -> None:
 # ---- Configuration, roles, counts ----------------------------------------------------------------
 
 
-def test_the_largest_score_does_not_depend_on_the_head_size() -> None:
-    """Unit queries and keys that agree: 15.36, which is 0.12 for heads of 128."""
+def test_largest_score_does_not_depend_on_head_size() -> None:
+    """15.36 for equal normalized queries and keys; the scale is 0.12 for heads of 128."""
     assert ModernConfig(head_size=128).attention_scale == pytest.approx(0.12)
     assert ModernConfig(head_size=32).attention_scale == pytest.approx(0.48)
     assert ModernConfig(head_size=64, qk_norm=False).attention_scale == 1 / 8
     for D in (8, 24):
         model = make_model(TINY, head_size=D, rotary_base=0)
         scores = []
-        query = model.h[0].attn.k.weight  # queries that are the keys
+        query = model.h[0].attn.k.weight  # makes queries equal to keys
         model.h[0].attn.q.weight = query
         model.h[0].attn._attend = lambda q, k, v, mask, to=scores: to.append((q, k)) or v
         model.body(torch.tensor([[3]]))
@@ -470,7 +470,7 @@ def test_initial_weights() -> None:
         else:
             assert p.std().item() == pytest.approx(std[role], rel=0.1), name
     _, loss = model(torch.arange(20)[None], torch.arange(20)[None])
-    assert loss.item() == pytest.approx(math.log(64), rel=1e-5)  # no token is likelier
+    assert loss.item() == pytest.approx(math.log(64), rel=1e-5)  # all tokens are equally likely
     for name, p in Modern(dataclasses.replace(config, zero_init=False)).named_parameters():
         assert "proj" not in name or p.std() > 0.03
     tied = Modern(dataclasses.replace(config, untied=False, soft_cap=0.0))
@@ -491,7 +491,7 @@ def test_roles(model: Any) -> None:
     assert "lm_head.weight" not in make_model(TINY, untied=False).parameter_roles()
 
 
-def test_padding_rows_count_nowhere(model: Any) -> None:
+def test_padding_rows_are_not_counted(model: Any) -> None:
     everything = sum(p.numel() for p in model.parameters())
     assert model.parameter_count() == everything - 4 * 14 * 24
     tied = make_model(TINY, untied=False)
@@ -501,7 +501,7 @@ def test_padding_rows_count_nowhere(model: Any) -> None:
 
 
 @pytest.mark.parametrize("window", [0, 4, 20])
-def test_flops_per_token_are_those_that_pytorch_counts(window: int) -> None:
+def test_flops_per_token_match_pytorchs_counter(window: int) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -512,7 +512,7 @@ def test_flops_per_token_are_those_that_pytorch_counts(window: int) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         _, loss = model(x, x)
         loss.backward()
-    hidden = 12 * TINY.n_embd * 3 * (T - window) if window == 4 else 0  # computed under a mask
+    hidden = 12 * TINY.n_embd * 3 * (T - window) if window == 4 else 0  # computed although masked
     assert counter.get_total_flops() == (model.flops_per_token(T) + hidden) * x.numel()
 
 
@@ -535,13 +535,13 @@ def test_flops_per_token_are_those_that_pytorch_counts(window: int) -> None:
         ({"padded_vocab_size": 50_256}, "padded_vocab_size 50256 is less than vocab_size 50257"),
     ],
 )
-def test_values_that_no_model_can_have(values: dict[str, Any], reason: str) -> None:
+def test_invalid_values_are_rejected(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason) as caught:
         ModernConfig(**values)
     assert "\n" not in str(caught.value)
 
 
-def test_a_configuration_is_read_from_a_file_with_every_field() -> None:
+def test_from_dict_requires_every_field() -> None:
     described = json.loads(json.dumps(dataclasses.asdict(TINY)))
     assert ModernConfig.from_dict({**described, "more": 1}) == TINY
     for name in described:
@@ -552,7 +552,7 @@ def test_a_configuration_is_read_from_a_file_with_every_field() -> None:
                 ModernConfig.from_dict({**described, name: wrong})
 
 
-def test_the_vocabulary_is_padded_for_training() -> None:
+def test_vocabulary_is_padded_for_training() -> None:
     assert ModernConfig().for_training().padded_vocab_size == 50_304
     assert ModernConfig(vocab_size=257).padded_vocab_size == 257
     assert ModernConfig(vocab_size=257).for_training().padded_vocab_size == 384

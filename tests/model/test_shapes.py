@@ -1,4 +1,4 @@
-"""What a file must hold is what the model itself has, however much the file claims."""
+"""Expected shapes come from the model itself, whatever sizes a file claims."""
 
 import dataclasses
 import subprocess
@@ -23,13 +23,13 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in GPT2(TINY).named_parameters()}
 
 
-def test_expected_shapes_are_those_of_a_real_model(shapes: dict[str, tuple[int, ...]]) -> None:
+def test_expected_shapes_match_a_real_model(shapes: dict[str, tuple[int, ...]]) -> None:
     expected = expected_shapes(GPT2, TINY, shapes)
     assert expected == shapes
     check_shapes(shapes, expected)
 
 
-def test_a_model_of_shapes_takes_no_memory_and_draws_no_numbers() -> None:
+def test_meta_model_uses_no_memory_and_no_random_numbers() -> None:
     before = torch.get_rng_state()
     model = on_meta(GPT2, TINY)
     assert torch.equal(torch.get_rng_state(), before)
@@ -37,10 +37,10 @@ def test_a_model_of_shapes_takes_no_memory_and_draws_no_numbers() -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_a_model_of_shapes_does_not_import_the_compiler(
+def test_meta_model_does_not_import_the_compiler(
     python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    """Which takes 2 seconds of whoever only loads a model."""
+    """It would take 2 seconds, even to load a model."""
     script = """
 import sys
 from rekindle.model.gpt2 import GPT2, GPT2Config
@@ -52,7 +52,7 @@ assert "sympy" not in sys.modules
     assert child.returncode == 0, child.stderr
 
 
-def test_what_differs_is_named(shapes: dict[str, tuple[int, ...]]) -> None:
+def test_differing_tensors_are_named(shapes: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(UserError, match=r"transformer\.h\.2\.ln_1\.weight is missing or unknown"):
         check_shapes(shapes, expected_shapes(GPT2, dataclasses.replace(TINY, n_layer=3), shapes))
     expected = expected_shapes(GPT2, TINY, shapes)
@@ -63,7 +63,7 @@ def test_what_differs_is_named(shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 @pytest.mark.parametrize("n_layer", [29, 10**9, 10**40])
-def test_more_layers_than_tensors_are_refused_before_anything_is_built(
+def test_more_layers_than_tensors_are_rejected_before_building(
     shapes: dict[str, tuple[int, ...]], n_layer: int
 ) -> None:
     def built(config: GPT2Config) -> nn.Module:
@@ -81,7 +81,7 @@ def test_more_layers_than_tensors_are_refused_before_anything_is_built(
         {"vocab_size": 2**62, "padded_vocab_size": 2**62},
     ],
 )  # fmt: skip
-def test_sizes_that_no_tensor_can_have_are_refused(
+def test_impossible_tensor_sizes_are_rejected(
     shapes: dict[str, tuple[int, ...]], sizes: dict[str, int]
 ) -> None:
     with pytest.raises(UserError, match="of these sizes cannot be built") as caught:

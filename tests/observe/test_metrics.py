@@ -1,8 +1,9 @@
-"""The progress line, and what it is made of."""
+"""The console, the progress line and the log."""
 
 import io
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time of the console, to be set by the test."""
+    """The console's clock, set by the test."""
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return now
@@ -42,7 +43,7 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
+def test_plain_lines_without_a_terminal(clock: list[float]) -> None:
     stream = io.StringIO()
     console = Console(stream=stream)
     console.progress("one")
@@ -51,11 +52,11 @@ def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
     console.progress("important", important=True)
     clock[0] += 11
     console.progress("two")
-    console.print("said")
-    assert stream.getvalue() == "one\nimportant\ntwo\nsaid\n"
+    console.print("a line")
+    assert stream.getvalue() == "one\nimportant\ntwo\na line\n"
 
 
-def test_a_terminals_line_is_rewritten_in_place(clock: list[float]) -> None:
+def test_terminal_line_is_rewritten_in_place(clock: list[float]) -> None:
     stream = Terminal()
     console = Console(stream=stream)
     console.progress("one")
@@ -64,10 +65,10 @@ def test_a_terminals_line_is_rewritten_in_place(clock: list[float]) -> None:
     clock[0] += 0.2
     console.progress("two")
     assert stream.getvalue() == "\r\033[Kone\r\033[Ktwo"
-    console.print("said")  # does not stand in the progress line
-    assert stream.getvalue().endswith("two\nsaid\n")
+    console.print("a line")  # on a separate line
+    assert stream.getvalue().endswith("two\na line\n")
     console.progress("three", important=True)
-    assert stream.getvalue().endswith("said\n\r\033[Kthree\n")
+    assert stream.getvalue().endswith("a line\n\r\033[Kthree\n")
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
@@ -87,23 +88,23 @@ def make_metrics(stream: io.StringIO, log: JsonLines | None = None, **changes: A
 STEP: dict[str, Any] = {"loss": 3.14159, "lr": 6e-4, "grad_norm": 1.5, "data_wait": 0.0025}
 
 
-def test_the_progress_line() -> None:
+def test_progress_line() -> None:
     stream = io.StringIO()
     make_metrics(stream, peak_flops=20_000.0).step(0, seconds=2.0, **STEP)
     assert stream.getvalue() == (
-        "step     0/100 | loss 3.1416 | 3 min 18 s left | lr 6.00e-04 | grad norm 1.50 | "
-        "500 tok/s | mfu 25.0% | data 2.5 ms\n"
+        "step     0/100 | loss 3.1416 | 500 tok/s | mfu 25.0% | lr 6.00e-04 | grad norm 1.50 | "
+        "data 2.5 ms\n"
     )
 
 
-def test_the_mfu_of_an_unknown_device_is_left_out(tmp_path: Path) -> None:
+def test_mfu_of_an_unknown_device_is_omitted(tmp_path: Path) -> None:
     stream, log = io.StringIO(), JsonLines(tmp_path / "log.jsonl")
     make_metrics(stream, log).step(0, seconds=2.0, **STEP)
     assert "mfu" not in stream.getvalue()
     assert storage.read_json_lines(tmp_path / "log.jsonl")[0]["mfu"] is None
 
 
-def test_a_refused_step_says_so_at_once(clock: list[float]) -> None:
+def test_skipped_step_is_printed_at_once(clock: list[float]) -> None:
     stream = io.StringIO()
     metrics = make_metrics(stream)
     metrics.step(1, seconds=2.0, **STEP)
@@ -111,11 +112,11 @@ def test_a_refused_step_says_so_at_once(clock: list[float]) -> None:
     lines = stream.getvalue().splitlines()
     assert "SKIPPED" not in lines[0]
     assert "loss nan" in lines[1]
-    assert lines[1].endswith("SKIPPED: not finite")
+    assert lines[1].startswith("step     2/100 | SKIPPED: not finite | ")
 
 
-def test_the_time_left_is_that_of_a_typical_step(clock: list[float]) -> None:
-    """One step that compiles, or stalls, says nothing of those to come."""
+def test_time_left_is_based_on_a_typical_step(clock: list[float]) -> None:
+    """A step that compiles or stalls does not affect the estimate."""
     stream = io.StringIO()
     metrics = make_metrics(stream)
     for step, seconds in enumerate([60.0, 1.0, 1.0, 50.0, 1.0]):
@@ -124,34 +125,80 @@ def test_the_time_left_is_that_of_a_typical_step(clock: list[float]) -> None:
     assert stream.getvalue().splitlines()[-1].split(" | ")[2] == "1 min 35 s left"
 
 
-def test_the_log(tmp_path: Path) -> None:
+def test_no_time_left_is_predicted_from_the_first_step() -> None:
+    stream = io.StringIO()
+    make_metrics(stream).step(0, seconds=60.0, **STEP)
+    assert "left" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 100])
+def test_a_narrow_terminal_shows_whole_parts_of_the_line(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float], width: int
+) -> None:
+    monkeypatch.setattr(module.shutil, "get_terminal_size", lambda: os.terminal_size((width, 24)))
+    stream = Terminal()
+    metrics = make_metrics(stream, peak_flops=50_000.0)
+    for step in range(2):
+        clock[0] += 11
+        metrics.step(step, seconds=2.0, **STEP)
+    line = stream.getvalue().split("\033[K")[-1].rstrip("\n")
+    assert len(line) < width
+    assert line.split(" | ")[:2] == ["step     1/100", "loss 3.1416"]
+    assert ("3 min 16 s left" in line) == (width >= 80)
+    assert not line.endswith(("|", " ", "3 min"))
+
+
+def test_log_every_prints_those_steps_and_the_last(clock: list[float]) -> None:
+    stream = io.StringIO()
+    metrics = make_metrics(stream, steps=10, log_every=4)
+    for step in range(10):
+        clock[0] += 11
+        metrics.step(step, seconds=1.0, **STEP)
+    printed = [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()]
+    assert printed == [0, 4, 8, 9]
+
+
+def test_much_slower_steps_are_explained_once(clock: list[float]) -> None:
+    stream = io.StringIO()
+    metrics = make_metrics(stream, if_slow=": advice")
+    durations = [0.1] * 30 + [0.4] * 30 + [9.0] + [0.1] * 9 + [0.6] * 40
+    for step, seconds in enumerate(durations):
+        metrics.step(step, seconds=seconds, **STEP)
+        notes = stream.getvalue().count("note: ")
+        assert notes == (step >= 79), step  # once half of the last 20 steps are slow
+    assert "note: a step now takes 0.6 s instead of 0.1 s: advice\n" in stream.getvalue()
+
+
+def test_log_records(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log.jsonl")
     metrics = make_metrics(io.StringIO(), log, peak_flops=50_000.0)
     metrics.step(7, seconds=0.5, **STEP)
     metrics.record("validation", 8, loss=3.0, tokens=12)
     metrics.close()
-    assert storage.read_json_lines(tmp_path / "log.jsonl") == [
+    records = storage.read_json_lines(tmp_path / "log.jsonl")
+    assert all(abs(record.pop("time") - time.time()) < 60 for record in records)
+    assert records == [
         {
             "kind": "train", "step": 7, "loss": 3.14159, "lr": 6e-4, "grad_norm": 1.5,
-            "skipped": False, "tokens_per_s": 2000.0, "mfu": 0.4,
+            "skipped": False, "tokens": 8000, "tokens_per_s": 2000.0, "mfu": 0.4,
             "data_wait_s": 0.0025, "seconds": 0.5,
         },
         {"kind": "validation", "step": 8, "loss": 3.0, "tokens": 12},
     ]  # fmt: skip
 
 
-def test_the_log_is_json_whatever_the_numbers(tmp_path: Path) -> None:
+def test_log_is_valid_json_for_any_numbers(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log.jsonl")
     metrics = make_metrics(io.StringIO(), log)
     bad = {"loss": float("nan"), "grad_norm": float("inf"), "skip_reason": "not finite"}
     metrics.step(0, seconds=1.0, **{**STEP, **bad})
     text = (tmp_path / "log.jsonl").read_text()
-    record = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    record = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are not valid JSON
     assert (record["loss"], record["grad_norm"], record["skipped"]) == (None, None, True)
 
 
-def test_a_rank_without_a_log_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It neither opens nor writes a file, nor prints; all else works as on the main rank."""
+def test_rank_without_a_log_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens no file and prints nothing; everything else works as on the main rank."""
     monkeypatch.chdir(tmp_path)
     stream, opened = io.StringIO(), []
     monkeypatch.setattr(os, "open", lambda *a: opened.append(a))

@@ -1,4 +1,4 @@
-"""A run's loss curve as a picture."""
+"""The picture of a run's loss curve."""
 
 import sys
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from rekindle.storage import JsonLines
 
 @pytest.fixture
 def run(tmp_path: Path, tiny: Any) -> Path:
-    """A run's log and description, without the run."""
+    """A run folder with only a log and a description."""
     from rekindle.recipes import flatten
 
     folder = tmp_path / "run"
@@ -22,7 +22,7 @@ def run(tmp_path: Path, tiny: Any) -> Path:
     log = JsonLines(folder / "metrics.jsonl")
     for step in range(5):
         log.append({"kind": "train", "step": step, "loss": 5.0 - step})
-    log.append({"kind": "train", "step": 5, "loss": None})  # it was not finite
+    log.append({"kind": "train", "step": 5, "loss": None})  # not finite
     log.append({"kind": "validation", "step": 5, "loss": 1.25})
     log.append({"kind": "validation", "step": 6, "loss": None})
     log.close()
@@ -37,11 +37,11 @@ def test_report_draws_a_picture(rekindle: Callable, run: Path) -> None:
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_picture_shows_the_run(rekindle: Callable, run: Path, tmp_path: Path) -> None:
+def test_picture_shows_the_run(rekindle: Callable, run: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib import rc_context
 
-    with rc_context({"svg.fonttype": "none"}):  # text as text
+    with rc_context({"svg.fonttype": "none"}):  # keep text as text
         assert rekindle("report", run, "--picture", tmp_path / "loss.svg").status == 0
     picture = (tmp_path / "loss.svg").read_text()
     for words in ("1.250", "demo: 2 layers, 16 wide", "optimizer steps", "validation"):
@@ -52,10 +52,10 @@ def test_nothing_to_draw(refuses: Callable, run: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     refuses(["report", tmp_path / "nowhere"], "has no metrics.jsonl")
     (run / "metrics.jsonl").write_text("")
-    refuses(["report", run], "has taken no step yet")
+    refuses(["report", run], "has not completed a step yet")
 
 
-def test_without_matplotlib_it_says_how_to_get_it(
+def test_without_matplotlib_the_error_says_how_to_install_it(
     refuses: Callable, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -63,7 +63,7 @@ def test_without_matplotlib_it_says_how_to_get_it(
 
 
 @pytest.mark.parametrize("name", ["x.xyz", "loss", "curve.png.bak", "metrics.jsonl", "x."])
-def test_a_picture_of_a_kind_that_cannot_be_drawn(
+def test_unsupported_picture_format_is_rejected(
     refuses: Callable, run: Path, tmp_path: Path, name: str
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -71,14 +71,16 @@ def test_a_picture_of_a_kind_that_cannot_be_drawn(
 
 
 @pytest.mark.parametrize("name", ["pictures", "loss.png", "run"])
-def test_a_folder_is_no_picture(refuses: Callable, run: Path, tmp_path: Path, name: str) -> None:
+def test_folder_as_picture_is_rejected(
+    refuses: Callable, run: Path, tmp_path: Path, name: str
+) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / name).mkdir(exist_ok=True)
     refuses(["report", run, "--picture", tmp_path / name], f"{tmp_path / name} is a folder")
 
 
 @pytest.mark.parametrize("name", ["loss.PNG", "loss.svg", "loss.pdf"])
-def test_the_picture_has_the_name_that_was_given(
+def test_picture_is_written_to_the_given_name(
     rekindle: Callable, run: Path, tmp_path: Path, name: str
 ) -> None:
     pytest.importorskip("matplotlib")

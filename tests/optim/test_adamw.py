@@ -1,4 +1,4 @@
-"""AdamW: PyTorch's, decay of matrices only, steps that are skipped on the device."""
+"""AdamW: matches PyTorch's, decays only matrices, and skips steps on the device."""
 
 import copy
 import math
@@ -22,8 +22,8 @@ def model(tiny: Recipe) -> GPT2:
     return GPT2(tiny.model)
 
 
-def test_it_is_pytorchs_adamw_with_decay_of_matrices_only(model: GPT2) -> None:
-    """Every number of its own, over three steps, the second with another learning rate."""
+def test_matches_pytorchs_adamw_with_decay_on_matrices_only(model: GPT2) -> None:
+    """Non-default hyperparameters, over three steps with different learning rates."""
     config = AdamWConfig(lr=0.02, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.3)
     plain = copy.deepcopy(model)
     matrices = [p for p in plain.parameters() if p.dim() >= 2]
@@ -46,7 +46,7 @@ def test_it_is_pytorchs_adamw_with_decay_of_matrices_only(model: GPT2) -> None:
     assert (ours.state_tensors()["updates"] == 3).all()
 
 
-def test_a_step_without_gradient_shrinks_matrices_and_leaves_the_rest(model: GPT2) -> None:
+def test_zero_gradient_decays_only_matrices(model: GPT2) -> None:
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -58,7 +58,7 @@ def test_a_step_without_gradient_shrinks_matrices_and_leaves_the_rest(model: GPT
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_skipped_step_changes_nothing(model: GPT2, fused: bool) -> None:
+def test_skipped_step_changes_nothing(model: GPT2, fused: bool) -> None:
     optimizer = AdamW(model, AdamWConfig(lr=0.5), fused=fused)
     tensors = {**dict(model.named_parameters()), **optimizer.state_tensors()}
     for value, skip in ((0.5, False), (math.nan, True), (1.0, True), (0.25, False)):
@@ -71,8 +71,8 @@ def test_a_skipped_step_changes_nothing(model: GPT2, fused: bool) -> None:
     assert (tensors["updates"] == 2).all()
 
 
-def test_its_state_can_be_copied_into_another(model: GPT2) -> None:
-    """State that is copied in counts, the number of updates included."""
+def test_state_can_be_copied_into_another_optimizer(model: GPT2) -> None:
+    """Copied state takes effect, including the number of updates."""
     other = copy.deepcopy(model)
     ours, theirs = AdamW(model, AdamWConfig()), AdamW(other, AdamWConfig())
 

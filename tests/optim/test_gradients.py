@@ -24,7 +24,7 @@ def parameters_with(gradients: Iterable[torch.Tensor]) -> list[nn.Parameter]:
 
 
 def exact(parameters: list[nn.Parameter]) -> float:
-    """In float64, in pieces: all of it would take gigabytes."""
+    """The norm in float64, computed in pieces, because all at once would take gigabytes."""
     total = 0.0
     for p in parameters:
         assert p.grad is not None
@@ -37,8 +37,8 @@ def exact(parameters: list[nn.Parameter]) -> float:
     "recipe",
     ["gpt2-124m", pytest.param("gpt2-medium", marks=pytest.mark.slow)],
 )
-def test_the_norm_is_exact_at_full_size(recipe: str) -> None:
-    """Every tensor of GPT-2 at a scale of its own; the embedding is dense and dominates."""
+def test_norm_is_exact_at_full_size(recipe: str) -> None:
+    """Each tensor of GPT-2 has its own scale; the embedding is the largest and dominates."""
     with torch.device("meta"):
         model = GPT2(get_recipe(recipe).model)
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def test_the_norm_is_exact_at_full_size(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 17])
-def test_no_number_is_left_out(size: int) -> None:
+def test_norm_includes_every_element(size: int) -> None:
     parameters = parameters_with([torch.ones(size), torch.ones(3, 5)])
     assert grad_norm(parameters).item() == pytest.approx((size + 15) ** 0.5, rel=1e-6)
     last = parameters[0].grad
@@ -68,7 +68,7 @@ def test_parameters_without_a_gradient_count_as_zero() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_one_number_that_is_not_finite_shows(value: float) -> None:
+def test_one_non_finite_element_makes_the_norm_non_finite(value: float) -> None:
     parameters = parameters_with([torch.ones(2 * BLOCK), torch.ones(10)])
     assert parameters[0].grad is not None
     parameters[0].grad[BLOCK + 3] = value
@@ -76,7 +76,7 @@ def test_one_number_that_is_not_finite_shows(value: float) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.1, 1.0, 1e9])
-def test_norm_and_clipping_are_torchs(limit: float) -> None:
+def test_norm_and_clipping_match_torch(limit: float) -> None:
     torch.manual_seed(0)
     gradients = [torch.randn(7, 11), torch.randn(13), torch.randn(2, 3, 4)]
     ours, theirs = (parameters_with(g.clone() for g in gradients) for _ in range(2))

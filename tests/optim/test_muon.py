@@ -1,5 +1,5 @@
-"""Muon: PyTorch's with the extras off, the extras against plain loops, steps that are skipped on
-the device, and AdamW for the rest."""
+"""Muon: matches PyTorch's without the extras, the extras against plain loops, steps that are
+skipped on the device, and AdamW for the other parameters."""
 
 import copy
 import dataclasses
@@ -65,8 +65,8 @@ def test_orthogonalize_brings_singular_values_near_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_orthogonalize_is_pytorchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Theirs takes one matrix and always computes in the type that torch calls bfloat16."""
+def test_orthogonalize_matches_pytorch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's version takes one matrix and always computes in `torch.bfloat16`."""
     torch.manual_seed(0)
     for shape in ((3, 24, 24), (2, 32, 8), (2, 8, 32)):
         stack = torch.randn(shape)
@@ -87,10 +87,10 @@ def pytorchs_orthogonalize(matrix: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_without_extras_it_is_pytorchs_muon_and_adamw(
+def test_without_extras_it_matches_pytorchs_muon_and_adamw(
     model: Any, nesterov: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over four steps with different rates; theirs made to compute in float32."""
+    """Over four steps with different rates; PyTorch's version is patched to use float32."""
     rates = {"embedding": 0.3, "value_embedding": 0.1, "head": 0.024, "vector": 0.01,
              "scalar": 0.005}  # fmt: skip
     config = dataclasses.replace(
@@ -128,8 +128,8 @@ def test_without_extras_it_is_pytorchs_muon_and_adamw(
     assert ours.state_tensors()["updates"].unique().tolist() == [4]
 
 
-def test_momentum_rises_with_the_updates_that_count(model: Any) -> None:
-    """In the average and in Nesterov's step ahead of it."""
+def test_momentum_rises_only_with_steps_that_are_not_skipped(model: Any) -> None:
+    """In the average and in the Nesterov update."""
     config = dataclasses.replace(BARE, momentum_start=0.5, momentum_warmup=4)
     ours, weight = Muon(model, config), model.h[1].attn.k.weight
     average, expected = torch.zeros(32, 32), weight.detach().clone()
@@ -147,7 +147,7 @@ def test_momentum_rises_with_the_updates_that_count(model: Any) -> None:
         torch.testing.assert_close(weight.detach(), expected)
 
 
-def test_decay_is_only_where_the_update_shrinks(model: Any) -> None:
+def test_cautious_decay_applies_only_where_the_update_shrinks_a_weight(model: Any) -> None:
     other = copy.deepcopy(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     draw_gradients(model, other)
@@ -165,8 +165,8 @@ def test_decay_is_only_where_the_update_shrinks(model: Any) -> None:
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_a_skipped_step_changes_nothing(model: Any) -> None:
-    """Not a bit of any weight or state, though gradients be NaN; and the others count."""
+def test_skipped_step_changes_nothing(model: Any) -> None:
+    """No bit of any weight or state changes, even if gradients are NaN."""
     ours = Muon(model, dataclasses.replace(BARE, momentum_warmup=3, weight_decay=0.1))
     tensors = {**dict(model.named_parameters()), **ours.state_tensors()}
     for value, skip in ((0.5, False), (math.nan, True), (1.0, True), (math.inf, True), (1, False)):
@@ -181,22 +181,24 @@ def test_a_skipped_step_changes_nothing(model: Any) -> None:
     assert all(t.isfinite().all() for t in tensors.values())
 
 
-def test_a_step_never_reads_the_device(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor becomes a Python number, which would wait for a GPU."""
+def test_step_does_not_synchronize_with_the_device(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor is converted to a Python number, which would wait for a GPU."""
     ours = Muon(model, dataclasses.replace(BARE, momentum_warmup=3, weight_decay=0.1))
     draw_gradients(model)
     monkeypatch.setattr(ours._adamw, "step", lambda: None)  # PyTorch's own, fused
 
-    def refuse(*_: Any) -> Any:
+    def fail(*_: Any) -> Any:
         raise AssertionError("the host waits")
 
     for name in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu"):
-        monkeypatch.setattr(Tensor, name, refuse)
+        monkeypatch.setattr(Tensor, name, fail)
     ours.step(NO)
 
 
-def test_its_state_can_be_copied_into_another(model: Any) -> None:
-    """State that is copied in is all that counts: the two go the same way, bit for bit."""
+def test_state_can_be_copied_into_another_optimizer(model: Any) -> None:
+    """With a copied state, the two optimizers give the same weights bit for bit."""
     other = copy.deepcopy(model)
     config = dataclasses.replace(BARE, momentum_warmup=9, weight_decay=0.1)
     ours, theirs = Muon(model, config), Muon(other, config)
@@ -225,7 +227,7 @@ def test_state_has_the_names_and_shapes_of_the_parameters(model: Any) -> None:
     assert {name: tuple(t.shape) for name, t in state.items()} == expected
 
 
-def test_matrices_of_one_shape_are_one_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrices_of_one_shape_are_batched(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stacks: list[tuple[int, ...]] = []
 
     def note(stack: Tensor) -> Tensor:
@@ -239,8 +241,8 @@ def test_matrices_of_one_shape_are_one_batch(model: Any, monkeypatch: pytest.Mon
 
 
 def moved_by_one_step(C: int) -> dict[str, float]:
-    """How far one step by the rules moves what comes out of each kind of layer, for an input of
-    unit size: root mean square over the outputs, relative to the rate of matrices."""
+    """How much one step with the rules' hyperparameters changes the output of each kind of layer
+    for an input of unit size: root mean square, relative to the matrices' learning rate."""
     torch.manual_seed(0)
     model: Any = Modern(
         ModernConfig(n_layer=1, n_embd=C, head_size=16, block_size=16, vocab_size=500,
@@ -249,7 +251,9 @@ def moved_by_one_step(C: int) -> dict[str, float]:
     config = MuonConfig.by_rule(C, 1_000)
     x = {size: torch.randn(size) for size in (C, 4 * C)}
     draw_gradients(model)
-    model.lm_head.weight.grad = torch.randn(500, 1) * x[C]  # a head's gradients are its inputs
+    model.lm_head.weight.grad = (
+        torch.randn(500, 1) * x[C]
+    )  # a head's gradient is proportional to its input
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     Muon(model, dataclasses.replace(config, weight_decay=0.0)).step(NO)
     layers = {"square": "h.0.attn.q", "tall": "h.0.mlp.fc", "wide": "h.0.mlp.proj",
@@ -261,7 +265,7 @@ def moved_by_one_step(C: int) -> dict[str, float]:
     return moved
 
 
-def test_the_rules_move_every_layer_as_far_at_two_widths() -> None:
+def test_rules_give_equal_output_changes_at_two_widths() -> None:
     narrow, wide = moved_by_one_step(32), moved_by_one_step(128)
     for kind in ("square", "tall", "wide"):
         assert narrow[kind] == pytest.approx(1, rel=0.25), kind  # singular values are 0.7 to 1.2
@@ -269,7 +273,7 @@ def test_the_rules_move_every_layer_as_far_at_two_widths() -> None:
     assert narrow["head"] == pytest.approx(wide["head"], rel=0.2)
 
 
-def test_the_rules_are_those_of_the_sources_at_their_size_and_length() -> None:
+def test_rules_reproduce_the_sources() -> None:
     full, small = MuonConfig.by_rule(768, 3_250), MuonConfig.by_rule(128, 150)
     assert (full.lr, full.head_lr, full.momentum_warmup) == pytest.approx(
         (0.0257, 0.004, 325), 0.01
@@ -277,7 +281,7 @@ def test_the_rules_are_those_of_the_sources_at_their_size_and_length() -> None:
     assert full.weight_decay == pytest.approx(0.05, rel=0.05)
     assert (small.lr, small.head_lr, small.momentum_warmup) == pytest.approx((0.04, 0.024, 15))
     assert MuonConfig.by_rule(128, 75).lr == pytest.approx(0.055)
-    # What is left of a weight at the end, if nothing else moved it, is the same for both.
+    # Weight decay alone shrinks a weight by the same factor in both runs.
     left = [(1 - c.lr * c.weight_decay) ** n for c, n in ((full, 3_250), (small, 150))]
     assert left[0] == pytest.approx(left[1], rel=0.1)
     assert [warmup_steps(n) for n in (0, 74, 150, 3_250)] == [0, 0, 2, 43]
@@ -285,8 +289,8 @@ def test_the_rules_are_those_of_the_sources_at_their_size_and_length() -> None:
     assert (shortest.lr, shortest.momentum_warmup) == (0.06, 0)
 
 
-def test_it_trains_gpt2_too(tiny: Recipe) -> None:
-    """Any model whose parameters have roles: embeddings, matrices and vectors."""
+def test_muon_trains_gpt2(tiny: Recipe) -> None:
+    """Muon works with any model whose parameters have roles."""
     torch.manual_seed(0)
     model = GPT2(tiny.model)
     ours = Muon(model, BARE)
@@ -302,19 +306,19 @@ def test_it_trains_gpt2_too(tiny: Recipe) -> None:
     assert losses[-1] < losses[0] - 1
 
 
-def test_a_sharded_model_is_refused(model: Any) -> None:
-    model.wte.weight.full_tensor = None  # what tells a DTensor
+def test_sharded_model_is_rejected(model: Any) -> None:
+    model.wte.weight.full_tensor = None  # the attribute that identifies a DTensor
     with pytest.raises(UserError, match="leave out --shard"):
         Muon(model, BARE)
 
 
 @pytest.mark.parametrize("lr", [0.0, -0.01, math.nan])
-def test_a_rate_that_the_others_cannot_be_relative_to_is_refused(lr: float) -> None:
+def test_learning_rate_must_be_positive(lr: float) -> None:
     with pytest.raises(UserError, match="lr must be above 0"):
         MuonConfig(lr=lr)
 
 
-def test_the_table_has_it_and_its_numbers_need_no_torch(
+def test_muon_is_registered_and_its_config_does_not_import_torch(
     python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     assert OPTIMIZERS["muon"] == f"{Muon.__module__}.{Muon.__qualname__}"

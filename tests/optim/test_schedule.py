@@ -1,4 +1,4 @@
-"""The learning rate at the steps where others have had it wrong, against the lecture's formula."""
+"""The learning rate against the lecture's formula, at the steps where mistakes are common."""
 
 import itertools
 import math
@@ -30,12 +30,12 @@ def lecture_get_lr(it: int) -> float:
 EDGES = [0, 1, 713, 714, 715, 716, 10_000, 19_071, 19_072, 19_073, 19_074, 10**6]
 
 
-def test_every_step_is_the_lectures() -> None:
+def test_every_step_matches_the_lecture() -> None:
     for step in [*EDGES, *range(0, 20_000, 37)]:
         assert learning_rate(step, **LECTURE) == pytest.approx(lecture_get_lr(step), rel=1e-12)
 
 
-def test_the_lectures_recipe_has_the_lectures_numbers() -> None:
+def test_gpt2_124m_recipe_has_the_lectures_schedule() -> None:
     recipe = RECIPES["gpt2-124m"]
     s = recipe.schedule
     numbers = {"peak": recipe.optim.lr, "warmup": s.warmup, "steps": recipe.steps, "final": s.final}
@@ -44,8 +44,8 @@ def test_the_lectures_recipe_has_the_lectures_numbers() -> None:
 
 def test_edges() -> None:
     assert learning_rate(0, **LECTURE) == 6e-4 / 715  # never 0: the first step counts
-    assert learning_rate(714, **LECTURE) == 6e-4  # the last of the warm-up
-    assert learning_rate(715, **LECTURE) == pytest.approx(6e-4)  # the first of the cosine
+    assert learning_rate(714, **LECTURE) == 6e-4  # the last step of warm-up
+    assert learning_rate(715, **LECTURE) == pytest.approx(6e-4)  # the first step of the cosine
     assert learning_rate(717, **LECTURE) < learning_rate(716, **LECTURE) < 6e-4
     assert learning_rate(19_072, **LECTURE) > 6e-5
     assert learning_rate(19_072, **LECTURE) == pytest.approx(6e-5, rel=1e-6)
@@ -57,9 +57,7 @@ def test_edges() -> None:
     ("warmup", "steps"), [(715, 10), (715, 715), (715, 716), (10, 1), (0, 5), (0, 1), (0, 0)]
 )
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
-def test_it_is_never_negative_and_never_above_the_peak(
-    warmup: int, steps: int, final: float
-) -> None:
+def test_rate_is_never_negative_or_above_the_peak(warmup: int, steps: int, final: float) -> None:
     rates = [
         learning_rate(step, peak=1.0, warmup=warmup, steps=steps, final=final)
         for step in range(2 * steps + 3)
@@ -89,9 +87,8 @@ def test_warm_up_constant_cool_down() -> None:
     assert rates[200:] == [0.003] * 100
 
 
-def test_the_cool_down_is_a_straight_line_of_the_whole() -> None:
-    """To zero over 60 %: what is left of the run, over the length of the cool-down, whatever the
-    steps."""
+def test_cool_down_is_linear_for_any_number_of_steps() -> None:
+    """A cool-down to zero over 60 % of the run is the fraction of it that is left."""
     for steps in (75, 1_000):
         for step in range(steps):
             rate = linear_learning_rate(
@@ -100,7 +97,7 @@ def test_the_cool_down_is_a_straight_line_of_the_whole() -> None:
             assert rate == pytest.approx(2 * min(1, (steps - step) / (0.6 * steps)))
 
 
-def test_without_a_cool_down_the_peak_stays() -> None:
+def test_without_cool_down_the_rate_stays_at_the_peak() -> None:
     numbers = {**TRAPEZOID, "cooldown": 0.0}
     assert [linear_learning_rate(s, **numbers) for s in range(9, 200)] == [0.03] * 191
 
@@ -108,7 +105,7 @@ def test_without_a_cool_down_the_peak_stays() -> None:
 @pytest.mark.parametrize(("warmup", "steps"), [(10, 200), (715, 10), (10, 12), (0, 1), (0, 0)])
 @pytest.mark.parametrize("cooldown", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
-def test_no_rate_is_negative_above_the_peak_or_zero_before_the_end(
+def test_linear_rate_stays_in_range_and_falls_only_once(
     warmup: int, steps: int, cooldown: float, final: float
 ) -> None:
     numbers = {"peak": 1.0, "warmup": warmup, "steps": steps, "cooldown": cooldown, "final": final}
@@ -116,4 +113,4 @@ def test_no_rate_is_negative_above_the_peak_or_zero_before_the_end(
     assert all(0 < rate <= 1 for rate in rates[:steps])
     assert rates[steps:] == [final] * 3
     falls = [a >= b for a, b in itertools.pairwise(rates)]
-    assert falls == sorted(falls)  # it rises, and once it has begun to fall it goes on falling
+    assert falls == sorted(falls)  # it rises, then never rises again

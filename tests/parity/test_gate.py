@@ -1,5 +1,5 @@
-"""The correctness gate: every way to compute a step moves each weight as the plain arithmetic in
-float64 does, and ten planted bugs are all caught."""
+"""The correctness gate: every way to compute a step updates each weight like a plain float64
+implementation, and ten planted bugs are all caught."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ WAYS = {
 @pytest.fixture(scope="module")
 def trial() -> gate.Trial:
     random = torch.Generator().manual_seed(3)
-    skewed = torch.rand(gate.STEPS, 2, 4, 33, generator=random) ** 3  # some tokens come often
+    skewed = torch.rand(gate.STEPS, 2, 4, 33, generator=random) ** 3  # some tokens are frequent
     return gate.Trial.make(CONFIG, (skewed * 257).long())
 
 
@@ -34,7 +34,7 @@ def reference(trial: gate.Trial) -> gate.Updates:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_passes(
+def test_every_variant_passes(
     trial: gate.Trial, reference: gate.Updates, way: str, one_thread: None
 ) -> None:
     error, worst = gate.distance(gate.fast_updates(trial, WAYS[way], CPU), reference)
@@ -43,9 +43,7 @@ def test_every_way_passes(
 
 @pytest.mark.timeout(600)
 @pytest.mark.slow  # 20 s of C++; model/test_compile.py compares compiled gradients with eager ones
-def test_a_compiled_step_passes(
-    trial: gate.Trial, reference: gate.Updates, one_thread: None
-) -> None:
+def test_compiled_step_passes(trial: gate.Trial, reference: gate.Updates, one_thread: None) -> None:
     if reason := why_not_compile(CPU.torch):
         pytest.skip(reason)
 
@@ -67,8 +65,8 @@ def test_every_planted_bug_is_caught(
     assert len(gate.BUGS) == 10
 
 
-def test_the_whole_gate_in_one(trial: gate.Trial, one_thread: None) -> None:
+def test_complete_gate(trial: gate.Trial, one_thread: None) -> None:
     result = gate.check(trial, {"bf16": Compute(dtype=torch.bfloat16)}, CPU)
-    assert not result["passed"]  # bf16 is judged by its loss, not by its bits
+    assert not result["passed"]  # bf16 is evaluated by its loss, not by this gate
     result = gate.check(trial, {"fp32": Compute()}, CPU)
     assert result["passed"], result

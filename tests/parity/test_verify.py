@@ -1,4 +1,4 @@
-"""Our GPT-2 is `transformers`' GPT-2 on all four sizes, and `verify` tells when it is not."""
+"""Our GPT-2 equals the one in `transformers` for all four sizes; `verify` detects differences."""
 
 import math
 from collections.abc import Callable
@@ -22,17 +22,17 @@ Break = Callable[[pytest.MonkeyPatch], None]
     ("size", "layers"),
     [
         ("gpt2", 2),
-        pytest.param("gpt2-medium", 2, marks=pytest.mark.slow),  # between the others in every way
-        pytest.param("gpt2-large", 1, marks=pytest.mark.slow),  # between the others too
+        pytest.param("gpt2-medium", 2, marks=pytest.mark.slow),  # all sizes lie between the others
+        pytest.param("gpt2-large", 1, marks=pytest.mark.slow),  # as above
         ("gpt2-xl", 1),
     ],
 )
 def test_random_weights_of_every_size_agree(size: str, layers: int) -> None:
-    """The width is the real one; fewer blocks keep time and memory small."""
+    """With the real width, but fewer blocks to save time and memory."""
     report = verify(size, random_weights=True, layers=layers)
     assert report.passed, report.table()
     assert [row.what for row in report.rows] == ["logits", "loss", "text", "gradients"]
-    assert report.rows[0].difference > 0  # two implementations were compared, not one with itself
+    assert report.rows[0].difference > 0  # the two implementations really are different ones
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_folder_of_another_depth_agrees(folder: Path) -> None:
+def test_folder_with_another_depth_agrees(folder: Path) -> None:
     report = verify(str(folder))
     assert report.passed, report.table()
     assert report.as_dict()["passed"] is True
@@ -72,7 +72,7 @@ def square_weight_not_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def changed_after_loading(change: Callable[[gpt2.GPT2], Any]) -> Break:
-    """A model that is read rightly, and then is `change`d."""
+    """Load a model correctly, then apply `change` to it."""
 
     def apply(monkeypatch: pytest.MonkeyPatch) -> None:
         right = huggingface.from_pretrained
@@ -121,13 +121,13 @@ def bias_forgotten(model: gpt2.GPT2) -> None:
 
 
 def heads_wrong(model: gpt2.GPT2) -> None:
-    model.config = replace(model.config, n_head=2)  # which the cache goes by
+    model.config = replace(model.config, n_head=2)  # the cache uses this value
     for i in range(model.config.n_layer):
         block(model, i).attn.n_head = 2
 
 
 def everywhere_causal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention that also looks ahead."""
+    """Attention that also sees later tokens."""
     plain = F.scaled_dot_product_attention
     monkeypatch.setattr(
         gpt2.F, "scaled_dot_product_attention", lambda q, k, v, **how: plain(q, k, v)
@@ -135,12 +135,12 @@ def everywhere_causal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def frozen(model: gpt2.GPT2) -> None:
-    """Forward passes all agree; only a gradient is wrong."""
+    """The forward pass is right; only a gradient is wrong."""
     model.transformer.wpe.weight.register_hook(lambda grad: grad * 1.01)
 
 
-def wrong_positions_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only text is made with a cache, so that only it can tell."""
+def wrong_cache_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only text generation uses the cache, so only the text differs."""
     from rekindle.model.cache import KVCache
 
     def advance(self: KVCache, positions: int) -> None:
@@ -163,14 +163,14 @@ def wrong_positions_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         (changed_after_loading(bias_forgotten), "logits"),
         (changed_after_loading(heads_wrong), "logits"),
         (changed_after_loading(frozen), "gradients"),
-        (wrong_positions_in_the_cache, "text"),
+        (wrong_cache_positions, "text"),
     ],
     ids=[
         "erf GELU", "transpose", "causality", "eps", "queries and keys", "norms", "bias", "heads",
         "gradient", "cache",
     ],
 )  # fmt: skip
-def test_a_wrong_model_is_told(
+def test_wrong_model_fails(
     folder: Path, monkeypatch: pytest.MonkeyPatch, break_it: Break, shows_in: str
 ) -> None:
     break_it(monkeypatch)
@@ -180,21 +180,21 @@ def test_a_wrong_model_is_told(
     assert "NOT the same function" in report.table()
 
 
-def test_an_untied_head_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its logits are right, but the head has a gradient of its own, which the table lacks."""
+def test_untied_head_is_detected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are right, but the head has a separate gradient, which the embedding lacks."""
     changed_after_loading(head_untied)(monkeypatch)
     with pytest.raises(UserError, match=r"no gradient for lm_head\.weight"):
         verify(str(folder))
 
 
-def test_what_is_not_a_number_does_not_pass() -> None:
+def test_nan_does_not_pass() -> None:
     assert Row("logits", 1e-5, 1e-4, "").passed
     assert not Row("logits", 2e-4, 1e-4, "").passed
     assert not Row("logits", math.nan, 1e-4, "").passed
     assert not Report("x", (Row("a", 0, 1, ""), Row("b", math.nan, 1, ""))).passed
 
 
-def test_verify_on_the_command_line_tells_by_its_exit_status(
+def test_exit_status_of_verify(
     folder: Path, rekindle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert rekindle("verify", folder).status == 0
@@ -202,16 +202,16 @@ def test_verify_on_the_command_line_tells_by_its_exit_status(
     assert rekindle("verify", folder).status == 1
 
 
-def test_what_verify_cannot_do_is_a_users_mistake(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--layers goes with --random-weights"):
+def test_invalid_requests_to_verify_are_user_errors(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--layers needs --random-weights"):
         verify(str(folder), layers=2)
-    with pytest.raises(UserError, match="takes a size"):
+    with pytest.raises(UserError, match="needs a size"):
         verify("gpt3", random_weights=True)
-    with pytest.raises(UserError, match="is no run and no checkpoint"):
+    with pytest.raises(UserError, match="is not a run or a checkpoint"):
         verify(str(tmp_path))
 
 
-def test_without_transformers_the_command_that_installs_it_is_named(
+def test_missing_transformers_names_the_install_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)

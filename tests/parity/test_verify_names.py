@@ -1,4 +1,4 @@
-"""`verify` takes whatever can be sampled from, at any length of context, and no number is nan."""
+"""`verify` accepts every model that `sample` accepts, with any context length, and rejects nan."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def save(folder: Path, **sizes: Any) -> Path:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 9, 31, 63])
-def test_a_context_shorter_than_what_is_compared(
+def test_context_shorter_than_the_comparison(
     tmp_path: Path, rekindle: Callable[..., Any], length: int
 ) -> None:
     outcome = rekindle("verify", save(tmp_path / "m", n_positions=length), "--json")
@@ -46,9 +46,7 @@ def test_a_context_shorter_than_what_is_compared(
     assert len(rows) == (4 if length > 1 else 3)  # one position has no room for a continuation
 
 
-def test_a_context_as_long_as_what_is_compared(
-    tmp_path: Path, rekindle: Callable[..., Any]
-) -> None:
+def test_context_as_long_as_the_comparison(tmp_path: Path, rekindle: Callable[..., Any]) -> None:
     for length in (64, 65):
         assert rekindle("verify", save(tmp_path / str(length), n_positions=length)).status == 0
 
@@ -57,8 +55,8 @@ def test_a_context_as_long_as_what_is_compared(
 def test_runs_and_checkpoints_are_verified(
     tmp_path: Path, train: Callable[..., Any], rekindle: Callable[..., Any], what: str
 ) -> None:
-    """257 ids in an embedding of 384 rows: those that only pad count in the loss, and in the text
-    they are never drawn."""
+    """257 ids in an embedding of 384 rows: the padding rows count in the loss, but are never
+    sampled."""
     train(tmp_path / "run", "--steps", 3)
     name = tmp_path / "run"
     if what != "run":
@@ -74,11 +72,11 @@ def test_runs_and_checkpoints_are_verified(
 
 
 @pytest.mark.parametrize("what", ["bias", "transpose", "embedding"])
-def test_a_run_that_is_read_wrongly_is_told(
+def test_run_with_a_wrong_forward_pass_fails(
     tmp_path: Path, train: Callable[..., Any], rekindle: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch, what: str,
 ) -> None:  # fmt: skip
-    """transformers is given the weights, and computes with them by itself."""
+    """`transformers` gets only the weights, so it does not share our wrong forward pass."""
     from rekindle.model import gpt2
 
     train(tmp_path / "run", "--steps", 1)
@@ -97,25 +95,25 @@ def test_a_run_that_is_read_wrongly_is_told(
 
 
 @pytest.mark.parametrize("name", ["GPT2", "gpt2-small", "openai-community/gpt2-large"])
-def test_names_are_those_of_sample(refuses: Callable[..., str], name: str) -> None:
+def test_unknown_name_gets_a_suggestion(refuses: Callable[..., str], name: str) -> None:
     assert "did you mean gpt2" in refuses(["verify", name])
 
 
-def test_a_folder_called_as_a_model_of_the_hub_is_said(
+def test_folder_named_like_a_hub_model_is_reported(
     tmp_path: Path, rekindle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path / "gpt2")
     monkeypatch.chdir(tmp_path)
     outcome = rekindle("verify", "gpt2")
     assert outcome.status == 0, outcome.err
-    assert "a model of the hub" in outcome.err
+    assert "a model on the hub" in outcome.err
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, -1.0])
-def test_a_head_of_its_own_is_refused_though_the_config_says_tied(
+def test_separate_head_is_rejected_even_if_the_config_says_tied(
     tmp_path: Path, refuses: Callable[..., str], factor: float
 ) -> None:
-    """transformers gives such a model the head that is in the file."""
+    """`transformers` loads such a model with the head from the file."""
     path = save(tmp_path / "m", tie_word_embeddings=False)
     from safetensors.torch import load_file, save_file
 
@@ -132,7 +130,7 @@ def test_a_head_of_its_own_is_refused_though_the_config_says_tied(
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "value"),
+    ("name", "index", "value"),
     [
         ("transformer.h.0.mlp.c_fc.weight", (0, 0), float("nan")),
         ("transformer.wte.weight", (96, 15), float("inf")),
@@ -140,19 +138,19 @@ def test_a_head_of_its_own_is_refused_though_the_config_says_tied(
         ("transformer.h.1.attn.c_attn.weight", (1, 40), float("nan")),
     ],
 )
-def test_weights_that_are_not_finite_are_named(
-    tmp_path: Path, refuses: Callable[..., str], name: str, place: tuple[int, ...], value: float
+def test_weights_that_are_not_finite_are_reported(
+    tmp_path: Path, refuses: Callable[..., str], name: str, index: tuple[int, ...], value: float
 ) -> None:
     from safetensors.torch import load_file, save_file
 
     path = save(tmp_path / "m")
     weights = load_file(path / "model.safetensors")
-    weights[name][place] = value
+    weights[name][index] = value
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     refuses(["verify", path, "--json"], f"{name} is {value}")
 
 
-def test_differences_that_are_no_number_are_null_in_json() -> None:
+def test_non_finite_differences_are_null_in_json() -> None:
     from rekindle.interop.verify import Report, Row
 
     report = Report("x", (Row("logits", float("nan"), 1e-4, ""), Row("loss", 0.5, 1e-4, "")))
@@ -168,14 +166,14 @@ def test_differences_that_are_no_number_are_null_in_json() -> None:
         (["gpt2", "--random-weights", "--layers", 0], "--layers must be from 1 to 12, but is 0"),
         (["gpt2", "--random-weights", "--layers", -1], "--layers must be from 1 to 12, but is -1"),
         (["gpt2-xl", "--random-weights", "--layers", 49], "from 1 to 48, but is 49"),
-        (["gpt2", "--layers", 0], "--layers goes with --random-weights"),
+        (["gpt2", "--layers", 0], "--layers needs --random-weights"),
     ],
 )
 def test_layers_are_checked(refuses: Callable[..., str], flags: list[Any], words: str) -> None:
     refuses(["verify", *flags], words)
 
 
-def test_a_folder_whose_name_is_no_utf8(tmp_path: Path, rekindle: Callable[..., Any]) -> None:
+def test_folder_with_a_non_utf8_name(tmp_path: Path, rekindle: Callable[..., Any]) -> None:
     path = save(tmp_path / "m").rename(tmp_path / os.fsdecode(b"m\xe9"))
     outcome = rekindle("verify", path, "--json")
     assert outcome.status == 0, outcome.err
@@ -183,23 +181,23 @@ def test_a_folder_whose_name_is_no_utf8(tmp_path: Path, rekindle: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    "says",
+    "generation_config",
     [{"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": [*range(90)]}],
 )
-def test_a_folder_may_say_how_it_likes_to_be_sampled(
-    tmp_path: Path, rekindle: Callable[..., Any], says: dict[str, Any]
+def test_generation_config_of_a_folder_is_ignored(
+    tmp_path: Path, rekindle: Callable[..., Any], generation_config: dict[str, Any]
 ) -> None:
-    """Greedy text is compared all the same."""
+    """Greedy text is compared regardless of it."""
     path = save(tmp_path / "m")
-    (path / "generation_config.json").write_text(json.dumps(says))
+    (path / "generation_config.json").write_text(json.dumps(generation_config))
     outcome = rekindle("verify", path)
     assert outcome.status == 0, outcome.out
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, -30.0])
-def test_padding_rows_count_in_the_loss_and_are_not_drawn(scale: float) -> None:
-    """However likely they are."""
-    from rekindle.interop.verify import _compare, _give_theirs
+def test_padding_rows_count_in_the_loss_and_are_not_sampled(scale: float) -> None:
+    """Even if they have a high probability."""
+    from rekindle.interop.verify import _compare, _copy_to_theirs
     from rekindle.model.gpt2 import GPT2
     from rekindle.model.gpt2_config import GPT2Config
 
@@ -208,12 +206,12 @@ def test_padding_rows_count_in_the_loss_and_are_not_drawn(scale: float) -> None:
     model = GPT2(GPT2Config(**sizes, vocab_size=90, padded_vocab_size=128))
     with torch.no_grad():
         model.lm_head.weight[90:] *= scale
-    rows = _compare(model, _give_theirs(model))
+    rows = _compare(model, _copy_to_theirs(model))
     assert [row.what for row in rows if not row.passed] == []
 
 
 @pytest.mark.parametrize("factor", [1e30, -1e30, 3e38])
-def test_weights_that_overflow_are_no_difference(
+def test_overflowing_weights_are_reported_as_not_comparable(
     tmp_path: Path, refuses: Callable[..., str], factor: float
 ) -> None:
     from safetensors.torch import load_file, save_file

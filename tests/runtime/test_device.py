@@ -1,4 +1,4 @@
-"""One place decides device, precision and compilation: its table, without any of the devices."""
+"""Choosing device, precision and compilation, tested without the devices."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 
 
 @pytest.fixture(autouse=True)
-def _matmul_precision_as_it_was():
+def _restore_matmul_precision():
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
@@ -26,7 +26,8 @@ def _matmul_precision_as_it_was():
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`machine(cuda=..., mps=..., gpu=...)`: what torch says is there, and what is built in."""
+    """`machine(cuda=..., mps=..., gpu=...)`: set which devices torch reports, and which GPU the
+    operating system has."""
 
     def pretend(
         cuda: bool = False, mps: bool = False, gpu: str | None = None, built: str | None = "13.0",
@@ -54,29 +55,29 @@ NVIDIA = "there is an NVIDIA GPU"
 
 
 @pytest.mark.parametrize(
-    ("wanted", "there", "chosen"),
+    ("wanted", "present", "chosen"),
     [
         ("auto", {}, "cpu"),
         ("auto", {"cuda": True, "gpu": NVIDIA}, "cuda"),
         ("auto", {"mps": True}, "mps"),
         ("auto", {"cuda": True, "mps": True}, "cuda"),
         ("cpu", {"cuda": True, "gpu": NVIDIA}, "cpu"),
-        ("cpu", {"gpu": NVIDIA}, "cpu"),  # unusable, and not wanted
+        ("cpu", {"gpu": NVIDIA}, "cpu"),  # a GPU that torch cannot use, but the CPU is wanted
         ("cpu", {"mps": True}, "cpu"),
         ("cuda", {"cuda": True, "mps": True}, "cuda"),
         ("mps", {"mps": True}, "mps"),
         ("mps", {"cuda": True, "mps": True}, "mps"),
     ],
 )
-def test_the_device_that_is_chosen(
-    machine: Callable[..., None], wanted: str, there: dict, chosen: str
+def test_chosen_device(
+    machine: Callable[..., None], wanted: str, present: dict, chosen: str
 ) -> None:
-    machine(**there)
+    machine(**present)
     assert get_device(wanted).torch.type == chosen
 
 
 @pytest.mark.parametrize(
-    ("wanted", "there", "reason"),
+    ("wanted", "present", "reason"),
     [
         ("auto", {"gpu": NVIDIA}, "NVIDIA GPU but .*update the NVIDIA driver.*--device cpu"),
         (
@@ -94,21 +95,23 @@ def test_the_device_that_is_chosen(
         ("tpu", {"cuda": True}, "auto, cpu, cuda or mps, not 'tpu'"),
     ],
 )
-def test_what_cannot_be_had_is_an_error_and_never_the_cpu(
-    machine: Callable[..., None], wanted: str, there: dict, reason: str
+def test_unavailable_device_is_an_error_instead_of_the_cpu(
+    machine: Callable[..., None], wanted: str, present: dict, reason: str
 ) -> None:
-    machine(**there)
+    machine(**present)
     with pytest.raises(UserError, match=reason) as caught:
         get_device(wanted)
     assert "\n" not in str(caught.value)
 
 
-def test_each_rank_takes_its_own_gpu(machine: Callable[..., None]) -> None:
+def test_each_rank_uses_its_own_gpu(machine: Callable[..., None]) -> None:
     machine(cuda=True)
     assert get_device("auto", local_rank=3).torch == torch.device("cuda", 3)
 
 
-def test_a_gpu_that_fails_its_first_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_that_fails_its_first_kernel_is_an_error_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def zeros(*shape: int, device: torch.device) -> None:
         raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
 
@@ -120,9 +123,9 @@ def test_a_gpu_that_fails_its_first_kernel_says_why(monkeypatch: pytest.MonkeyPa
     assert "--device cpu" in str(caught.value)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there the program is all that tells of a GPU")
-def test_an_installed_nvidia_smi_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Container images carry it to machines that have none."""
+@pytest.mark.skipif(os.name == "nt", reason="on Windows, nvidia-smi is the only sign of a GPU")
+def test_nvidia_smi_alone_does_not_count_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Container images may include it on machines without a GPU."""
     monkeypatch.setattr(devices.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(devices.Path, "glob", lambda self, pattern: iter([]))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -130,7 +133,7 @@ def test_an_installed_nvidia_smi_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
-def test_a_hidden_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
+def test_hidden_gpu_does_not_count(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
     monkeypatch.setattr(devices.Path, "glob", lambda self, pattern: iter([self / "nvidia0"]))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpu_on_machine() == NVIDIA
@@ -157,12 +160,12 @@ def test_a_hidden_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch, hidden: str) ->
         ("mps", None, "auto", "fp32", "highest"),
         ("cuda", (8, 0), "auto", "autocast", "high"),
         ("cuda", (10, 0), "auto", "autocast", "high"),
-        ("cuda", (7, 5), "auto", "fp32", "highest"),  # no bf16: slow, but the right numbers
+        ("cuda", (7, 5), "auto", "fp32", "highest"),  # no bf16 support
         ("cuda", (9, 0), "tf32", "tf32", "high"),
         ("cuda", (9, 0), "fp32", "fp32", "highest"),
     ],
 )
-def test_the_precision_that_is_chosen(
+def test_chosen_precision(
     machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, device: str, capability: Any,
     wanted: str, precision: str, matmul: str,
 ) -> None:  # fmt: skip
@@ -175,12 +178,12 @@ def test_the_precision_that_is_chosen(
 @pytest.mark.parametrize(
     ("wanted", "reason"), [("tf32", "needs an NVIDIA GPU"), ("fp8", "not 'fp8'")]
 )
-def test_a_precision_that_cannot_be_had(wanted: str, reason: str) -> None:
+def test_unavailable_precision_is_an_error(wanted: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         get_device("cpu", wanted)
 
 
-def test_autocast_computes_in_bf16_and_only_where_it_is_chosen() -> None:
+def test_only_autocast_computes_in_bf16() -> None:
     a = torch.ones(2, 2)
     with Device(CPU, "CPU", "autocast").autocast():
         assert (a @ a).dtype == torch.bfloat16
@@ -205,7 +208,7 @@ def test_autocast_computes_in_bf16_and_only_where_it_is_chosen() -> None:
         ("NVIDIA A10G", 70e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("NVIDIA GeForce RTX 3090", 71e12),
-        # Names that hold or begin the name of another, and are slower or faster than that.
+        # Names that contain another GPU's name, but have a different peak.
         ("NVIDIA L40", 181e12),
         ("NVIDIA H200 NVL", 835e12),
         ("NVIDIA GB200", 2500e12),
@@ -219,18 +222,18 @@ def test_autocast_computes_in_bf16_and_only_where_it_is_chosen() -> None:
         ("Apple GPU", None),
     ],
 )
-def test_the_peak_of_a_gpu_is_its_own_or_unknown(name: str, peak: float | None) -> None:
+def test_peak_flops_by_exact_gpu_name(name: str, peak: float | None) -> None:
     assert Device(CUDA, name, "autocast").peak_flops == peak
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_the_peak_in_another_precision_is_unknown(precision: str) -> None:
+def test_peak_flops_is_unknown_in_other_precisions(precision: str) -> None:
     assert Device(CUDA, "NVIDIA H200", precision).peak_flops is None
 
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A machine with a C++ compiler in `PATH`, this file, and with Python's headers."""
+    """A machine with Python's headers and a C++ compiler in `PATH`; returns the compiler's path."""
     include = tmp_path / "include"
     include.mkdir()
     (include / "Python.h").touch()
@@ -243,11 +246,11 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return program
 
 
-def test_with_compiler_and_headers_a_model_is_compiled(compiler: Path) -> None:
+def test_compilation_is_possible_with_compiler_and_headers(compiler: Path) -> None:
     assert why_not_compile(CPU) is None
 
 
-def test_without_a_compiler_there_is_a_reason(
+def test_missing_compiler_prevents_compilation(
     compiler: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = compiler.rename(compiler.parents[1] / "my-compiler")
@@ -256,18 +259,20 @@ def test_without_a_compiler_there_is_a_reason(
     assert why_not_compile(CPU) is None
 
 
-def test_without_pythons_headers_there_is_a_reason(compiler: Path, tmp_path: Path) -> None:
+def test_missing_python_headers_prevent_compilation(compiler: Path, tmp_path: Path) -> None:
     (tmp_path / "include" / "Python.h").unlink()
     assert "headers are missing" in (why_not_compile(CPU) or "")
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_gpu_needs_triton(compiler: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: there)
-    assert ("Triton" in (why_not_compile(CUDA) or "")) is not there
+@pytest.mark.parametrize("installed", [True, False])
+def test_compilation_on_a_gpu_needs_triton(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: installed)
+    assert ("Triton" in (why_not_compile(CUDA) or "")) is not installed
 
 
-def test_apple_gpus_run_eager(compiler: Path) -> None:
+def test_no_compilation_on_apple_gpus(compiler: Path) -> None:
     assert "Apple" in (why_not_compile(MPS) or "")
 
 
@@ -278,7 +283,7 @@ from rekindle.runtime.device import get_device, keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory(get_device("cpu"))
-for _ in range(15):  # 80 MB: new at first, until the heap has settled
+for _ in range(15):  # 80 MB each: the first ones still grow the heap
     torch.ones(20_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
@@ -288,17 +293,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
-def test_memory_given_back_is_used_again(python: Callable) -> None:
-    faults = {how: int(python("-c", FAULTS, how).stdout) for how in ("keep", "as it is")}
+def test_freed_memory_is_reused(python: Callable) -> None:
+    faults = {how: int(python("-c", FAULTS, how).stdout) for how in ("keep", "default")}
     assert faults["keep"] < 1000
-    assert faults["as it is"] > 90_000  # else this test shows nothing
+    assert faults["default"] > 90_000  # otherwise the test would prove nothing
 
 
-def test_the_machines_memory_is_known() -> None:
+def test_memory_of_the_cpu() -> None:
     assert 2**29 < devices.memory_of(CPU) < 2**50
 
 
-def test_short_windows_on_a_cpu_have_their_attention_written_out() -> None:
+def test_plain_attention_is_chosen_for_short_windows_on_a_cpu() -> None:
     cpu = Device(CPU, "CPU", "fp32")
     gpu = Device(CUDA, "NVIDIA H200", "bf16")
     assert devices.choose_compute(cpu, devices.SHORT).attention == "plain"
@@ -320,7 +325,7 @@ def test_short_windows_on_a_cpu_have_their_attention_written_out() -> None:
         ("tf32", False, False, False, True),
     ],
 )
-def test_which_precision_of_another_machine_can_be_kept(
+def test_supported_precisions(
     machine: Callable[..., None], precision: str, cpu: bool, mps: bool, old_gpu: bool, gpu: bool
 ) -> None:
     assert devices.can_use(precision, CPU) == cpu

@@ -1,4 +1,4 @@
-"""What ranks say to each other, seen from one of them."""
+"""Communication between ranks, tested on a single rank."""
 
 import pytest
 import torch
@@ -11,29 +11,29 @@ GLOO = "[{}third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "reason_given"),
     [
         (RuntimeError(GLOO.format("/__w/pytorch/") + ":45. This is"), "Connection closed by peer"),
         (RuntimeError(GLOO.format("../") + ":45. This is"), "Connection closed by peer"),
         (dist.DistBackendError("NCCL error: remote process exited"), "NCCL error"),
     ],
 )
-def test_a_lost_rank_is_told_in_a_line(error: RuntimeError, said: str) -> None:
+def test_lost_rank_is_a_one_line_error(error: RuntimeError, reason_given: str) -> None:
     with (
-        pytest.raises(UserError, match=rf"^lost touch with another rank \({said}"),
-        World().together(),
+        pytest.raises(UserError, match=rf"^lost the connection to another rank \({reason_given}"),
+        World().collective(),
     ):
         raise error
     assert "/" not in reason(error)
 
 
-def test_what_is_no_lost_rank_is_not_taken_for_one() -> None:
-    with pytest.raises(torch.OutOfMemoryError), World().together():
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(torch.OutOfMemoryError), World().collective():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
 
-def test_totals_end_the_waiting() -> None:
-    """NCCL's sum alone does not."""
+def test_totals_stop_waiting() -> None:
+    """An NCCL sum alone does not, because it returns before it is done."""
     world = World()
     world.location.start_waiting()
     assert world.totals(torch.tensor([1.0, 2.5])) == [1.0, 2.5]

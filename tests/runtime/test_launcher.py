@@ -1,4 +1,4 @@
-"""The launcher's variables count together or not at all, and a rank waits no longer than told."""
+"""The launcher's environment variables must be complete, and waiting for ranks has a timeout."""
 
 import socket
 from collections.abc import Callable
@@ -11,7 +11,13 @@ from rekindle.errors import UserError
 from rekindle.runtime.distributed import World, get_world
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-WHOLE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "9"}
+COMPLETE = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "h",
+    "MASTER_PORT": "9",
+}
 
 
 @pytest.fixture
@@ -26,18 +32,20 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], Worl
     return call
 
 
-def test_all_of_them_or_none(launched: Callable) -> None:
+def test_all_launcher_variables_or_none(launched: Callable) -> None:
     assert launched({}) == World()
-    assert launched({"MASTER_ADDR": "host", "MASTER_PORT": "29500"}) == World()  # of a cluster
-    assert launched(WHOLE) == World(rank=1, size=2, local_rank=1)
+    assert launched({"MASTER_ADDR": "host", "MASTER_PORT": "29500"}) == World()  # set by a cluster
+    assert launched(COMPLETE) == World(rank=1, size=2, local_rank=1)
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     assert launched(alone) == World()
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [None, ""])
-def test_one_that_is_missing_or_empty(launched: Callable, name: str, value: str | None) -> None:
-    variables = {k: v for k, v in WHOLE.items() if k != name} | (
+def test_missing_or_empty_variable_is_named(
+    launched: Callable, name: str, value: str | None
+) -> None:
+    variables = {k: v for k, v in COMPLETE.items() if k != name} | (
         {name: value} if value == "" else {}
     )
     with pytest.raises(UserError, match=f"{name} is {'empty' if value == '' else 'missing'}: "):
@@ -55,15 +63,15 @@ def test_one_that_is_missing_or_empty(launched: Callable, name: str, value: str 
         ({"MASTER_PORT": "29x"}, "MASTER_PORT is '29x'"),
     ],
 )
-def test_one_that_makes_no_sense(launched: Callable, change: dict[str, str], words: str) -> None:
+def test_invalid_variable_is_named(launched: Callable, change: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        launched({**WHOLE, **change})
+        launched({**COMPLETE, **change})
 
 
-def test_a_leftover_of_another_launcher_is_named(
+def test_leftover_variable_of_another_launcher_is_an_error(
     rekindle: Callable, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise it would be taken for the second process of a machine, which checks no hash."""
+    """LOCAL_RANK alone would make it the second process on its machine, which verifies no data."""
     monkeypatch.setenv("LOCAL_RANK", "1")
     outcome = rekindle(*command(tmp_path / "run"))
     assert outcome.status == 2
@@ -90,10 +98,10 @@ def start(
 
 
 @pytest.mark.parametrize(
-    ("rank", "words"), [(0, "waited 3 s for all 2 ranks to meet: 1 did not come"),
-                        (1, "rank 0 did not come to MASTER_ADDR 127.0.0.1, MASTER_PORT")]
+    ("rank", "words"), [(0, "waited 3 s for all 2 ranks, but these did not connect: 1;"),
+                        (1, "could not reach rank 0 at MASTER_ADDR 127.0.0.1, MASTER_PORT")]
 )  # fmt: skip
-def test_the_others_never_come(
+def test_missing_rank_is_an_error_after_the_timeout(
     python: Callable, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     port: int, rank: int, words: str,
 ) -> None:  # fmt: skip
@@ -103,13 +111,13 @@ def test_the_others_never_come(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_port_in_use_is_named(
+def test_port_in_use_is_named(
     python: Callable, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        number = taken.getsockname()[1]
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        listening.listen()
+        number = listening.getsockname()[1]
         done = start(python, command, tmp_path / "run", monkeypatch, 0, number)
     assert done.returncode == 2, done.stderr
     assert f"MASTER_PORT {number} (" in done.stderr

@@ -1,4 +1,4 @@
-"""The micro-batch fits itself to the device; what it divides does not change."""
+"""The micro-batch search: as many rows as fit into memory and divide the global batch."""
 
 from types import SimpleNamespace
 
@@ -23,31 +23,36 @@ def model() -> GPT2:
 
 
 @pytest.mark.parametrize(
-    ("rows", "ranks", "fits", "micro"),
+    ("rows", "ranks", "max_rows", "expected"),
     [
         (512, 1, 64, 64),
         (512, 8, 64, 64),
-        (512, 8, 50, 32),  # 64 rows a rank: 50 do not divide them
+        (512, 8, 50, 32),  # 64 rows per rank, which 50 does not divide
         (480, 1, 64, 60),
-        (48, 8, 64, 6),  # no more than there are
+        (48, 8, 64, 6),  # at most the rows of the rank
         (6, 2, 2, 1),
         (7, 1, 3, 1),
     ],
 )
-def test_the_most_rows_that_fit_and_divide(
-    monkeypatch: pytest.MonkeyPatch, model: GPT2, rows: int, ranks: int, fits: int, micro: int
+def test_largest_micro_batch_that_fits_and_divides(
+    monkeypatch: pytest.MonkeyPatch,
+    model: GPT2,
+    rows: int,
+    ranks: int,
+    max_rows: int,
+    expected: int,
 ) -> None:
-    monkeypatch.setattr(micro_batch, "rows_for", lambda config, T, device: fits)
+    monkeypatch.setattr(micro_batch, "rows_for", lambda config, T, device: max_rows)
     monkeypatch.setattr(World, "min", lambda self, value, device: value)
-    assert micro_batch.choose_micro_batch(model, rows, 16, CPU, World(size=ranks)) == micro
+    assert micro_batch.choose_micro_batch(model, rows, 16, CPU, World(size=ranks)) == expected
 
 
-def test_the_smallest_gpu_decides(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
+def test_smallest_gpu_decides(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
     monkeypatch.setattr(World, "min", lambda self, value, device: min(value, 4))
     assert micro_batch.choose_micro_batch(model, 64, 16, CPU, World(size=2)) == 4
 
 
-def test_a_batch_that_does_not_divide_over_the_ranks(model: GPT2) -> None:
+def test_batch_must_divide_over_the_ranks(model: GPT2) -> None:
     with pytest.raises(UserError, match="10 rows does not divide over 4 ranks"):
         micro_batch.choose_micro_batch(model, 10, 16, CPU, World(size=4))
 
@@ -55,14 +60,14 @@ def test_a_batch_that_does_not_divide_over_the_ranks(model: GPT2) -> None:
 @pytest.mark.parametrize(
     ("config", "T", "gib", "rows"),
     [
-        (SIZES["gpt2"].for_training(), 1024, 64, 5),  # 206 MB of logits a row
-        (SIZES["gpt2"].for_training(), 1024, 8, 2),  # a machine with little memory
+        (SIZES["gpt2"].for_training(), 1024, 64, 5),  # 206 MB of logits per row
+        (SIZES["gpt2"].for_training(), 1024, 8, 2),  # limited by the machine's memory
         (SIZES["gpt2"].for_training(), 128, 64, 41),
-        (TINY, 16, 64, 64),  # no more than a GPU takes
+        (TINY, 16, 64, 64),  # at most MAX_ROWS
         (GPT2Config(padded_vocab_size=10**6), 1024, 64, 1),  # at least one
     ],
 )
-def test_rows_by_the_size_of_their_logits(
+def test_rows_are_limited_by_the_size_of_their_logits(
     config: GPT2Config, T: int, gib: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(micro_batch, "memory_of", lambda device: gib * 2**30)
@@ -71,13 +76,13 @@ def test_rows_by_the_size_of_their_logits(
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch):
-    """`gpu(peaks, total)`: a GPU of `total` bytes that takes `peaks` bytes for one and two rows."""
+    """`gpu(peaks, total)`: a GPU with `total` bytes, of which one and two rows need `peaks`."""
 
     def pretend(peaks: list[float], total: float) -> Device:
-        left = list(peaks)
+        remaining = list(peaks)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: left.pop(0))
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: remaining.pop(0))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, total))
         # Tensors stay on the CPU; only the decision is tested here.
         fake = SimpleNamespace(torch=torch.device("cpu"), name="GPU", autocast=CPU.autocast)
@@ -86,17 +91,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
     return pretend
 
 
-def test_rows_are_reckoned_from_two_measurements(gpu, model: GPT2) -> None:
+def test_rows_are_extrapolated_from_two_measurements(gpu, model: GPT2) -> None:
     device = gpu([1000.0, 1100.0], (1000 + 550) / 0.9)
     assert (
         micro_batch._rows_in_gpu_memory(model, 16, device) == 1 + 5
-    )  # 550 bytes are left, 100 a row
+    )  # 550 bytes left, 100 per row
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_two_rows_too_many_leave_one_and_one_is_a_users_mistake(
-    monkeypatch: pytest.MonkeyPatch, gpu, model: GPT2
-) -> None:
+def test_out_of_memory_limits_the_rows(monkeypatch: pytest.MonkeyPatch, gpu, model: GPT2) -> None:
     forward = model.forward
 
     def out_of_memory(most: int):
@@ -114,12 +117,12 @@ def test_two_rows_too_many_leave_one_and_one_is_a_users_mistake(
     monkeypatch.setattr(model, "forward", out_of_memory(0))
     assert micro_batch._rows_in_gpu_memory(model, 16, device) == 0
     monkeypatch.setattr(micro_batch, "_rows_in_gpu_memory", lambda *arguments: 0)
-    with pytest.raises(UserError, match="no memory for one row of 16 tokens"):
+    with pytest.raises(UserError, match="one row of 16 tokens does not fit in the memory"):
         micro_batch.choose_micro_batch(model, 8, 16, GPU, World())
 
 
 @pytest.mark.parametrize(("rows", "recompute"), [(0, True), (3, True), (4, False), (64, False)])
-def test_activations_are_recomputed_where_few_rows_fit(
+def test_activations_are_recomputed_if_few_rows_fit(
     monkeypatch: pytest.MonkeyPatch, model: GPT2, rows: int, recompute: bool
 ) -> None:
     monkeypatch.setattr(micro_batch, "_rows_in_gpu_memory", lambda *arguments: rows)
@@ -127,9 +130,9 @@ def test_activations_are_recomputed_where_few_rows_fit(
     assert not micro_batch.must_recompute(model, 16, CPU, World())
 
 
-def test_a_sharded_model_is_not_measured(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
+def test_sharded_model_is_not_measured(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
     monkeypatch.setattr(micro_batch, "is_sharded", lambda model: True)
     assert not micro_batch.must_recompute(model, 16, GPU, World())
-    with pytest.raises(UserError, match=r"--shard .*: give --micro-batch"):
+    with pytest.raises(UserError, match=r"--shard: .*: give --micro-batch"):
         micro_batch.choose_micro_batch(model, 8, 16, GPU, World())
     assert micro_batch.choose_micro_batch(model, 8, 16, CPU, World()) == 8

@@ -1,4 +1,4 @@
-"""Tiny models are fastest on one thread, all the more where other work shares the cores."""
+"""Tiny models are fastest on one thread, especially on a busy machine."""
 
 import pytest
 import torch
@@ -6,4 +6,4 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # tests/conftest.py puts back what was
+    torch.set_num_threads(1)  # tests/conftest.py restores the setting

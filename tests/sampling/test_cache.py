@@ -1,5 +1,5 @@
-"""The cache of fixed shapes, compiled or not, is the growing one; weights cast once are those that
-are cast each time."""
+"""The cache with fixed shapes, compiled or not, matches the growing one; weights cast once give the
+same results as weights cast each time."""
 
 import functools
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def model() -> GPT2:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is compiled instead of by Inductor: a list of the graphs, each run as it was traced."""
+    """The graphs that are compiled. They run as traced, without Inductor."""
     seen: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -51,7 +51,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def fixed(model: GPT2, idx: Tensor, prompt: int, capacity: int, fill: float = 0.0) -> Tensor:
-    """Logits after each of `idx` (B, T) from the last of the prompt on; unused slots are filled."""
+    """Logits after each token of `idx` (B, T) from the end of the prompt on, with a fixed cache.
+    `fill` is added to its unused slots."""
     cache = model.new_cache(idx.shape[0], capacity)
     with torch.no_grad():
         parts = [predict(model, idx[:, :prompt], cache)]
@@ -68,21 +69,21 @@ def fixed(model: GPT2, idx: Tensor, prompt: int, capacity: int, fill: float = 0.
 
 @pytest.mark.parametrize("attention", ["fused", "plain"])
 @pytest.mark.parametrize(("prompt", "capacity"), [(1, 20), (7, 20), (7, 48), (19, 64), (20, 20)])
-def test_a_fixed_cache_is_a_whole_pass(
+def test_fixed_cache_matches_a_full_pass(
     model: GPT2, prompt: int, capacity: int, attention: str
 ) -> None:
-    """Also where the capacity is reached exactly; what the unused slots hold changes nothing."""
+    """Also at full capacity. The content of unused slots does not matter."""
     model.use(Compute(attention=attention))
     idx = torch.randint(CONFIG.vocab_size, (3, 20), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        whole, _ = model(idx)
+        full, _ = model(idx)
     steps = fixed(model, idx, prompt, capacity)
-    torch.testing.assert_close(steps, whole[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(steps, full[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
     assert torch.equal(steps, fixed(model, idx, prompt, capacity, fill=1e4))
 
 
-def test_attention_of_one_query_is_attention(model: GPT2) -> None:
-    """In float32, where nothing is rounded; and in bf16, as the model takes it, within rounding."""
+def test_single_query_attention_matches_attention(model: GPT2) -> None:
+    """Exactly in float32, and up to rounding in bf16, where the model uses it."""
     q, k, v = torch.randn(3, 4, 1, 8), torch.randn(3, 4, 10, 8), torch.randn(3, 4, 10, 8)
     mask = (torch.arange(10) <= 6).view(1, 1, 1, 10)
     for m in (None, mask):
@@ -90,30 +91,30 @@ def test_attention_of_one_query_is_attention(model: GPT2) -> None:
     idx = torch.randint(CONFIG.vocab_size, (2, 20), generator=torch.Generator().manual_seed(3))
     model.use(Compute(dtype=torch.bfloat16)).cast(torch.bfloat16)
     with torch.no_grad():
-        whole = model(idx)[0][:, 6:].float()
-    error = (fixed(model, idx, 7, 48, fill=1e4).float() - whole).norm() / whole.norm()
+        full = model(idx)[0][:, 6:].float()
+    error = (fixed(model, idx, 7, 48, fill=1e4).float() - full).norm() / full.norm()
     assert error < 0.03
 
 
-def test_attention_of_one_query_takes_its_softmax_in_float32() -> None:
-    """Small whole numbers, whose products bf16 holds exactly: what is left is the rounding of the
-    weights. Scores of 60 kept in bf16 would be off by up to 1/8."""
+def test_single_query_attention_computes_softmax_in_float32() -> None:
+    """Products of small integers are exact in bf16, so only the rounding of the weights remains.
+    Scores of 60 in bf16 would be off by up to 1/8."""
     random = torch.Generator().manual_seed(0)
     q, k = (torch.randint(-4, 5, (1, 2, T, 8), generator=random) for T in (1, 16))
-    k[..., 0, :] = q[..., 0, :]  # one large score, so that the sum is not of equals
+    k[..., 0, :] = q[..., 0, :]  # one large score, so that the scores differ
     scores = (k.double() @ q.double().transpose(-2, -1)).squeeze(-1) / 8**0.5
     v = torch.eye(16).expand(1, 2, 16, 16)
     seen = attend_once(q.bfloat16(), k.bfloat16(), v.bfloat16(), None).squeeze(-2)
     torch.testing.assert_close(seen.double(), scores.softmax(-1), rtol=2**-8, atol=1e-30)
 
 
-def test_slots_never_filled_hold_zeros(model: GPT2) -> None:
-    """Their weight is zero, and zero times a NaN that memory held before would be NaN."""
+def test_unfilled_slots_contain_zeros(model: GPT2) -> None:
+    """Their attention weight is zero, but zero times NaN in uninitialized memory would be NaN."""
     cache = model.new_cache(2, 32)
     with torch.no_grad():
         predict(model, torch.tensor([PROMPT]), cache)
     for layer in range(CONFIG.n_layer):
-        assert cache[layer].k.shape[0] == 2  # the one row that came has become both
+        assert cache[layer].k.shape[0] == 2  # the single row was copied to both
         assert torch.equal(cache[layer].v[0], cache[layer].v[1])
         assert not cache[layer].k[:, :, len(PROMPT) :].any()
         assert not cache[layer].v[:, :, len(PROMPT) :].any()
@@ -121,7 +122,7 @@ def test_slots_never_filled_hold_zeros(model: GPT2) -> None:
 
 @pytest.mark.parametrize("num", [1, 3])
 @pytest.mark.parametrize("length", [1, 5, 33])
-def test_compiled_text_is_eagers(model: GPT2, graphs: list[Any], num: int, length: int) -> None:
+def test_compiled_text_matches_eager(model: GPT2, graphs: list[Any], num: int, length: int) -> None:
     prompt = list(range(40, 40 + length))
     for tokens in (1, 2, CONFIG.block_size - length):
         for temperature in (0, 1):
@@ -136,10 +137,10 @@ def test_compiled_text_is_eagers(model: GPT2, graphs: list[Any], num: int, lengt
 
 
 @pytest.mark.parametrize("num", [1, 2])
-def test_a_step_is_compiled_once_for_texts_of_about_one_length(
+def test_step_is_compiled_once_for_texts_of_similar_length(
     model: GPT2, graphs: list[Any], num: int
 ) -> None:
-    for tokens in (20, 23, 27, 20):  # with the prompt no more than 32
+    for tokens in (20, 23, 27, 20):  # at most 32 with the prompt
         generate(model, PROMPT, tokens, num=num, compile=True)
     assert len(graphs) == 1
     generate(model, PROMPT, 40, num=num, compile=True)
@@ -147,7 +148,7 @@ def test_a_step_is_compiled_once_for_texts_of_about_one_length(
 
 
 @pytest.mark.timeout(600)
-def test_inductors_text_is_eagers(model: GPT2) -> None:
+def test_inductors_text_matches_eager(model: GPT2) -> None:
     if reason := why_not_compile(torch.device("cpu")):
         pytest.skip(reason)
     torch._dynamo.reset()
@@ -155,18 +156,18 @@ def test_inductors_text_is_eagers(model: GPT2) -> None:
     assert torch.equal(generate(model, PROMPT, 50, num=2, temperature=0, compile=True), expected)
 
 
-def test_weights_cast_once_say_what_autocast_says(model: GPT2) -> None:
+def test_weights_cast_once_match_autocast(model: GPT2) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         expected = generate(model, PROMPT, 50, num=2)
         assert torch.equal(generate(model.cast(torch.bfloat16), PROMPT, 50, num=2), expected)
-    assert torch.equal(generate(model, PROMPT, 50, num=2), expected)  # nor is it needed any more
+    assert torch.equal(generate(model, PROMPT, 50, num=2), expected)  # without autocast, too
 
 
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
 def test_weights_cast_once_are_not_cast_again(
     model: GPT2, monkeypatch: pytest.MonkeyPatch, stream: torch.dtype
 ) -> None:
-    table = model.transformer.wte.weight
+    embedding = model.transformer.wte.weight
     model.use(Compute(dtype=stream)).cast(torch.bfloat16)
     own = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Linear)}
     used = []
@@ -181,17 +182,17 @@ def test_weights_cast_once_are_not_cast_again(
     generate(model, PROMPT, 4)
     assert len(used) == 4 * (4 * CONFIG.n_layer + 1)
     assert set(used) == own
-    assert model.transformer.wte.weight is table  # what reads tokens is as exact as it was
-    assert table.dtype == torch.float32
+    assert model.transformer.wte.weight is embedding  # the token embedding stays float32
+    assert embedding.dtype == torch.float32
 
 
-def test_bf16_speaks_without_a_cast_as_well(model: GPT2) -> None:
+def test_bf16_text_is_the_same_without_a_cast(model: GPT2) -> None:
     model.use(Compute(dtype=torch.bfloat16))
     expected = generate(model, PROMPT, 30, temperature=0)
     assert torch.equal(generate(model.cast(torch.bfloat16), PROMPT, 30, temperature=0), expected)
 
 
-def test_columns_hold_the_same_weights(model: GPT2) -> None:
+def test_column_layout_keeps_the_weights(model: GPT2) -> None:
     before = {name: p.clone() for name, p in model.state_dict().items()}
     expected = generate(model, PROMPT, 50)
     model.cast(torch.float32, rows=1)
@@ -200,7 +201,7 @@ def test_columns_hold_the_same_weights(model: GPT2) -> None:
     assert torch.equal(generate(model, PROMPT, 50), expected)
 
 
-def test_drawing_is_multinomial_number_for_number() -> None:
+def test_draw_matches_multinomial_exactly() -> None:
     logits = torch.randn(64, 257)
     for top_k in (0, 50):
         drawn, total = sampling.draw(logits, 0.8, top_k, torch.Generator().manual_seed(5))

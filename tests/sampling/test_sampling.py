@@ -1,4 +1,5 @@
-"""Text from a model: the cache changes nothing, padding is never drawn, a seed repeats itself."""
+"""Text generation: the cache does not change the text, padding ids are never drawn, and a seed
+reproduces its text."""
 
 from contextlib import nullcontext
 
@@ -18,7 +19,7 @@ PROMPT = [72, 101, 108, 108, 111]
 
 @pytest.fixture(scope="module")
 def model() -> GPT2:
-    """Weights so large that greedy text wanders, and that no two logits are nearly equal."""
+    """A model with weights so large that greedy text varies and no two logits are nearly equal."""
     torch.manual_seed(0)
     model = GPT2(CONFIG)
     with torch.no_grad():
@@ -36,17 +37,17 @@ def test_cached_and_uncached_greedy_text_are_equal(model: GPT2, num: int, autoca
         plain = generate(model, PROMPT, 40, num=num, temperature=0, use_cache=False)
     assert torch.equal(cached, plain)
     assert cached.shape == (num, len(PROMPT) + 40)
-    assert len(set(cached[0, len(PROMPT) :].tolist())) > 10  # it is no text of one token
+    assert len(set(cached[0, len(PROMPT) :].tolist())) > 10  # not one token repeated
 
 
 def test_cached_and_uncached_samples_are_equal(model: GPT2) -> None:
-    """Rows of a batch differ here, so that a cache that mixes them shows."""
+    """The rows of the batch differ, so a cache that mixes them up is noticed."""
     cached = generate(model, PROMPT, 40, num=4, seed=7)
     assert torch.equal(cached, generate(model, PROMPT, 40, num=4, seed=7, use_cache=False))
     assert len({tuple(row) for row in cached.tolist()}) == 4
 
 
-def test_cached_logits_are_those_of_a_whole_pass(model: GPT2) -> None:
+def test_cached_logits_match_a_full_pass(model: GPT2) -> None:
     idx = torch.randint(CONFIG.vocab_size, (2, 20), generator=torch.Generator().manual_seed(3))
     cache = model.new_cache(2, 20)
     parts = []
@@ -55,11 +56,11 @@ def test_cached_logits_are_those_of_a_whole_pass(model: GPT2) -> None:
             logits, _ = model(part, cache=cache)
             cache.advance(part.shape[1])
             parts.append(logits)
-        whole, _ = model(idx)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+        full, _ = model(idx)
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-4)
 
 
-def test_a_cache_takes_no_second_prompt(model: GPT2) -> None:
+def test_cache_rejects_a_second_prompt(model: GPT2) -> None:
     cache = model.new_cache(1, 20)
     with torch.no_grad():
         model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
@@ -68,7 +69,7 @@ def test_a_cache_takes_no_second_prompt(model: GPT2) -> None:
             model(torch.zeros(1, 2, dtype=torch.long), cache=cache)
 
 
-def test_a_full_cache_is_a_context_too_long(model: GPT2) -> None:
+def test_full_cache_rejects_another_token(model: GPT2) -> None:
     cache = model.new_cache(1, CONFIG.block_size)
     with torch.no_grad():
         model(torch.zeros(1, CONFIG.block_size, dtype=torch.long), cache=cache)
@@ -91,21 +92,21 @@ def test_padded_ids_are_never_drawn(temperature: float, top_k: int) -> None:
     assert ids.max() < CONFIG.vocab_size
 
 
-def test_a_seed_repeats_its_text_and_another_does_not(model: GPT2) -> None:
+def test_same_seed_gives_the_same_text(model: GPT2) -> None:
     first = generate(model, PROMPT, 30, num=2, seed=42)
-    torch.manual_seed(99)  # nor does it listen to anybody else's random numbers
+    torch.manual_seed(99)  # the global random state does not matter
     assert torch.equal(first, generate(model, PROMPT, 30, num=2, seed=42))
     assert not torch.equal(first, generate(model, PROMPT, 30, num=2, seed=43))
 
 
-def test_the_one_likeliest_is_greedy(model: GPT2) -> None:
+def test_top_k_of_one_is_greedy(model: GPT2) -> None:
     greedy = generate(model, PROMPT, 30, num=2, temperature=0)
     assert torch.equal(greedy, generate(model, PROMPT, 30, num=2, top_k=1))
     assert torch.equal(greedy, generate(model, PROMPT, 30, num=2, temperature=1e-6, top_k=0))
 
 
-def test_only_the_likeliest_are_drawn_and_as_often_as_they_should(model: GPT2) -> None:
-    """One token, drawn 4,000 times: frequencies are the softmax over the top 3 at temperature 2."""
+def test_top_k_samples_follow_the_distribution(model: GPT2) -> None:
+    """The frequencies of 4,000 draws match the softmax of the top 3 logits at temperature 2."""
     with torch.no_grad():
         logits, _ = model(torch.tensor([PROMPT]))
     values, ids = logits[0, -1].topk(3)
@@ -116,7 +117,7 @@ def test_only_the_likeliest_are_drawn_and_as_often_as_they_should(model: GPT2) -
     torch.testing.assert_close(frequency, expected, rtol=0, atol=0.04)  # 5 standard deviations
 
 
-def test_the_prompt_is_kept_and_gradients_are_not_made(model: GPT2) -> None:
+def test_prompt_is_kept_and_no_gradients_are_computed(model: GPT2) -> None:
     ids = generate(model, PROMPT, 3, num=2)
     assert ids[:, : len(PROMPT)].tolist() == [PROMPT, PROMPT]
     assert ids.device.type == "cpu"
@@ -124,7 +125,7 @@ def test_the_prompt_is_kept_and_gradients_are_not_made(model: GPT2) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_prompt_that_does_not_fit_is_a_users_mistake(model: GPT2) -> None:
+def test_prompt_too_long_is_a_user_error(model: GPT2) -> None:
     full = [1] * (CONFIG.block_size - 4)
     assert generate(model, full, 4).shape == (1, CONFIG.block_size)
     with pytest.raises(UserError, match=r"60 tokens and 5 more .* context of 64"):
@@ -134,7 +135,7 @@ def test_a_prompt_that_does_not_fit_is_a_users_mistake(model: GPT2) -> None:
 
 
 @pytest.mark.parametrize("odd", [{"num": 0}, {"tokens": -1}, {"temperature": -1.0}, {"top_k": -2}])
-def test_numbers_without_a_meaning_are_a_users_mistake(model: GPT2, odd: dict[str, float]) -> None:
+def test_invalid_numbers_are_user_errors(model: GPT2, odd: dict[str, float]) -> None:
     arguments: dict[str, float] = {"tokens": 3, **odd}
     with pytest.raises(UserError, match="at least"):
         generate(model, PROMPT, **arguments)  # type: ignore[arg-type]
@@ -144,7 +145,7 @@ def test_numbers_without_a_meaning_are_a_users_mistake(model: GPT2, odd: dict[st
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_broken_weights_are_a_users_mistake_and_not_a_text(temperature: float) -> None:
+def test_non_finite_weights_are_a_user_error(temperature: float) -> None:
     model = GPT2(CONFIG)
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(float("nan"))
@@ -152,7 +153,7 @@ def test_broken_weights_are_a_users_mistake_and_not_a_text(temperature: float) -
         generate(model, PROMPT, 3, temperature=temperature)
 
 
-def test_text_ends_where_the_document_does() -> None:
+def test_text_is_cut_at_the_end_of_the_document() -> None:
     assert cut_at_end([9, 1, 2, 9, 3], 9, start=1) == [9, 1, 2]
     assert cut_at_end([9, 1, 2], 9) == []
     assert cut_at_end([1, 2, 3], 9) == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""Numbers that make no text are a user's mistake, each named; nan is no text at any token."""
+"""Invalid numbers are user errors that name the number; nan at any token is an error."""
 
 import json
 import math
@@ -34,8 +34,8 @@ def model() -> GPT2:
 
 @pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"top_k": 0}, {"temperature": 0.0}])
 @pytest.mark.parametrize("token", [2, 3, 9])
-def test_nan_at_any_token_is_no_text(model: GPT2, token: int, how: dict[str, Any]) -> None:
-    """The position at which this token is predicted is broken, and those before are not."""
+def test_nan_at_any_token_is_an_error(model: GPT2, token: int, how: dict[str, Any]) -> None:
+    """Only the position that predicts this token has a nan weight."""
     with torch.no_grad():
         model.transformer.wpe.weight[len(PROMPT) + token - 2, 5] = math.nan
     assert generate(model, PROMPT, token - 1, num=2, **how).shape == (2, 2 + token)
@@ -44,21 +44,21 @@ def test_nan_at_any_token_is_no_text(model: GPT2, token: int, how: dict[str, Any
         generate(model, PROMPT, 12, num=2, **how)
 
 
-def test_nan_in_one_of_many_texts_is_no_text(model: GPT2) -> None:
-    """Only a text that draws the broken id meets it."""
+def test_nan_in_one_of_many_texts_is_an_error(model: GPT2) -> None:
+    """Only a text that contains the id with nan weights is affected."""
     torch.manual_seed(1)
     drawn = generate(model, PROMPT, 8, num=16, top_k=0)[:, len(PROMPT) : -1]
     ids, counts = drawn.unique(return_counts=True)
     rare = int(ids[counts == 1][0])
     with torch.no_grad():
-        table = model.lm_head.weight.clone()  # not the head as well, or every text met it
-        table[rare] = math.nan
-        model.transformer.wte.weight = torch.nn.Parameter(table)
+        embedding = model.lm_head.weight.clone()  # untied: nan in the head would affect all texts
+        embedding[rare] = math.nan
+        model.transformer.wte.weight = torch.nn.Parameter(embedding)
     with pytest.raises(UserError, match="its weights are broken"):
         generate(model, PROMPT, 8, num=16, top_k=0)
 
 
-def test_finite_weights_that_overflow_are_said_to_be_finite(model: GPT2) -> None:
+def test_overflow_is_not_blamed_on_finite_weights(model: GPT2) -> None:
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(3e38)
     with pytest.raises(UserError, match="every weight is finite") as caught:
@@ -68,7 +68,7 @@ def test_finite_weights_that_overflow_are_said_to_be_finite(model: GPT2) -> None
 
 @pytest.mark.parametrize("temperature", [math.nan, math.inf, 1e-40, 1e-45, 1e-320, 1e39, 1e300])
 @pytest.mark.parametrize("top_k", [0, 5])
-def test_a_temperature_that_leaves_no_distribution(
+def test_temperature_without_a_valid_distribution_is_rejected(
     model: GPT2, temperature: float, top_k: int
 ) -> None:
     with pytest.raises(UserError, match="--temperature") as caught:
@@ -77,8 +77,10 @@ def test_a_temperature_that_leaves_no_distribution(
     assert "broken" not in str(caught.value)
 
 
-def test_memory_that_a_cpu_does_not_have(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another error is not taken for it."""
+def test_failed_cpu_allocation_is_a_user_error(
+    model: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other errors are not mistaken for it."""
     for text, kind in (("DefaultCPUAllocator: can't allocate memory", UserError),
                        ("shapes do not match", RuntimeError)):  # fmt: skip
 
@@ -91,7 +93,7 @@ def test_memory_that_a_cpu_does_not_have(model: GPT2, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 0.7, 30.0, 1e6])
-def test_a_temperature_that_leaves_one(model: GPT2, temperature: float) -> None:
+def test_extreme_but_valid_temperatures(model: GPT2, temperature: float) -> None:
     assert generate(model, PROMPT, 5, temperature=temperature).max() < CONFIG.vocab_size
     if temperature < 1e-2:
         greedy = generate(model, PROMPT, 5, temperature=0)
@@ -113,31 +115,33 @@ def test_a_temperature_that_leaves_one(model: GPT2, temperature: float) -> None:
     ],
     ids=str,
 )
-def test_each_number_is_named_alone(model: GPT2, odd: dict[str, Any], words: str) -> None:
+def test_error_names_only_the_invalid_number(model: GPT2, odd: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as caught:
         generate(model, PROMPT, **{"tokens": 3, **odd})
     assert str(caught.value).startswith(words)
     assert sum(flag in str(caught.value) for flag in ("--num", "--tokens", "--temp", "--top")) <= 1
 
 
-def test_the_largest_numbers_are_taken(model: GPT2) -> None:
+def test_largest_numbers_are_accepted(model: GPT2) -> None:
     assert generate(model, PROMPT, 2, seed=2**63 - 1, top_k=10**30).shape == (1, 5)
 
 
 @pytest.mark.parametrize(
     ("num", "tokens"), [(100_000_000, 3), (10**12, 0), (10**30, 60), (40_000_000, 61)]
 )
-def test_texts_that_do_not_fit_into_memory(model: GPT2, num: int, tokens: int) -> None:
+def test_texts_too_large_for_memory_are_rejected(model: GPT2, num: int, tokens: int) -> None:
     with pytest.raises(UserError, match=r"--num \d+ .*GiB.*lower --num"):
         generate(model, PROMPT, tokens, num=num)
 
 
-def test_texts_that_fit_are_made(model: GPT2) -> None:
+def test_texts_that_fit_into_memory_are_generated(model: GPT2) -> None:
     assert generate(model, PROMPT, 3, num=2000).shape == (2000, 6)
 
 
-def test_memory_that_runs_out_all_the_same(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, whose allocator may find no piece that is large enough."""
+def test_running_out_of_memory_is_a_user_error(
+    model: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's allocator may fail although enough memory is free, because of fragmentation."""
 
     def body(*arguments: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -147,8 +151,8 @@ def test_memory_that_runs_out_all_the_same(model: GPT2, monkeypatch: pytest.Monk
         generate(model, PROMPT, 3, num=4)
 
 
-def test_the_room_reckoned_is_the_room_taken(model: GPT2) -> None:
-    """The cache is the largest part of a long text."""
+def test_memory_estimate_matches_memory_use(model: GPT2) -> None:
+    """For a long text, the cache is the largest part."""
     from rekindle.sampling.room import bytes_for
 
     caches: list[KVCache] = []
@@ -156,10 +160,10 @@ def test_the_room_reckoned_is_the_room_taken(model: GPT2) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "new_cache", lambda B, n: caches.append(new_cache(B, n)) or caches[-1])
         generate(model, PROMPT, 61, num=7)
-    taken = sum(t.nbytes for layer in caches[0]._layers for t in (layer.k, layer.v))
-    reckoned = bytes_for(model, 7, 64, top_k=50)
+    used = sum(t.nbytes for layer in caches[0]._layers for t in (layer.k, layer.v))
+    estimated = bytes_for(model, 7, 64, top_k=50)
     logits = 7 * CONFIG.padded_vocab_size * 4
-    assert taken + logits <= reckoned <= taken + 8 * logits
+    assert used + logits <= estimated <= used + 8 * logits
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,7 @@ def test_the_room_reckoned_is_the_room_taken(model: GPT2) -> None:
         (["--top-k", -1], "--top-k must be a whole number of at least 0, but is -1"),
     ],
 )
-def test_on_the_command_line(
+def test_invalid_numbers_on_the_command_line(
     tmp_path: Path, train: Callable[..., Any], refuses: Callable[..., str], flags: list[Any],
     words: str,
 ) -> None:  # fmt: skip
@@ -190,11 +194,11 @@ def test_numbers_are_checked_before_anything_is_loaded(
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
 @pytest.mark.parametrize("prompt", [b"caf\xe9", b"\xff", b"a\xc3"])
-def test_a_prompt_that_is_no_utf8(
+def test_prompt_that_is_not_utf8_is_rejected(
     tmp_path: Path, refuses: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
     prompt: bytes, tokenizer: str,
 ) -> None:  # fmt: skip
-    """Whatever a tokenizer would make of it; tiktoken puts other letters in its place."""
+    """For any tokenizer; tiktoken would replace the stray bytes."""
     import os
 
     from rekindle import loading as module
@@ -205,7 +209,7 @@ def test_a_prompt_that_is_no_utf8(
         module, "load", lambda *_: module.Loaded(model, get_tokenizer(tokenizer), "x")
     )
     flags = ["--device", "cpu", "--json", "--prompt", os.fsdecode(prompt)]
-    error = refuses(["sample", "x", *flags], "--prompt is no UTF-8")
+    error = refuses(["sample", "x", *flags], "--prompt is not UTF-8")
     json.dumps(error).encode()
 
 
@@ -219,10 +223,10 @@ def test_a_prompt_that_is_no_utf8(
         ({}, 2**63),
     ],
 )
-def test_a_containers_cached_files_are_free(
+def test_cached_files_of_a_container_count_as_free(
     tmp_path: Path, files: dict[str, str], free: int
 ) -> None:
-    """Shards that were read fill it, and leave as soon as their memory is wanted."""
+    """The page cache of shards is released when memory is needed."""
     from rekindle.sampling.room import _of_container
 
     for name, text in files.items():

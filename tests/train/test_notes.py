@@ -1,4 +1,4 @@
-"""What a command says at its start that its user may not mean; forks whose parent has moved."""
+"""Notes that `train` prints about questionable settings; forks whose parent was moved."""
 
 import os
 import shutil
@@ -24,22 +24,27 @@ def notes(outcome: Any) -> list[str]:
         (["--steps", 3], "--schedule.warmup 3 is not shorter than --steps 3"),
         (["--steps", 4, "--schedule.warmup", 400], "--schedule.warmup 400 is not shorter"),
         (["--steps", 4, "--prompt", ""], "--prompt is empty: no samples"),
-        (["--steps", 4, "--prompt", "x" * 32], "--prompt has 32 tokens, and the context 32"),
+        (
+            ["--steps", 4, "--prompt", "x" * 32],
+            "--prompt has 32 tokens, but the context length is 32",
+        ),
         (["--steps", 4, "--prompt", "é" * 40], "--prompt has 80 tokens"),
     ],
 )
-def test_a_note(train: Callable, tmp_path: Path, flags: list[Any], words: str) -> None:
+def test_questionable_settings_print_a_note(
+    train: Callable, tmp_path: Path, flags: list[Any], words: str
+) -> None:
     [note] = notes(train(tmp_path / "run", *flags))
     assert words in note
 
 
-def test_no_note_where_all_is_well(train: Callable, tmp_path: Path) -> None:
+def test_good_settings_print_no_note(train: Callable, tmp_path: Path) -> None:
     assert notes(train(tmp_path / "run", "--steps", 4, "--prompt", "x" * 31)) == []
     assert notes(train(tmp_path / "run", "--steps", 4, "--prompt", "x" * 31)) == []
 
 
 @pytest.mark.parametrize("steps", [5, 8, 40])
-def test_more_steps_on_a_run_change_its_schedule(
+def test_changing_steps_prints_how_the_schedule_changes(
     train: Callable, tmp_path: Path, records: Callable, steps: int
 ) -> None:
     train(tmp_path / "run", "--steps", 4)
@@ -50,7 +55,7 @@ def test_more_steps_on_a_run_change_its_schedule(
 
 
 @pytest.mark.parametrize("tokens", [0, -1])
-def test_no_tokens_to_validate_on(
+def test_eval_tokens_must_be_positive(
     refuses: Callable, command: Callable, tmp_path: Path, tokens: int
 ) -> None:
     refuses([*command(tmp_path / "run"), "--eval-tokens", tokens], "--eval-tokens must be at least")
@@ -58,15 +63,15 @@ def test_no_tokens_to_validate_on(
 
 @pytest.mark.parametrize("flag", ["--prompt", "--passage"])
 @pytest.mark.parametrize("text", [b"r\xe9sum\xe9", b"\xff", b"a\xc3"])
-def test_text_that_is_not_utf8(
+def test_text_must_be_utf8(
     refuses: Callable, command: Callable, tmp_path: Path, flag: str, text: bytes
 ) -> None:
-    said = os.fsdecode(text)
-    refuses([*command(tmp_path / "run"), flag, said], f"{flag} is not UTF-8")
+    argument = os.fsdecode(text)
+    refuses([*command(tmp_path / "run"), flag, argument], f"{flag} is not UTF-8")
 
 
 @pytest.mark.parametrize("name", [b"r\xe9sultat", b"\xff", b"ok-\xc3"])
-def test_a_folder_whose_name_is_not_utf8_can_be_resumed_and_sampled(
+def test_run_folder_with_a_name_that_is_not_utf8(
     train: Callable, rekindle: Callable, tmp_path: Path, name: bytes
 ) -> None:
     out = tmp_path / os.fsdecode(name)
@@ -80,7 +85,7 @@ class KilledError(Exception):
     pass
 
 
-def killed_before(patch: pytest.MonkeyPatch, step: int, train: Callable, *arguments: Any) -> None:
+def kill_before(patch: pytest.MonkeyPatch, step: int, train: Callable, *arguments: Any) -> None:
     original = trainer.learning_rate
 
     def rate(number: int, **options: Any) -> float:
@@ -96,55 +101,55 @@ def killed_before(patch: pytest.MonkeyPatch, step: int, train: Callable, *argume
 
 @pytest.mark.parametrize("named", ["parent", "parent/checkpoints/step-000004"])
 @pytest.mark.parametrize("own_checkpoint", [True, False])
-def test_parent_and_child_moved_together(
+def test_fork_resumes_after_it_and_its_parent_were_moved(
     train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str,
     own_checkpoint: bool,
 ) -> None:  # fmt: skip
     old, new = tmp_path / "old", tmp_path / "new"
     train(old / "parent", "--steps", 4)
     fork = ("--steps", 12, "--fork", old / named)
-    killed_before(monkeypatch, 10 if own_checkpoint else 6, train, old / "child", *fork)
+    kill_before(monkeypatch, 10 if own_checkpoint else 6, train, old / "child", *fork)
     old.rename(new)
     resumed = train(new / "child", "--steps", 12, "--fork", new / named)
     assert f"resumes at step {8 if own_checkpoint else 4} of 12" in resumed.out
     if own_checkpoint:
-        assert "has all its 12 steps" in train(new / "child", "--steps", 12).out
+        assert "has finished all 12 steps" in train(new / "child", "--steps", 12).out
 
 
-def test_another_parent_of_that_name_is_refused(
+def test_different_parent_with_the_same_name_is_an_error(
     train: Callable, rekindle: Callable, command: Callable, tmp_path: Path
 ) -> None:
-    """While the real one is where it was."""
+    """While the actual parent still exists."""
     train(tmp_path / "a" / "parent", "--steps", 4)
     train(tmp_path / "b" / "parent", "--steps", 4, "--seed", 9)
     train(tmp_path / "child", "--steps", 8, "--fork", tmp_path / "a" / "parent")
     where = [*command(tmp_path / "child"), "--steps", 8, "--fork", tmp_path / "b" / "parent"]
-    refused = rekindle(*where)
-    assert refused.status == 2
-    assert "was forked from" in refused.err
+    outcome = rekindle(*where)
+    assert outcome.status == 2
+    assert "was forked from" in outcome.err
 
 
-def test_a_parent_that_was_pruned_before_the_child_saved(
+def test_parent_checkpoint_removed_before_the_fork_saved(
     train: Callable, refuses: Callable, command: Callable, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     train(tmp_path / "parent", "--steps", 8)
     fork = ("--fork", tmp_path / "parent" / "checkpoints" / "step-000004")
-    killed_before(monkeypatch, 6, train, tmp_path / "child", *fork)
+    kill_before(monkeypatch, 6, train, tmp_path / "child", *fork)
     shutil.rmtree(fork[1])
-    advice = "start the fork anew in another --out"
+    advice = "start the fork again in a new --out"
     refuses([*command(tmp_path / "child"), *fork], "is gone", advice)
-    train(tmp_path / "again", "--fork", tmp_path / "parent")  # which works
+    train(tmp_path / "again", "--fork", tmp_path / "parent")  # a new fork works
 
 
 @pytest.mark.parametrize(
     ("length", "tokens", "next_batch"), [(16, 128, 4), (8, 128, 4), (32, 128, 4), (8, 64, 8)]
 )
-def test_a_fork_with_other_windows_stands_where_its_parent_stood(
+def test_fork_with_other_batch_size_continues_at_the_same_token(
     train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, tokens: int,
     next_batch: int,
 ) -> None:  # fmt: skip
-    """In tokens: 4 steps of 128."""
+    """The parent has read 4 x 128 tokens."""
     train(tmp_path / "parent", "--steps", 4)
     numbers: list[int] = []
     original = Batches.batch

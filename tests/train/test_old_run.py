@@ -1,5 +1,5 @@
-"""A run that another version left: `old_run`, written by version 0.1.0 as checkpoints of format 2
-after 3 steps on the shards of the fixture `shard_set`. A newer version resumes it."""
+"""The current version resumes a run of version 0.1.0: the folder `old_run`, with checkpoints of
+format 2, written after 3 steps on the shards of the fixture `shard_set`."""
 
 import shutil
 from collections.abc import Callable
@@ -15,12 +15,12 @@ FLAGS = {
     "--eval-every": 2, "--eval-tokens": 100, "--checkpoint-every": 0, "--keep-checkpoints": 1,
     "--steps": 6,
 }  # fmt: skip
-# As version 0.1.0 went on: loss and norm of the gradient by step, and the validation loss.
+# The later steps as trained by version 0.1.0: loss and grad norm by step, and validation loss.
 STEPS = {3: (5.9145856, 0.8165351), 4: (5.9169979, 0.7944376), 5: (5.8723965, 0.5449186)}
 VALIDATION = {0: 5.9381388, 2: 5.9337598, 3: 5.9165187, 4: 5.8854824, 6: 5.8472801}
 
 
-def test_it_resumes_to_the_same_numbers(
+def test_old_run_resumes_with_the_same_losses(
     tmp_path: Path, rekindle: Callable[..., Any], shard_set: Path, one_thread: None,
     records: Callable[..., list[dict[str, Any]]],
 ) -> None:  # fmt: skip
@@ -38,7 +38,7 @@ def test_it_resumes_to_the_same_numbers(
     assert validation == pytest.approx(VALIDATION, rel=1e-5)
 
 
-def test_it_can_be_sampled_and_evaluated(
+def test_old_run_can_be_sampled_and_evaluated(
     tmp_path: Path, rekindle: Callable[..., Any], shard_set: Path
 ) -> None:
     shutil.copytree(OLD, tmp_path / "run")

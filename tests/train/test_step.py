@@ -1,4 +1,4 @@
-"""The training step against plain PyTorch; every split of a batch; steps that are refused."""
+"""The training step: against plain PyTorch, with every partition of a batch, and skipped steps."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ from rekindle.runtime.distributed import World, gradient_sync
 from rekindle.train import StepResult, train_step
 
 CPU = Device(torch.device("cpu"), "CPU", "fp32")
-# The bias of the keys has no gradient but rounding errors, which GPT-3's 1e-8 would blow up.
+# The gradient of the key bias is only rounding error, which AdamW's usual 1e-8 would amplify.
 EPS = 1e-6
 
 
@@ -44,7 +44,7 @@ def batches(shard_set: Path) -> Batches:
 
 @dataclass
 class Training:
-    """A model with all that `train_step` needs."""
+    """A model and optimizer, with the arguments that `train_step` needs."""
 
     model: GPT2
     world: World = field(default_factory=World)
@@ -66,7 +66,7 @@ class Training:
         )  # fmt: skip
 
     def state(self) -> list[Tensor]:
-        """Weights and everything the optimizer remembers."""
+        """A copy of the weights and the optimizer state."""
         inner = self.optimizer.state_tensors().values()
         return [t.detach().clone() for t in [*self.model.parameters(), *inner]]
 
@@ -75,7 +75,7 @@ def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_it_is_what_plain_pytorch_does(model: GPT2, batches: Batches) -> None:
+def test_step_matches_plain_pytorch(model: GPT2, batches: Batches) -> None:
     plain = copy.deepcopy(model)
     matrices = [p for p in plain.parameters() if p.dim() > 1]
     others = [p for p in plain.parameters() if p.dim() == 1]
@@ -106,12 +106,12 @@ def test_it_is_what_plain_pytorch_does(model: GPT2, batches: Batches) -> None:
         assert not seen.skipped
         assert seen.loss == pytest.approx(np.mean(losses), rel=1e-6)
         assert seen.grad_norm == pytest.approx(norm.item(), rel=1e-5)
-    assert max(norms) > 0.5  # the gradient was clipped on the way
+    assert max(norms) > 0.5  # so the gradient was clipped at least once
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_gradients_are_averaged_in_the_last_pass_alone(
+def test_gradients_are_synchronized_only_in_the_last_micro_batch(
     model: GPT2, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[bool] = []
@@ -127,7 +127,7 @@ def test_gradients_are_averaged_in_the_last_pass_alone(
 
 @dataclass(frozen=True)
 class Alone(World):
-    """One rank of many whose others are elsewhere: its mean is over itself."""
+    """One of several ranks, run in a single process: records its loss instead of averaging."""
 
     losses: list[float] = field(default_factory=list)
 
@@ -136,10 +136,11 @@ class Alone(World):
 
 
 @pytest.mark.parametrize(
-    ("micro", "ranks"), [(8, 1), (4, 1), (2, 1), (1, 1), (4, 2), (2, 2), (1, 2), (2, 4), (1, 8)]
+    ("micro_batch", "ranks"),
+    [(8, 1), (4, 1), (2, 1), (1, 1), (4, 2), (2, 2), (1, 2), (2, 4), (1, 8)],
 )
-def test_every_split_gives_the_same_gradient_and_loss(
-    model: GPT2, batches: Batches, micro: int, ranks: int
+def test_every_partition_gives_the_same_gradient_and_loss(
+    model: GPT2, batches: Batches, micro_batch: int, ranks: int
 ) -> None:
     x, y = batches.batch(3, Partition.of(8, 8))
     _, expected_loss = model(torch.from_numpy(x[0]), torch.from_numpy(y[0].copy()))
@@ -149,7 +150,7 @@ def test_every_split_gives_the_same_gradient_and_loss(
     for rank in range(ranks):
         world = Alone(rank, ranks)
         training = Training(copy.deepcopy(model), world)
-        training.step(batches.batch(3, Partition.of(8, micro, rank, ranks)), clip=0.0)
+        training.step(batches.batch(3, Partition.of(8, micro_batch, rank, ranks)), clip=0.0)
         losses += world.losses
         for mean, p in zip(gradients, training.model.parameters(), strict=True):
             assert p.grad is not None
@@ -171,17 +172,15 @@ def infinite_loss(model: GPT2, call: int, loss: Tensor) -> Tensor:
     return loss + float("inf") if call == 3 else loss
 
 
-def finite_loss_of_no_gradient(model: GPT2, call: int, loss: Tensor) -> Tensor:
-    """The slope of a square root at 0 is infinite, its value is not."""
+def infinite_gradient(model: GPT2, call: int, loss: Tensor) -> Tensor:
+    """The square root has a finite value at 0, but an infinite slope."""
     bias = model.transformer.ln_f.bias
     return loss + (bias - bias.detach()).abs().sqrt().sum() if call == 1 else loss
 
 
-@pytest.mark.parametrize("spoil", [nan_loss, infinite_loss, finite_loss_of_no_gradient])
-def test_a_step_that_is_not_finite_leaves_no_trace(
-    model: GPT2, batches: Batches, spoil: Spoil
-) -> None:
-    untroubled = Training(copy.deepcopy(model))
+@pytest.mark.parametrize("spoil", [nan_loss, infinite_loss, infinite_gradient])
+def test_nonfinite_step_changes_nothing(model: GPT2, batches: Batches, spoil: Spoil) -> None:
+    reference = Training(copy.deepcopy(model))
     training = Training(model)
     calls = []
 
@@ -190,23 +189,23 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
         calls.append(loss.item())
         return None, spoil(model, len(calls) - 1, loss)
 
-    split = Partition.of(8, 2)
+    partition = Partition.of(8, 2)
     for step in (0, 1):
-        training.step(batches.batch(step, split))
-        untroubled.step(batches.batch(step, split))
+        training.step(batches.batch(step, partition))
+        reference.step(batches.batch(step, partition))
     before = training.state()
-    refused = training.step(batches.batch(2, split), forward=forward)
+    skipped = training.step(batches.batch(2, partition), forward=forward)
     assert len(calls) == 4
-    assert refused.skipped
-    assert not (math.isfinite(refused.loss) and math.isfinite(refused.grad_norm))
+    assert skipped.skipped
+    assert not (math.isfinite(skipped.loss) and math.isfinite(skipped.grad_norm))
     assert same_bits(training.state(), before)
 
-    training.step(batches.batch(3, split))  # and goes on as if it had never been
-    untroubled.step(batches.batch(3, split))
-    assert same_bits(training.state(), untroubled.state())
+    training.step(batches.batch(3, partition))  # continues as if that step had not been attempted
+    reference.step(batches.batch(3, partition))
+    assert same_bits(training.state(), reference.state())
 
 
-def test_the_reported_loss_and_norm_are_those_before_the_update(
+def test_reported_loss_and_grad_norm_are_from_before_the_update(
     model: GPT2, batches: Batches
 ) -> None:
     training = Training(model)
@@ -214,4 +213,4 @@ def test_the_reported_loss_and_norm_are_those_before_the_update(
     first = training.step(xy, lr=0.0)
     again = training.step(xy, lr=0.0)
     assert (first.loss, first.grad_norm) == (again.loss, again.grad_norm)
-    assert first.grad_norm > 0.5  # not the clipped one
+    assert first.grad_norm > 0.5  # from before clipping

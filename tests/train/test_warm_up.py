@@ -1,4 +1,4 @@
-"""The warm-up before the first step leaves no trace in anything that training reads."""
+"""The warm-up before the first step does not affect training."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from rekindle.runtime.warm_up import WarmUp, warm_up
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_it_leaves_no_trace(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_changes_no_state(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = GPT2(tiny.model)
     optimizer = AdamW(model, AdamWConfig(lr=1e-2))
@@ -26,7 +26,7 @@ def test_it_leaves_no_trace(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> No
         _, loss = model(x, y)
         assert loss is not None
         losses.append(loss.item())
-        torch.rand(1)  # as dropout would
+        torch.rand(1)  # uses random numbers, like dropout
         return None, loss
 
     random = torch.get_rng_state()

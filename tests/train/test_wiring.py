@@ -1,5 +1,5 @@
-"""Every number of a recipe arrives where it is used: a run in which each of them differs from its
-default, trained by the public command, against a plain loop that is written out here."""
+"""Every value of a recipe has its effect: a run in which each value differs from its default,
+started from the command line, is compared with a plain training loop written out here."""
 
 import dataclasses
 import math
@@ -36,10 +36,11 @@ NUMBERS: dict[str, Any] = {
     "schedule.kind": "linear", "schedule.warmup": 5, "schedule.final": 0.25,
     "schedule.cooldown": 0.5, "steps": 46, "seed": 7, "eval_every": 6,
     "eval_tokens": 210, "checkpoint_every": 4, "keep_checkpoints": 2, "keep_best": 2,
-    "keep_every": 20, "prompt": "b c", "passage": "b c d",
+    "keep_every": 20, "tokenizer": "bytes", "prompt": "b c", "passage": "b c d",
 }  # fmt: skip
-DECIDED = {"name", "about", "model.vocab_size", "model.padded_vocab_size"}  # by the data, or words
-PEAK = 1e9  # FLOP/s that the processor is said to have
+# Not chosen here: descriptive text, or decided by the data.
+EXCLUDED = {"name", "about", "model.vocab_size", "model.padded_vocab_size"}
+PEAK = 1e9  # the FLOP/s to report for the CPU
 T, ROWS = 16, 6
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,20 +55,21 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{field.name}", inner
 
 
-def test_every_number_of_the_recipe_here_differs_from_its_default() -> None:
-    """A new field needs a number here, and the plain loop below has to use it."""
+def test_every_recipe_value_differs_from_its_default() -> None:
+    """A new field needs a value in `NUMBERS`, and the plain loop below must use it."""
     defaults = dict(leaves(Recipe(name="", about="")))
-    assert set(defaults) - DECIDED == set(NUMBERS)
+    assert set(defaults) - EXCLUDED == set(NUMBERS)
     for name, value in NUMBERS.items():
         assert value != defaults[name], name
 
 
-# What the run must do, written out
+# What the run must do
 
 
 def make_data(folder: Path) -> dict[str, list[np.ndarray]]:
-    """37.5 steps of text that is easily learnt, 3 of noise at which the loss jumps; then it begins
-    anew. Two validation shards, of which the recipe wants a part."""
+    """Training data: text that is easy to learn for 37.5 steps, then 3 steps of noise, on which the
+    loss jumps; after that the second epoch starts. Two validation shards, of which the run uses
+    only a part."""
     random = np.random.default_rng(5)
     easy = (np.cumsum(random.integers(0, 2, 3640)) % 6 + 97).astype(np.uint16)
     split = {
@@ -87,7 +89,8 @@ def make_data(folder: Path) -> dict[str, list[np.ndarray]]:
 
 
 def windows_of(shards: list[np.ndarray], order: str) -> np.ndarray:
-    """In the lecture's order a shard gives whole micro-batches of 48 tokens."""
+    """All windows of T + 1 tokens. In the lecture's order, a shard yields only complete
+    micro-batches of 48 tokens."""
     unit = 48 if order == "lecture" else T
     cut = [
         tokens[first + i : first + i + T + 1]
@@ -101,16 +104,16 @@ def windows_of(shards: list[np.ndarray], order: str) -> np.ndarray:
 def batch_of(windows: np.ndarray, step: int, order: str) -> Tensor:
     """(ROWS, T + 1) tokens."""
     n, rows = len(windows), []
-    for place in range(step * ROWS, (step + 1) * ROWS):
-        epoch, index = divmod(place, n)
+    for position in range(step * ROWS, (step + 1) * ROWS):
+        epoch, index = divmod(position, n)
         if order == "shuffled":
             index = permute(np.array([index]), n, f"{NUMBERS['seed']} {epoch}".encode())[0]
         rows.append(windows[index])
     return torch.from_numpy(np.stack(rows))
 
 
-def nats(w: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """GPT-2's mean loss, from weights under their names."""
+def loss_of(w: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """GPT-2's mean loss in nats per token, computed from the weights by name."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
@@ -135,33 +138,33 @@ def nats(w: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
 
 
 def lr_of(step: int, steps: int) -> float:
-    rising = min(1, (step + 1) / 5)
-    return 0.02 * min(rising, 0.25 + 0.75 * min(1, (steps - step) / (0.5 * steps)))
+    warmup = min(1, (step + 1) / 5)
+    return 0.02 * min(warmup, 0.25 + 0.75 * min(1, (steps - step) / (0.5 * steps)))
 
 
 def is_spike(loss: float, losses: list[float]) -> bool:
     if len(losses) < 32:
         return False
-    usual = statistics.median(losses[-128:])
-    deviation = 1.4826 * statistics.median(abs(seen - usual) for seen in losses[-128:])
-    return loss > usual + max(2.0 * deviation, 0.2 * usual)
+    median = statistics.median(losses[-128:])
+    deviation = 1.4826 * statistics.median(abs(seen - median) for seen in losses[-128:])
+    return loss > median + max(2.0 * deviation, 0.2 * median)
 
 
 @torch.no_grad()
 def validation(w: dict[str, Tensor], shards: list[np.ndarray]) -> tuple[float, float]:
-    """Nats per token and bits per byte of the first 210 targets; no window crosses shards. (The
-    data has no end of text: each token is a byte.)"""
+    """Nats per token and bits per byte of the first 210 targets. No window crosses a shard
+    boundary. The data has no end of text, so each token is a byte."""
     total = 0.0
     for tokens, targets in zip(shards, (140, 70), strict=True):
         for start in range(0, targets, T):
             part = torch.from_numpy(tokens[start : min(start + T, targets) + 1].astype(np.int64))
-            total += nats(w, part[None, :-1], part[None, 1:]).item() * (len(part) - 1)
+            total += loss_of(w, part[None, :-1], part[None, 1:]).item() * (len(part) - 1)
     return total / 210, total / 210 / math.log(2)
 
 
 @dataclasses.dataclass
 class Expected:
-    """What a run must leave behind."""
+    """The expected results of a run."""
 
     weights: dict[str, Tensor]
     steps: list[dict[str, Any]]
@@ -186,23 +189,23 @@ def plain_run(split: dict[str, list[np.ndarray]], order: str, steps: int) -> Exp
     for step in range(steps):
         tokens = batch_of(windows, step, order)
         adamw.zero_grad()
-        loss = nats(w, tokens[:, :-1], tokens[:, 1:])
+        loss = loss_of(w, tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(w.values(), 0.6).item()
         for group in adamw.param_groups:
             group["lr"] = lr_of(step, steps)
-        accepted = not is_spike(loss.item(), losses)
-        if accepted:
+        applied = not is_spike(loss.item(), losses)
+        if applied:
             losses.append(loss.item())
             adamw.step()
         lr = lr_of(step, steps)
         done.steps.append(
-            {"loss": loss.item(), "grad_norm": norm, "lr": lr, "skipped": not accepted}
+            {"loss": loss.item(), "grad_norm": norm, "lr": lr, "skipped": not applied}
         )
         after = step + 1
         if after % 6 == 0 or after == steps:
             done.validation[after] = validation(w, split["val"])
-        if (after % 4 == 0 and accepted) or after == steps:
+        if (after % 4 == 0 and applied) or after == steps:
             saved.append(after)
             best = sorted(set(saved) & set(done.validation), key=lambda s: done.validation[s])[:2]
             saved = [s for s in saved if s in saved[-2:] or s in best or s % 20 == 0]
@@ -210,7 +213,7 @@ def plain_run(split: dict[str, list[np.ndarray]], order: str, steps: int) -> Exp
     return done
 
 
-# What it did
+# What the run did
 
 
 def assert_same(run: Path, expected: Expected, ranks: int = 1) -> None:
@@ -232,7 +235,7 @@ def assert_same(run: Path, expected: Expected, ranks: int = 1) -> None:
 
 
 def assert_steps(records: list[dict[str, Any]], expected: Expected, ranks: int) -> None:
-    # 6 operations a weight of the matrices and the head, and 12 times layers, width and length.
+    # 6 FLOPs per weight of the matrices and the head, and 12 x layers x width x length.
     flops = 6 * (3 * 12 * 16**2 + 384 * 16) + 12 * 3 * 16 * T
     assert [r["step"] for r in records] == list(range(len(expected.steps)))
     for step, (record, like) in enumerate(zip(records, expected.steps, strict=True)):
@@ -241,8 +244,8 @@ def assert_steps(records: list[dict[str, Any]], expected: Expected, ranks: int) 
         assert record["loss"] == pytest.approx(like["loss"], rel=1e-5)
         assert record["grad_norm"] == pytest.approx(like["grad_norm"], rel=1e-4)
         assert record["tokens_per_s"] == pytest.approx(96 / record["seconds"])
-        used = record["tokens_per_s"] * flops / (PEAK * ranks)
-        assert record["mfu"] == pytest.approx(used)
+        mfu = record["tokens_per_s"] * flops / (PEAK * ranks)
+        assert record["mfu"] == pytest.approx(mfu)
 
 
 def assert_weights(checkpoint: Path, expected: Expected) -> None:
@@ -274,16 +277,16 @@ def command(data: Path, out: Path, order: str) -> list[str]:
 
 
 @pytest.mark.parametrize("order", ["lecture", "shuffled"])
-def test_a_run_is_the_plain_loop(
+def test_run_matches_the_plain_loop(
     tmp_path: Path, rekindle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
     split = make_data(tmp_path / "data")
     expected = plain_run(split, order, NUMBERS["steps"])
-    refused = [step for step, seen in enumerate(expected.steps) if seen["skipped"]]
+    skipped = [step for step, seen in enumerate(expected.steps) if seen["skipped"]]
     norms = [seen["grad_norm"] for seen in expected.steps]
-    if order == "lecture":  # the data sees to it that each rule matters
-        assert 0 < len(refused) < 10
-        assert 39 in refused  # so that there is no checkpoint 40
+    if order == "lecture":  # with this data, every rule of the recipe has an effect
+        assert 0 < len(skipped) < 10
+        assert 39 in skipped  # so there is no checkpoint at step 40
         assert min(norms) < NUMBERS["grad_clip"] < 1 < max(norms)
         assert expected.kept == [20, 36, 44, 46]
     monkeypatch.setattr("rekindle.runtime.device.Device.peak_flops", PEAK)
@@ -301,8 +304,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_two_ranks_are_the_plain_loop_too(tmp_path: Path) -> None:
-    """And share the peak of two devices."""
+def test_two_ranks_match_the_plain_loop(tmp_path: Path) -> None:
+    """Also checks that MFU counts the peak of two devices."""
     split = make_data(tmp_path / "data")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -324,9 +327,9 @@ def test_two_ranks_are_the_plain_loop_too(tmp_path: Path) -> None:
         )
     expected = plain_run(split, "shuffled", 8)
     try:
-        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
     assert_same(tmp_path / "run", expected, ranks=2)

@@ -1,4 +1,4 @@
-"""Where text comes from. A new source is a new file here and its line in `SOURCES`."""
+"""Sources of text. To add one, add a file here and a line in `SOURCES`."""
 
 import difflib
 from importlib import import_module
@@ -13,23 +13,26 @@ if TYPE_CHECKING:
 
 _PATHS: dict[str, Any] = {"type": Path, "nargs": "+"}
 
-# Name of the flag → where its class is, and what argparse needs for the flag. The class is called
-# with the flag's value, or without one where the flag takes none. It is imported when it is named,
-# so that `--help` loads nothing.
+# Name of the flag → its class, and the argparse options of the flag. The class is called with the
+# flag's value, or without arguments if the flag has none. It is imported only when the flag is
+# used, so that `--help` stays fast.
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "embedded": (
         "python_docs.PythonDocs",
-        {"action": "store_true", "help": "Python's own manual: no network"},
+        {"action": "store_true", "help": "Python's own documentation; needs no network"},
     ),
     "parquet": (
         "parquet.ParquetSource",
         _PATHS
         | {
             "metavar": "DIR",
-            "help": "Parquet files, or folders of them, with a column `text`",
+            "help": "Parquet files, or folders of them, with a `text` column",
         },
     ),
-    "jsonl": ("jsonl.JsonLinesSource", _PATHS | {"metavar": "FILE", "help": "JSON lines, `text`"}),
+    "jsonl": (
+        "jsonl.JsonLinesSource",
+        _PATHS | {"metavar": "FILE", "help": "JSON Lines files with a `text` field"},
+    ),
     "text": ("text.TextSource", _PATHS | {"metavar": "FILE", "help": "plain text files"}),
     "shards": (
         "ready_made.ShardFolder",
@@ -39,9 +42,9 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def from_arguments(dataset: str | None = None, **flags: Any) -> "Source | ReadyMade":
-    """The source that a command line names: a data set of the hub, or one of `SOURCES`.
+    """The source given on the command line: a dataset on the hub, or one of `SOURCES`.
 
-    Raises `UserError` unless exactly one is named, and when it does not exist.
+    Raises `UserError` unless exactly one source is given, and if it does not exist.
     """
     named = [flag for flag, value in flags.items() if value]
     if len(named) + bool(dataset) != 1:
@@ -50,7 +53,7 @@ def from_arguments(dataset: str | None = None, **flags: Any) -> "Source | ReadyM
             for flag, (_, options) in SOURCES.items()
         )
         raise UserError(
-            "name exactly one source: a dataset (such as fineweb-edu-10bt), "
+            "give exactly one source: a dataset (such as fineweb-edu-10bt), "
             f"{', '.join(most)} or {last}"
         )
     if dataset:
@@ -61,7 +64,7 @@ def from_arguments(dataset: str | None = None, **flags: Any) -> "Source | ReadyM
 
 
 def _dataset(name: str) -> "Source | ReadyMade":
-    """A source on the hub, by a short name or by `owner/name[:folder]`."""
+    """A source on the hub, given by a short name or by `owner/name[:folder]`."""
     from rekindle.data.sources import hub, ready_made
 
     if name == ready_made.DATASET:
@@ -70,7 +73,7 @@ def _dataset(name: str) -> "Source | ReadyMade":
         return hub.HubSource(*hub.DATASETS[name])
     if Path(name).exists():
         raise UserError(
-            f"{name} is a file or folder here, not a data set of the hub: give --parquet {name}, "
+            f"{name} is a local file or folder, not a dataset on the hub: use --parquet {name}, "
             "--jsonl or --text"
         )
     if "/" in name:
@@ -80,5 +83,5 @@ def _dataset(name: str) -> "Source | ReadyMade":
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
     raise UserError(
         f"unknown dataset {name!r}: did you mean {' or '.join(near)}? "
-        "(any dataset of the hub: owner/name; your own files: --parquet DIR)"
+        "(any dataset on the hub: owner/name; your own files: --parquet DIR)"
     )

@@ -1,7 +1,7 @@
 """The contract of a source: documents in a fixed order, in files.
 
-A source is a fixed list of files, each a sequence of documents that is the same on every reading.
-So a position to resume from is two integers: the file, and how many of its documents are done.
+A source is a fixed list of files. Each file is a sequence of documents that is the same each time
+it is read. So two integers are enough to resume: the file, and how many of its documents are done.
 """
 
 import hashlib
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source. `split` is None where documents are split by their hash."""
+    """One file of a source. `split` is None if its documents are split by hash."""
 
     name: str
-    size: int  # bytes of the file itself
+    size: int  # of the file on disk, in bytes
     split: str | None = None
 
 
 @dataclass(frozen=True)
 class Part:
-    """Says that a block holds one text, which is a part of a document too long for one block."""
+    """Marks a block whose only text is a part of a document that is too long for one block."""
 
-    begins: bool  # the document
-    ends: bool
-    hash: int | None  # `validation_hash` of the whole document; None if it is too long to be held
+    begins: bool  # whether this is the first part of the document
+    ends: bool  # whether this is the last part
+    hash: int | None  # `validation_hash` of the whole document; None if it is too long for memory
 
 
 @dataclass(frozen=True)
@@ -42,49 +42,49 @@ class Block:
     texts: "pa.StringArray"  # no nulls, valid UTF-8
     file: int
     first: int  # number of the first document within its file
-    done: float  # part of the file that has been read when this block ends, 0 to 1
+    done: float  # fraction of the file read at the end of this block, 0 to 1
     part: Part | None = None
 
 
 def validation_hash(text: bytes | memoryview) -> int:
-    """What decides whether a document is held out: 64 bits that depend on its text alone."""
+    """A 64-bit hash of a document's text, which decides whether the document is held out."""
     digest = hashlib.blake2b(text, digest_size=8, key=b"rekindle validation")
     return int.from_bytes(digest.digest(), "little")
 
 
 class Source(Protocol):
-    """Documents in a fixed order, and what the manifest says of them.
+    """Documents in a fixed order, and their description for the manifest.
 
-    The name is known at once; all else only after `open`.
+    The name is known from the start, everything else only after `open`.
     """
 
     name: str
     revision: str
     licence: str
     files: Sequence[SourceFile]
-    left_out: Sequence[tuple[str, str]] = ()  # files that are not read: name, reason
+    left_out: Sequence[tuple[str, str]] = ()  # files that are not read: (name, reason)
 
     @property
     @abstractmethod
     def text_bytes(self) -> int:
-        """About how much text there is in all, known before it is read."""
+        """An estimate of the total text in bytes, available before reading."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Identifies the content, so that a folder is not continued with other text. Hex."""
+        """Identifies the content, so that a folder is not resumed with other text. Hex."""
 
     def identities(self, count: int) -> list[dict[str, Any]] | None:
-        """What identifies each of the first `count` files, as JSON, so that a change of one of them
-        concerns that one alone. None for a source that is identified as a whole."""
+        """The identity of each of the first `count` files, as JSON, so that a changed file does not
+        invalidate the others. None for a source that is identified only as a whole."""
         return None
 
     @abstractmethod
     def blocks(self, file: int, skip: int = 0) -> Iterator[Block]:
-        """The documents of one file, without the first `skip`."""
+        """Yield the documents of one file, without the first `skip`."""
 
     def record(self) -> dict[str, Any]:
-        """What the manifest keeps of this source."""
+        """The description of this source in the manifest."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -93,14 +93,14 @@ class Source(Protocol):
         }
 
     def is_same(self, record: dict[str, Any]) -> bool:
-        """Whether `record`, from an earlier run, is of this source."""
+        """Whether `record`, from an earlier run, describes this source."""
         return record.get("fingerprint") == self.fingerprint
 
     def open(self, folder: Path, console: Console) -> None:
-        """Find out which files there are. `folder` is lent for downloads until `close`."""
+        """Find the files. `folder` can be used for downloads until `close`."""
 
     def release(self, file: int) -> None:
-        """Files before number `file` are in finished shards and will not be read again."""
+        """Called when files before number `file` are in finished shards and not needed again."""
 
     def close(self) -> None:
-        """Nothing more will be read."""
+        """Called when reading has ended."""

@@ -1,4 +1,4 @@
-"""The files that a command line names: each is taken, or left out for a reason that is said."""
+"""Find the files given on the command line. Each is read, or left out for a reported reason."""
 
 import os
 from collections.abc import Iterator
@@ -13,23 +13,23 @@ class FoundFile:
     """A file to read."""
 
     path: Path
-    name: str  # below the folder that was named
-    place: str  # below all that was named: what decides its split
+    name: str  # relative to the given folder
+    location: str  # relative to the common parent of all given paths; determines its split
 
 
 @dataclass
 class Found:
-    """What `find` found."""
+    """The result of `find`."""
 
     files: list[FoundFile] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
 
 
 def find(paths: list[Path], suffixes: tuple[str, ...]) -> Found:
-    """The files that `paths` name. A folder stands for all below it with a known suffix.
+    """Find the files given by `paths`. A folder stands for all files below it with a known suffix.
 
-    Raises `UserError` where a path leads nowhere, names a file that another one names, or holds
-    nothing to read.
+    Raises `UserError` if a path does not exist, refers to a file that another path also refers to,
+    or contains no file to read.
     """
     found = Found()
     above = os.path.commonpath([os.path.abspath(path) for path in paths])
@@ -53,19 +53,19 @@ def _below(path: Path, above: str) -> str:
 
 
 def _check(path: Path) -> None:
-    """Raise `UserError` unless `path` is a file whose beginning can be read more than once."""
+    """Raise `UserError` unless `path` is a regular file, which can be read more than once."""
     if path.is_file():
         return
     if path.is_symlink() and not path.exists():
         raise UserError(
-            f"{path} is a link to {os.readlink(path)}, which is not there: get that file, or "
+            f"{path} is a link to {os.readlink(path)}, which does not exist: restore that file, or "
             "remove the link"
         )
     if path.is_fifo():
-        raise UserError(f"{path} is a pipe, which can be read only once: save it to a file first")
+        raise UserError(f"{path} is a pipe, which can only be read once: save it to a file first")
     if path.exists():
-        raise UserError(f"{path} is neither a file nor a folder")
-    raise UserError(f"there is no file or folder {path}")
+        raise UserError(f"{path} is neither a file nor a folder: give one of those")
+    raise UserError(f"there is no file or folder {path}: check the path")
 
 
 def _check_named_once(files: list[FoundFile], paths: list[Path]) -> None:
@@ -74,20 +74,20 @@ def _check_named_once(files: list[FoundFile], paths: list[Path]) -> None:
         key = _key(file.path)
         if key in seen:
             named = ", ".join(map(str, paths))
-            raise UserError(f"a file is named twice among {named}: {file.path}")
+            raise UserError(f"{file.path} is given twice among {named}: give it once")
         seen.add(key)
 
 
 def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> Found:
-    """The files below a folder, in the order of their paths; one file under two names once."""
+    """The files below a folder, sorted by path; a file with two names is listed once."""
     found, by_key = Found(), dict[tuple[int, int], Path]()
     paths = sorted(_walk(folder, folder, found, {_key(folder)}))
     for path in sorted(paths, key=lambda path: (path.is_symlink(), path)):
         name = path.relative_to(folder).as_posix()
         if path.name.startswith("."):
-            found.left_out.append((name, "as hidden files"))
+            found.left_out.append((name, "hidden"))
         elif not path.name.lower().endswith(suffixes) and (path.exists() or not path.is_symlink()):
-            found.left_out.append((name, f"as no {' or '.join(suffixes)} files"))
+            found.left_out.append((name, f"not {' or '.join(suffixes)}"))
         else:
             _check(path)
             first = by_key.setdefault(_key(path), path)
@@ -95,33 +95,33 @@ def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> Found:
                 found.files.append(FoundFile(path, name, name))
             else:
                 same = first.relative_to(folder).as_posix()
-                found.left_out.append((name, f"as the same file as {same}"))
+                found.left_out.append((name, f"same file as {same}"))
     found.files.sort(key=lambda file: file.path)
     if not found.files:
         there = ", ".join(name for name, _ in found.left_out[:5])
         raise UserError(
-            f"{folder} holds no {' or '.join(suffixes)} file"
+            f"{folder} contains no {' or '.join(suffixes)} file"
             + (f" (but {there}{', ...' if len(found.left_out) > 5 else ''})" if there else "")
         )
     return found
 
 
 def _walk(top: Path, folder: Path, found: Found, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """All that is in a folder and in those below it. Links are followed, but to no folder twice."""
+    """Yield all files below a folder. Links are followed, but no folder is visited twice."""
     for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
         name = f"{path.relative_to(top).as_posix()}/"
         if not path.is_dir():
             yield path
         elif path.name.startswith("."):
-            found.left_out.append((name, "as hidden files"))
+            found.left_out.append((name, "hidden"))
         elif (key := _key(path)) in seen:
-            found.left_out.append((name, "as links to folders that are read already"))
+            found.left_out.append((name, "links to a folder that is already read"))
         else:
             seen.add(key)
             yield from _walk(top, path, found, seen)
 
 
 def _key(path: Path) -> tuple[int, int]:
-    """Identifies a file or folder under all its names."""
+    """Device and inode, which identify a file or folder under all its names."""
     status = path.stat()
     return status.st_dev, status.st_ino

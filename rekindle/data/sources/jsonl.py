@@ -1,4 +1,4 @@
-"""JSON Lines with the field `text`."""
+"""JSON Lines with a `text` field."""
 
 import gzip
 import io
@@ -14,13 +14,13 @@ from rekindle.data.sources.base import Block
 from rekindle.data.sources.local import LocalSource, Piece, gather
 from rekindle.errors import UserError
 
-PACKED = (content.GZIP, content.ZSTD)  # what is decompressed on the way
-COMPRESSION_RATIO = 3  # of English text under gzip or zstd, for the estimate of size
-LONGEST_LINE = 256 << 20  # bytes; a line is parsed as a whole, in several times its size
+PACKED = (content.GZIP, content.ZSTD)  # decompressed while reading
+COMPRESSION_RATIO = 3  # of English text under gzip or zstd, used to estimate the size
+LONGEST_LINE = 256 << 20  # bytes; parsing a line takes several times its size in memory
 
 
 class JsonLinesSource(LocalSource):
-    """Files of one JSON object a line with the field `text`; gzip and zstd are read as they are."""
+    """Files with one JSON object per line and a `text` field; gzip and zstd are decompressed."""
 
     suffixes = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
@@ -36,7 +36,7 @@ class JsonLinesSource(LocalSource):
 
 
 def _kind(path: Path) -> str:
-    return content.what_is(content.head_of(path))
+    return content.kind_of(content.head_of(path))
 
 
 def _documents(path: Path, size: int) -> Iterator[Piece]:
@@ -49,8 +49,8 @@ def _documents(path: Path, size: int) -> Iterator[Piece]:
                 number += 1
                 if len(line) > LONGEST_LINE:
                     raise UserError(
-                        f"{path}:{number} is a line of more than {LONGEST_LINE:,} bytes: give so "
-                        "long a document as a file of its own, with --text"
+                        f"{path}:{number} is a line of more than {LONGEST_LINE:,} bytes: save such "
+                        "a long document as a separate file and use --text"
                     )
                 if line.strip() and (text := _text_of(line, path, number)) is not None:
                     yield Piece(text, min(1.0, raw.tell() / max(1, size)))
@@ -59,33 +59,33 @@ def _documents(path: Path, size: int) -> Iterator[Piece]:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} is cut short or damaged after line {number} ({reason}): get it again"
+            f"{path} is truncated or damaged after line {number} ({reason}): download it again"
         ) from None
 
 
 def _stream(raw: io.FileIO, path: Path) -> Any:
-    """The content of an open file, decompressed where it is compressed, whatever it is called."""
+    """The content of an open file, decompressed if necessary, regardless of the file's name."""
     import pyarrow as pa
 
-    kind = content.what_is(raw.read(content.HEAD) or b"")
+    kind = content.kind_of(raw.read(content.HEAD) or b"")
     raw.seek(0)
     if kind == content.GZIP:
         stream = _buffered(gzip.GzipFile(fileobj=raw).read1)
     elif kind == content.ZSTD:
-        # In small steps: what was decompressed before an error is lost with the step.
+        # In small steps, because data decompressed before an error in the same step is lost.
         packed = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
         stream = _buffered(lambda count: packed.read(min(count, 1 << 16)))
     else:
         stream = io.BufferedReader(raw, 1 << 20)
-    inside = content.what_is(stream.peek(content.HEAD)) if kind in PACKED else kind
+    inside = content.kind_of(stream.peek(content.HEAD)) if kind in PACKED else kind
     if inside:
-        packing = f"{kind} data of which the content is " if kind in PACKED else ""
+        packing = f"{kind} data whose content is " if kind in PACKED else ""
         raise UserError(f"{path} is {packing}{content.describe(inside)}")
     return stream
 
 
 class _Reader(io.RawIOBase):
-    """A raw stream of what a function returns, which is called once for each read."""
+    """A raw stream over a function that is called once per read."""
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
         self._read = read
@@ -104,7 +104,7 @@ def _buffered(read: Callable[[int], bytes]) -> Any:
 
 
 def _text_of(line: bytes, path: Path, number: int) -> bytes | None:
-    """The field `text` of one line as UTF-8; None where it is null."""
+    """The `text` field of one line as UTF-8; None if it is null."""
     fields = ""
     try:
         record = _parse(line)
@@ -117,13 +117,13 @@ def _text_of(line: bytes, path: Path, number: int) -> bytes | None:
     except RecursionError:
         problem = "JSON that is nested too deeply"
     except ValueError as error:
-        problem = f"no JSON ({error})"
+        problem = f"invalid JSON ({error})"
         _explain(line, path, number)
     except (KeyError, TypeError, AttributeError):
         problem = f"no JSON object with a string field 'text'{fields}"
         if line.lstrip()[:1] == b"[":
             _explain(line, path, number)
-    raise UserError(f"{path}:{number} holds {problem}: mend or remove the line")
+    raise UserError(f"{path}:{number} contains {problem}: fix or remove the line")
 
 
 def _parse(line: bytes) -> Any:
@@ -131,26 +131,26 @@ def _parse(line: bytes) -> Any:
         return json.loads(line)
     except (json.JSONDecodeError, UnicodeError):
         raise
-    except ValueError:  # a whole number with more digits than Python converts
+    except ValueError:  # an integer with more digits than Python converts
         return json.loads(line, parse_int=float)
 
 
 def _explain(line: bytes, path: Path, number: int) -> None:
-    """Raise `UserError` if the file is JSON, but not a value a line."""
+    """Raise `UserError` if the file is JSON, but not one value per line."""
     start = line.removeprefix(b"\xef\xbb\xbf").strip()
     if start[:1] == b"[" and _is_first(path, number):
         raise UserError(
-            f"{path} is a JSON array, not JSON lines: make it so (`jq -c '.[]' FILE > NEW.jsonl`)"
+            f"{path} is a JSON array, not JSON Lines: convert it (`jq -c '.[]' FILE > NEW.jsonl`)"
         )
     if start[:1] in b"{[" and _is_open(start):
         raise UserError(
-            f"{path}:{number} begins a JSON value that is written over several lines: put each on "
-            "one line (`jq -c . FILE > NEW.jsonl`)"
+            f"{path}:{number} starts a JSON value that spans several lines: put each value on one "
+            "line (`jq -c . FILE > NEW.jsonl`)"
         )
 
 
 def _is_open(start: bytes) -> bool:
-    """Whether JSON that begins so is right as far as it goes, and more must come."""
+    """Whether `start` is a valid but incomplete JSON value."""
     try:
         json.loads(start)
     except json.JSONDecodeError as error:

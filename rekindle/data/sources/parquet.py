@@ -1,4 +1,4 @@
-"""Parquet files with a column `text`."""
+"""Parquet files with a `text` column."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +15,12 @@ from rekindle.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MOST_ROWS = 256  # read at once: what they decode to is not known before
-MOST_INDICES = 1 << 16  # the same of a dictionary column, which is decoded step by step
+MOST_ROWS = 256  # read at once, because their decoded size is not known beforehand
+MOST_INDICES = 1 << 16  # rows read at once of a dictionary column, which is decoded in steps
 
 
 class ParquetSource(LocalSource):
-    """Parquet files with a column `text`."""
+    """Parquet files with a `text` column."""
 
     suffixes = (".parquet",)
 
@@ -33,52 +33,56 @@ class ParquetSource(LocalSource):
 
 
 def _open_parquet(path: Path) -> Any:
-    """Open a Parquet file and check its column `text`."""
+    """Open a Parquet file and check its `text` column."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        # Arrow would by default keep all that was read of a file, 2 GB of one of FineWeb's.
+        # By default Arrow keeps all data read from a file in memory, 2 GB for a FineWeb file.
         opened = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
         schema = opened.schema_arrow
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, MemoryError):
             raise
-        kind = content.what_is(content.head_of(path))
+        kind = content.kind_of(content.head_of(path))
         if kind and kind != content.PARQUET:
             raise UserError(f"{path} is {content.describe(kind)}") from None
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a whole Parquet file ({reason}): get it again") from None
+        raise UserError(
+            f"{path} is not a complete Parquet file ({reason}): download it again"
+        ) from None
     columns = ", ".join(schema.names) or "none"
     if (count := schema.names.count("text")) != 1:
         wrong = f"has {count} columns 'text'" if count else "has no column 'text'"
-        raise UserError(f"{path} {wrong} (its columns: {columns})")
+        raise UserError(
+            f"{path} {wrong} (its columns: {columns}): put the text in one column named 'text'"
+        )
     kind = schema.field("text").type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise UserError(f"{path}: the column 'text' holds {kind}, not strings")
+        raise UserError(f"{path}: the column 'text' contains {kind}, not strings: convert it")
     return opened
 
 
 def parquet_text_bytes(path: Path) -> int:
-    """Bytes of the column `text`, from the file's metadata."""
+    """Bytes of the `text` column, from the file's metadata."""
     with _open_parquet(path) as opened:
         groups = range(opened.metadata.num_row_groups)
         return sum(_group_bytes(opened.metadata, group) for group in groups)
 
 
 def _group_bytes(metadata: Any, group: int) -> int:
-    """Bytes of the column `text` in one row group, as they are encoded but not compressed."""
+    """Encoded but uncompressed bytes of the `text` column in one row group."""
     columns = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     return metadata.row_group(group).column(columns.index("text")).total_uncompressed_size
 
 
 def parquet_blocks(path: Path, file: int, skip: int) -> Iterator[Block]:
-    """The documents of a Parquet file. Null rows are no documents and are not counted."""
+    """Yield the documents of a Parquet file. Null rows are not documents and are not counted."""
     import pyarrow as pa
 
     rows = first = 0  # rows read; number of the next document
-    waiting: list[pa.StringArray] = []  # for one block, which ends before document `first`
+    waiting: list[pa.StringArray] = []  # texts of the next block, which ends before `first`
     try:
         with _open_parquet(path) as opened:
             total_rows = max(1, opened.metadata.num_rows)
@@ -87,10 +91,10 @@ def parquet_blocks(path: Path, file: int, skip: int) -> Iterator[Block]:
                 texts = column.drop_null()
                 start = min(max(skip - first, 0), len(texts))
                 first += start
-                for some in _decoded(texts.slice(start)):
-                    some.validate(full=True)  # Parquet does not promise UTF-8; the tokenizer does
-                    waiting.append(some)
-                    first += len(some)
+                for array in _decoded(texts.slice(start)):
+                    array.validate(full=True)  # Parquet does not guarantee UTF-8
+                    waiting.append(array)
+                    first += len(array)
                     if _is_full(waiting, enough):
                         yield from _blocks(waiting, file, first, rows / total_rows)
                         waiting = []
@@ -100,12 +104,14 @@ def parquet_blocks(path: Path, file: int, skip: int) -> Iterator[Block]:
         if isinstance(error, MemoryError):
             raise
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged near row {rows} ({reason}): get it again") from None
+        raise UserError(
+            f"{path} is damaged near row {rows} ({reason}): download it again"
+        ) from None
 
 
 def _columns(opened: Any) -> Iterator[tuple[Any, int]]:
-    """The column `text`, few rows at a time, and how many rows should make a block. The number of
-    rows, not the row group, bounds what is in memory."""
+    """Yield the `text` column a few rows at a time, and the number of rows for a full block. The
+    rows read at once, not the size of a row group, bound the memory in use."""
     import pyarrow as pa
 
     is_dictionary = pa.types.is_dictionary(opened.schema_arrow.field("text").type)
@@ -122,7 +128,8 @@ def _columns(opened: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _decoded(texts: Any) -> Iterator["pa.StringArray"]:
-    """Strings of any kind as plain ones, in arrays of at most `BLOCK_BYTES` or of one string."""
+    """Convert any string type to plain strings, in arrays of at most `BLOCK_BYTES` or of one
+    string."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -137,33 +144,33 @@ def _decoded(texts: Any) -> Iterator["pa.StringArray"]:
         before = ends[start - 1] if start else 0
         end = int(np.searchsorted(ends, before + local.BLOCK_BYTES, side="right"))
         end = max(end, start + 1)
-        some = texts.slice(start, end - start)
-        some = some.dictionary_decode() if pa.types.is_dictionary(some.type) else some
-        yield some.cast(pa.string())
+        array = texts.slice(start, end - start)
+        array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+        yield array.cast(pa.string())
         start = end
 
 
 def _is_full(waiting: list["pa.StringArray"], enough: int) -> bool:
-    rows, size = sum(map(len, waiting)), sum(some.nbytes for some in waiting)
+    rows, size = sum(map(len, waiting)), sum(array.nbytes for array in waiting)
     return rows >= enough or size >= local.BLOCK_BYTES
 
 
 def _blocks(waiting: list["pa.StringArray"], file: int, end: int, done: float) -> Iterator[Block]:
-    """The documents up to number `end` as one block; long ones among them in parts."""
+    """Yield the documents before number `end` as one block, and long ones in parts."""
     import pyarrow as pa
 
     short: list[pa.StringArray] = []
     number = end - sum(map(len, waiting))
-    for some in waiting:
-        if len(some) == 1 and some.nbytes > local.PART_BYTES:
+    for array in waiting:
+        if len(array) == 1 and array.nbytes > local.PART_BYTES:
             if short:
                 count = sum(map(len, short))
                 yield Block(pa.concat_arrays(short), file, number - count, done)
                 short = []
-            text = some[0].as_buffer().to_pybytes()
+            text = array[0].as_buffer().to_pybytes()
             yield from parts(Piece(text, done), file, number)
         else:
-            short.append(some)
-        number += len(some)
+            short.append(array)
+        number += len(array)
     if short:
         yield Block(pa.concat_arrays(short), file, number - sum(map(len, short)), done)

@@ -1,4 +1,4 @@
-"""The embedded default: documentation that every CPython carries, so that a demo needs no network.
+"""The embedded default: documentation that comes with CPython, so that the demo needs no network.
 
 About 2 MB of English: the language reference by topic (`pydoc_data.topics`) and the docstrings of
 the standard library. The sources are parsed, never imported.
@@ -16,7 +16,7 @@ from pathlib import Path
 from rekindle.data.sources.base import Block, Source, SourceFile
 from rekindle.errors import UserError
 
-# Tests, other programs, and packages that are the user's rather than Python's.
+# Tests, other programs, and packages that the user installed.
 SKIPPED = frozenset({
     "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "_vendor",
     "site-packages", "dist-packages", "__pycache__", "__phello__",
@@ -25,7 +25,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class PythonDocs(Source):
-    """The Python manual's topics, then the docstrings of each standard module."""
+    """The topics of the Python manual, then the docstrings of each standard module."""
 
     name = "Python's own documentation"
     revision = platform.python_version()
@@ -33,7 +33,10 @@ class PythonDocs(Source):
 
     def __init__(self) -> None:
         if not self.documents:
-            raise UserError("this Python carries neither its manual nor its library's sources")
+            raise UserError(
+                "this Python has neither its manual nor the source of its standard library: "
+                "give another source of text"
+            )
         self.files = [SourceFile("documentation", self.text_bytes)]
 
     @cached_property
@@ -56,7 +59,7 @@ class PythonDocs(Source):
 
 
 def _topics() -> Iterator[str]:
-    """The manual by topic, as `help("topics")` shows it; some distributions leave it out."""
+    """The manual by topic, as shown by `help("topics")`; some distributions do not include it."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -66,7 +69,7 @@ def _topics() -> Iterator[str]:
 
 
 def _library() -> Iterator[str]:
-    """One document for each standard module that is documented."""
+    """One document for each documented standard module."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -75,10 +78,10 @@ def _library() -> Iterator[str]:
 
 
 def _module(path: Path, name: str) -> str:
-    """All docstrings of one module, each below the line that defines what it describes."""
+    """All docstrings of one module, each below the definition that it describes."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old sources are not our concern
+            warnings.simplefilter("ignore")  # old sources contain invalid escapes
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return ""
@@ -87,9 +90,9 @@ def _module(path: Path, name: str) -> str:
 
 
 def _docstrings(node: Documented, heading: str) -> Iterator[str]:
-    """Docstrings of a module, class or function and of what is defined in it, in source order."""
+    """Docstrings of a module, class or function and of the definitions in it, in source order."""
     if docstring := ast.get_docstring(node):
-        # A docstring may spell a lone surrogate, which is not text.
+        # A docstring may contain a lone surrogate, which cannot be encoded as UTF-8.
         yield f"{heading}\n{docstring}".encode(errors="ignore").decode()
     for child in node.body:
         if isinstance(child, ast.ClassDef):

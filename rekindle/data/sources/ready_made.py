@@ -1,4 +1,4 @@
-"""Shards that others made in llm.c's layout, taken as they are: checked, and given a manifest."""
+"""Ready-made shards in llm.c's format, used unchanged: they are checked and get a manifest."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,62 +10,62 @@ from typing import Any
 from rekindle import hub, storage
 from rekindle.data import shards
 from rekindle.data.cores import usable_cores
-from rekindle.data.progress import Progress
 from rekindle.data.shards import Manifest, Shard
 from rekindle.data.sources.splits import LEFT_OUT, split_lines, split_of
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 from rekindle.observe.console import Console
+from rekindle.observe.progress import Progress
 
 DATASET = "fineweb-10bt-tokenized"
 REPOSITORY = "kjj0/fineweb10B-gpt2"  # modded-nanogpt's tokens of FineWeb's 10BT sample
-INSTEAD = "where there is no network, download the files elsewhere and use --shards DIR"
-DOWNLOADS = 4  # at once: one connection rarely fills a line
+INSTEAD = "without network access, download the files elsewhere and use --shards DIR"
+DOWNLOADS = 4  # at the same time: one connection rarely uses the full bandwidth
 
 
 class ReadyMade(ABC):
-    """A set of shards that needs no encoding."""
+    """A set of shards that is already encoded."""
 
     @abstractmethod
     def take(
         self, out: Path, tokenizer: Tokenizer, console: Console, lock: storage.Lock
     ) -> Manifest:
-        """Make `out` a folder of these shards. Does nothing when it is one already;
-        otherwise nobody else may write there meanwhile."""
+        """Make `out` a folder with these shards and a manifest. Does nothing if it already is one;
+        otherwise takes `lock` before writing."""
 
 
 class ShardFolder(ReadyMade):
-    """A folder that holds shards; the manifest is written beside them."""
+    """A local folder of shards; the manifest is written into it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}")
+            raise UserError(f"there is no folder {folder}: check --shards")
         self.paths = sorted(path for path in folder.glob("*.bin") if path.name[0] != ".")
         if not self.paths:
-            raise UserError(f"{folder} holds no shards (*.bin)")
+            raise UserError(f"{folder} contains no shards (*.bin): check --shards")
         self.kept = [path for path in self.paths if split_of(path.name) != "test"]
 
     def take(
         self, out: Path, tokenizer: Tokenizer, console: Console, lock: storage.Lock
     ) -> Manifest:
         if out.resolve() != self.folder.resolve():
-            raise UserError(f"ready-made shards stay where they are: give --out {self.folder}")
+            raise UserError(f"ready-made shards are used in place: give --out {self.folder}")
         if (out / shards.MANIFEST).exists():
             manifest = shards.read_manifest(out)
             shards.check_sizes(out, manifest)
             named = {shard.name for shard in manifest.shards}
-            kept, all_of_them = ({path.name for path in some} for some in (self.kept, self.paths))
-            if named not in (kept, all_of_them):  # which earlier versions took
-                raise UserError(f"{out / shards.MANIFEST} names other shards: remove it first")
-            console.print(f"{out} is prepared already: {manifest.summary()}; nothing to do")
+            kept, every = ({path.name for path in paths} for paths in (self.kept, self.paths))
+            if named not in (kept, every):  # earlier versions used all shards
+                raise UserError(f"{out / shards.MANIFEST} lists other shards: remove it first")
+            console.print(f"{out} is already prepared: {manifest.summary()}; nothing to do")
             return manifest
-        _say_splits([path.name for path in self.paths], f"the folder {out}", console)
+        _print_splits([path.name for path in self.paths], f"the folder {out}", console)
         lock.take()
         with ThreadPoolExecutor(usable_cores()) as pool:
             entries = list(pool.map(lambda path: _describe(path, tokenizer), self.kept))
         source = {
-            "name": f"shards: {storage.spelled(self.folder.resolve().name)}",
+            "name": f"shards: {storage.printable(self.folder.resolve().name)}",
             "revision": "local",
             "licence": "unknown",
         }
@@ -82,13 +82,13 @@ class PublishedShards(ReadyMade):
         self, out: Path, tokenizer: Tokenizer, console: Console, lock: storage.Lock
     ) -> Manifest:
         if tokenizer.name != "gpt2":
-            raise UserError(f"{self.repository} holds GPT-2's tokens: use --tokenizer gpt2")
+            raise UserError(f"{self.repository} contains GPT-2 tokens: use --tokenizer gpt2")
         out.mkdir(parents=True, exist_ok=True)
         if (out / shards.MANIFEST).exists():
             manifest = shards.read_manifest(out)
             self._check_origin(out, manifest.source)
             shards.check_sizes(out, manifest)
-            console.print(f"{out} is prepared already: {manifest.summary()}; nothing to do")
+            console.print(f"{out} is already prepared: {manifest.summary()}; nothing to do")
             return manifest
         lock.take()
         source, entries = _Fetch(self, out, tokenizer, console).run()
@@ -97,7 +97,7 @@ class PublishedShards(ReadyMade):
         return manifest
 
     def read_state(self, out: Path) -> dict[str, Any]:
-        """What an earlier call had finished: the source, and the shards that were checked."""
+        """The state of an earlier call: the source, and the shards that were checked."""
         path = out / shards.UNFINISHED / shards.STATE
         if not path.exists():
             return {"source": {}, "shards": []}
@@ -109,12 +109,12 @@ class PublishedShards(ReadyMade):
         if record.get("name") != self.repository:
             raise UserError(
                 f"{out} was prepared from {record.get('name')!r}, not {self.repository!r}: "
-                "give another --out, or remove it"
+                "choose another --out, or remove it"
             )
 
 
 class _Fetch:
-    """One call's downloads. Each shard is checked before it gets its name in the folder."""
+    """The downloads of one call. Each shard is checked before it is moved into the folder."""
 
     def __init__(
         self, published: PublishedShards, out: Path, tokenizer: Tokenizer, console: Console
@@ -130,7 +130,7 @@ class _Fetch:
         hub.remove_partial(self.folder)
         self.listing = listing
         files = [file for file in listing.files if "/" not in file.path]
-        _say_splits([file.path for file in files], listing.repository, console)
+        _print_splits([file.path for file in files], listing.repository, console)
         self.files = [file for file in files if split_of(file.path) != "test"]
         self.entries = {entry["name"]: Shard(**entry) for entry in state["shards"]}
         self.source = {
@@ -150,14 +150,14 @@ class _Fetch:
         self.progress.update(0, self.before / self.total)
         pool = ThreadPoolExecutor(DOWNLOADS)
         try:
-            for shard in pool.map(self._take, missing):
+            for shard in pool.map(self._fetch, missing):
                 self.entries[shard.name] = shard
                 finished = [asdict(entry) for entry in self.entries.values()]
                 state = {"source": self.source, "shards": finished}
                 storage.write_json(self.folder / shards.STATE, state)
                 self.console.print(f"{shard.name}: {shard.tokens:,} tokens")
         finally:
-            self.cancelled = True  # of use only when one has failed: the others need not go on
+            self.cancelled = True  # matters only if a download failed: it stops the others
             pool.shutdown(cancel_futures=True)
         return self.source, [self.entries[file.path] for file in self.files]
 
@@ -165,7 +165,7 @@ class _Fetch:
         path = self.out / file.path
         return file.path in self.entries and path.exists() and path.stat().st_size == file.size
 
-    def _take(self, file: hub.RemoteFile) -> Shard:
+    def _fetch(self, file: hub.RemoteFile) -> Shard:
         target = self.out / file.path
         if target.exists() and file.sha256 and storage.file_sha256(target) == file.sha256:
             return _describe(target, self.tokenizer)
@@ -181,14 +181,14 @@ class _Fetch:
         self.progress.update(self.received, (self.before + self.received) / self.total)
 
 
-def _say_splits(names: Sequence[str], where: str, console: Console) -> None:
-    """Print which shards belong to which split. Raises `UserError` if none is left to train on."""
+def _print_splits(names: Sequence[str], where: str, console: Console) -> None:
+    """Print which shards belong to which split. Raises `UserError` if none is for training."""
     splits = {name: split_of(name) or "train" for name in names}
     left_out = [(name, LEFT_OUT) for name in names if splits[name] == "test"]
     kept = [(name, splits[name]) for name in names if splits[name] != "test"]
     lines = split_lines(kept, left_out)
     if "train" not in splits.values():
-        raise UserError(f"{where} holds nothing to train on: {'; '.join(lines)}")
+        raise UserError(f"{where} has nothing to train on: {'; '.join(lines)}")
     for line in lines:
         console.print(line)
 

@@ -1,25 +1,25 @@
-"""Which file belongs to which split: decided here for every source, by the words of its name."""
+"""Which split a file belongs to, decided for every source by the words in the file's name."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
-# The words by which the hub's `datasets` knows a split (KEYWORDS in its data_files.py).
+# The words by which Hugging Face's `datasets` recognizes a split (KEYWORDS in its data_files.py).
 WORDS = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-LEFT_OUT = "as test data by name"  # the reason why a file of the split `test` is not read
-MOST_NAMES = 20  # on one line
+LEFT_OUT = "test data by name"  # the reason reported for a file of the split `test`
+MOST_NAMES = 20  # names shown on one line
 
 
 def split_of(path: str) -> str | None:
-    """`train`, `val` or `test` by the words of a file's name, or else of the nearest folder's.
+    """`train`, `val` or `test`, from the words in a file's name, or else in the nearest folder's.
 
-    Only whole words count: `values` and `medieval` hold none. Of several words, the one that
-    holds out more counts: a file `train_test` is left out rather than trained on.
+    Only whole words count: `values` and `medieval` do not match. With several words, `test` wins
+    over `val`, and `val` over `train`: a file `train_test` is left out, not trained on.
     """
     for name in reversed(PurePosixPath(path).parts):
         found = {WORDS.get(word) for word in _words(name)}
@@ -30,16 +30,17 @@ def split_of(path: str) -> str | None:
 
 
 def _words(name: str) -> list[str]:
-    """The runs of letters in a name, also cut where a capital follows a small letter."""
+    """The runs of letters in a name, also split where an upper-case letter follows a lower-case
+    one."""
     runs = re.findall(r"[^\W\d_]+", name)
     return [word.lower() for run in runs for word in re.split(r"(?<=[a-z])(?=[A-Z])", run)]
 
 
 def splits_of(paths: Sequence[str]) -> list[str | None]:
-    """The split of each file of a set: `val`, `train`, `test` (to be left out), or None.
+    """The split of each file of a source: `val`, `train`, `test` (to be left out), or None.
 
-    With files for validation, all others are training. Without, these are None: each document's
-    hash decides.
+    If any file is for validation, all others are for training. If none is, they get None: the hash
+    of each document decides.
     """
     splits = [split_of(path) for path in paths]
     other = "train" if "val" in splits else None
@@ -51,8 +52,8 @@ def split_lines(
     left_out: Iterable[tuple[str, str]],
     undecided: str = "training",
 ) -> list[str]:
-    """A line for each split, and for each reason to leave a file out. `files` are names and
-    splits, `left_out` names and reasons; `undecided` says what becomes of the split None."""
+    """A line for each split, and for each reason why files are left out. `files` are (name, split),
+    `left_out` are (name, reason); `undecided` describes the use of files with split None."""
     titles = {"train": "training", "val": "validation", None: undecided}
     groups: dict[str, list[str]] = {title: [] for title in titles.values()}
     for name, split in files:

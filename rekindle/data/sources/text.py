@@ -19,22 +19,22 @@ NEWLINES = b"\r\n"
 class TextSource(LocalSource):
     """Plain UTF-8 text: a file is one document, or several with `<|endoftext|>` between them.
 
-    Newlines beside a separator belong to it; all other text is taken as it is.
+    Newlines next to a separator belong to it; all other text is kept unchanged.
     """
 
     suffixes = (".txt", ".md", ".text")
 
     def read(self, file: int, skip: int) -> Iterator[Block]:
         path, size = self.paths[file], self.files[file].size
-        kind = content.what_is(content.head_of(path))
-        if kind and kind != content.PAGE:  # a page is text like any other
+        kind = content.kind_of(content.head_of(path))
+        if kind and kind != content.PAGE:  # a web page is valid text
             raise UserError(f"{path} is {content.describe(kind)}")
         return gather(_documents(path, size), file, skip)
 
 
 @dataclass(frozen=True)
 class _Raw:
-    """Bytes between two separators, or some of them where they are many."""
+    """The bytes between two separators, or a part of them if they are too long."""
 
     data: bytes
     start: int  # offset in the file
@@ -55,25 +55,26 @@ def _documents(path: Path, size: int) -> Iterator[Piece]:
 
 
 def _check_utf8(raw: _Raw, path: Path) -> None:
-    """Part by part, since text takes up to four times the memory of its bytes."""
+    """Raise `UserError` unless `raw` is UTF-8. Decodes in parts, because decoded text takes up to
+    four times the memory of its bytes."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for at in range(0, max(1, len(raw.data)), local.PART_BYTES):
-        before = len(decoder.getstate()[0])  # of a character that is cut here
+        before = len(decoder.getstate()[0])  # bytes of a character cut by the previous part
         end = at + local.PART_BYTES
         try:
             decoder.decode(raw.data[at:end], final=end >= len(raw.data))
         except UnicodeDecodeError as error:
-            place = raw.start + at - before + error.start
+            position = raw.start + at - before + error.start
             raise UserError(
-                f"{path} is not UTF-8 text (byte {place}: {error.reason}): convert it first"
+                f"{path} is not UTF-8 text (byte {position}: {error.reason}): convert it first"
             ) from None
 
 
 def _split(path: Path, separator: bytes) -> Iterator[_Raw]:
-    """The parts of a file between separators; reads only as far as needed, and cuts a part that
-    is longer than `LONG_BYTES`."""
+    """Split a file at separators, reading only as far as needed; a part longer than `LONG_BYTES`
+    is cut."""
     buffer = bytearray()
-    start = searched = 0  # offset of the buffer in the file; how much of it has no separator
+    start = searched = 0  # offset of the buffer in the file; bytes of it already searched
     begins = True
     with open(path, "rb") as file:
         while chunk := file.read(local.BLOCK_BYTES):
@@ -93,14 +94,14 @@ def _split(path: Path, separator: bytes) -> Iterator[_Raw]:
 
 
 def _copy(buffer: bytearray, end: int) -> bytes:
-    """The beginning of a buffer, copied once."""
+    """Copy the first `end` bytes of a buffer, without an intermediate copy."""
     with memoryview(buffer) as view:
         return bytes(view[:end])
 
 
 def _cut(buffer: bytearray, limit: int) -> int:
-    """Where a document that goes on may be cut: between two characters, and not within what may
-    prove to be a separator or the newlines before it."""
+    """Where an unfinished document can be cut: between two characters, and not inside a possible
+    separator (after `limit`) or the newlines before it."""
     end = limit
     while end and buffer[end - 1] in NEWLINES:
         end -= 1

@@ -1,6 +1,6 @@
-"""Evaluations, one file each. A new one needs a class as `Task` describes it, and a line here.
+"""Evaluation tasks, one file each. To add one, implement `Task` and add a line to `TASKS`.
 
-Imports no torch: the command line has a flag for each name.
+Does not import torch, because the command line has a flag for each name.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The contract of an evaluation."""
+"""The interface of an evaluation task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,30 +12,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Item:
-    """One question of a task, as tokens: a context, and candidates that may continue it.
+    """One question of a task, as tokens: a context and its candidate continuations.
 
-    Every token of a candidate is scored, except one that nothing precedes. Where context and
-    candidate are longer than the model's context, their beginning is dropped.
+    Every token of a candidate is scored, except one without a preceding token. If context and
+    candidate together exceed the model's block size, the beginning is dropped.
     """
 
     context: list[int]
-    candidates: list[list[int]]  # at least one, none empty; items may differ in how many
-    label: int = 0  # index of the right candidate
+    candidates: list[list[int]]  # at least one, none empty; the number may differ per item
+    label: int = 0  # index of the correct candidate
 
 
 class Task(Protocol):
-    """An evaluation: what it reads, and how it turns losses into scores. One file in this folder,
-    and one line in `TASKS` for the commands to know it."""
+    """An evaluation task: where its items come from, and how losses become scores. To make one
+    available to the commands, add a file to this folder and a line to `TASKS`."""
 
-    name: str  # of its records in the log, its results and its flag
-    title: str  # as people write it
-    metric: str  # the one of `score`'s keys that counts: a share of the items
-    chance: float  # value of `metric` for a model that guesses
-    needs_greedy: bool  # whether `score` looks at `greedy`
+    name: str  # used for its log records, its results and its flag
+    title: str  # display name
+    metric: str  # the main one of `score`'s keys: a fraction of the items
+    chance: float  # expected `metric` of random guessing
+    needs_greedy: bool  # whether `score` uses `greedy`
 
     def load(self, where: str, tokenizer: "Tokenizer") -> list[Item]:
         """Read the items from a file, or from the hub if `where` is "hub". Raises `UserError` if
-        that cannot be done, naming the row of a malformed item."""
+        that fails; for a malformed item, it names the row."""
         ...
 
     def score(
@@ -45,11 +45,12 @@ class Task(Protocol):
         counts: "Sequence[Tensor]",
         greedy: "Sequence[Tensor] | None",
     ) -> dict[str, float]:
-        """Metrics as floats, counts as ints; a key that starts with "acc" is a share of the items.
+        """Metrics as floats, counts as ints; a key that starts with "acc" is a fraction of the
+        items.
 
-        For each item a tensor with one value per candidate, on the CPU: `sums` has the sum of its
-        tokens' losses in nats (float64, finite), `counts` how many tokens were scored (float64),
-        `greedy` whether each of them was the model's first choice (bool; None unless
-        `needs_greedy`).
+        Each argument holds one tensor per item, with one value per candidate, on the CPU: `sums`
+        is the summed loss of the scored tokens in nats (float64, finite), `counts` the number of
+        scored tokens (float64), `greedy` whether all of them were the model's first choice (bool;
+        None unless `needs_greedy`).
         """
         ...

@@ -1,7 +1,7 @@
-"""HellaSwag, completion style: which of four endings does the model find most likely?
+"""HellaSwag, completion style: which of four endings is the most likely under the model?
 
-As in the lecture, context and ending are one text, and the loss counts on the ending's tokens.
-`acc` takes the ending with the lowest sum, `acc_norm` the one with the lowest mean per token.
+As in the lecture, context and ending form one text, and only the ending's tokens are scored. `acc`
+picks the ending with the lowest total loss, `acc_norm` the one with the lowest loss per token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,14 @@ from rekindle.errors import UserError
 from rekindle.evaluate.tasks.base import Item
 from rekindle.storage import parse_json
 
-# The hub converts every data set to Parquet under this revision.
+# At this revision, the hub has a Parquet version of every dataset.
 HUB = {"repo": "Rowan/hellaswag", "file": "default/validation/0000.parquet",
        "revision": "refs/convert/parquet", "kind": "dataset"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Question:
-    """A context, four endings, and which of them is the real one."""
+    """A context, four endings, and the index of the real one."""
 
     context: str
     endings: tuple[str, ...]
@@ -33,7 +33,7 @@ class Question:
 
 
 class HellaSwag:
-    """The task."""
+    """The HellaSwag task."""
 
     name = "hellaswag"
     title = "HellaSwag"
@@ -42,7 +42,7 @@ class HellaSwag:
     needs_greedy = False
 
     def load(self, where: str, tokenizer: Tokenizer) -> list[Item]:
-        """Items from `where`: JSON lines, the hub's Parquet file, or "hub" to download that."""
+        """Items from `where`: a JSON lines file, a Parquet file, or "hub" to download it."""
         if where == "hub":
             path = hub.download(**HUB, instead="give a local copy with --hellaswag FILE")
         else:
@@ -71,17 +71,17 @@ class HellaSwag:
 
 
 def tokenize(question: Question, tokenizer: Tokenizer) -> Item:
-    """A question as the model reads it: GPT-2's words begin with their space."""
+    """Tokenize a question. Endings get a leading space, which GPT-2's word tokens include."""
     context = tokenizer.encode(question.context)
     endings = [tokenizer.encode(" " + ending) for ending in question.endings]
     return Item(context, endings, question.label)
 
 
 def read_questions(path: Path) -> list[Question]:
-    """HellaSwag's JSON lines, or its Parquet file from the hub. Raises `UserError` that names the
-    line of what is no question."""
+    """Read HellaSwag's JSON lines, or its Parquet file from the hub. Raises `UserError` that names
+    the row of a malformed question."""
     if not path.is_file():
-        raise UserError(f"there is no HellaSwag file {path}")
+        raise UserError(f"HellaSwag file not found: {path}")
     questions = []
     for number, row in enumerate(_read_rows(path), 1):
         try:
@@ -95,7 +95,7 @@ def read_questions(path: Path) -> list[Question]:
             raise UserError(f"{path}, row {number}: not a HellaSwag question ({error!r})") from None
         questions.append(question)
     if not questions:
-        raise UserError(f"{path} holds no questions")
+        raise UserError(f"{path} contains no questions")
     return questions
 
 
@@ -108,7 +108,7 @@ def _read_rows(path: Path) -> Iterator[Any]:
             yield from pq.read_table(path).to_pylist()
         except (OSError, ValueError, pa.ArrowException) as error:
             reason = str(error).split("\n")[0]
-            raise UserError(f"{path} is not a whole Parquet file ({reason})") from None
+            raise UserError(f"{path} is not a complete Parquet file ({reason})") from None
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

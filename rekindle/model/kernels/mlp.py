@@ -61,7 +61,7 @@ def _gelu_store(product, bias, pre, out, M, N, top, left, row_stride, BACKWARD: 
     tl.store(out + corner + offsets, result.to(out.dtype.element_ty), mask=mask)
 
 
-@jit(do_not_specialize=["M_bits"])  # which would compile anew for the value 16
+@jit(do_not_specialize=["M_bits"])  # else the value 16 compiles again
 def _matmul_gelu_kernel(
     a, b, bias, pre, out, M, N, row_stride, b_stride_k, b_stride_n, M_bits,
     K: tl.constexpr, BACKWARD: tl.constexpr, FLOAT: tl.constexpr,

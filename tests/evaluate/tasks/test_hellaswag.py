@@ -1,4 +1,4 @@
-"""HellaSwag: its questions, read from a file or the hub, and its score."""
+"""HellaSwag: reading questions from files and the hub, and scoring."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def test_questions_are_read_from_json_lines_and_from_parquet(tmp_path: Path) -> 
         row(endings=None),
         row(label="4"),
         row(label="-1"),
-        row(label=""),  # as in the test split, which has no answers
+        row(label=""),  # as in the test split, which has no labels
         row(label=float("inf")),
         row(ctx=None),
         {"text": "no question at all"},
@@ -55,7 +55,7 @@ def test_questions_are_read_from_json_lines_and_from_parquet(tmp_path: Path) -> 
         None,
     ],
 )
-def test_a_row_that_is_no_question_is_named(tmp_path: Path, bad: Any) -> None:
+def test_malformed_question_is_named(tmp_path: Path, bad: Any) -> None:
     file = write(tmp_path / "q.jsonl", [row(), row(), bad])
     with pytest.raises(UserError, match="row 3: not a HellaSwag question") as caught:
         read_questions(file)
@@ -64,24 +64,26 @@ def test_a_row_that_is_no_question_is_named(tmp_path: Path, bad: Any) -> None:
 
 
 @pytest.mark.parametrize("content", [b'{"ctx": "A', b"\xff\xfe\n", b"\n"])
-def test_a_line_that_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
+def test_malformed_json_line_is_named(tmp_path: Path, content: bytes) -> None:
     file = write(tmp_path / "q.jsonl", [row()])
     file.write_bytes(file.read_bytes() + content)
     with pytest.raises(UserError, match="row 2: not a line of JSON"):
         read_questions(file)
 
 
-def test_files_that_hold_nothing_to_ask(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no HellaSwag file"):
+def test_missing_empty_and_truncated_files_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="HellaSwag file not found"):
         read_questions(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match="holds no questions"):
+    with pytest.raises(UserError, match="contains no questions"):
         read_questions(write(tmp_path / "empty.jsonl", []))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match="not a whole Parquet file"):
+    with pytest.raises(UserError, match="not a complete Parquet file"):
         read_questions(tmp_path / "cut.parquet")
 
 
-def test_the_hub_is_asked_for_hellaswag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hellaswag_is_downloaded_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
 
     def download(**wanted: Any) -> Path:
@@ -95,13 +97,13 @@ def test_the_hub_is_asked_for_hellaswag(tmp_path: Path, monkeypatch: pytest.Monk
     assert items == [tokenize(EXPECTED, ByteTokenizer())]
 
 
-def test_an_ending_begins_with_its_space() -> None:
+def test_endings_are_tokenized_with_a_leading_space() -> None:
     endings = [[32, letter] for letter in b"abcd"]
     assert tokenize(EXPECTED, ByteTokenizer()) == Item(list(b"A man"), endings, 2)
 
 
-def test_the_score_by_hand() -> None:
-    """The lowest sum against the lowest mean; a token that nothing precedes leaves a count of 0."""
+def test_score_by_hand() -> None:
+    """Lowest sum against lowest mean; a candidate without scored tokens has a count of 0."""
     sums = torch.tensor([[4.0, 3.0, 9.0, 9.0], [5.0, 6.0, 7.0, 8.0], [3.0, 2.0, 0.0, 1.0]])
     counts = torch.tensor([[4.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 8.0], [1.0, 1.0, 0.0, 1.0]])
     items = [Item([], [[1]] * 4, label) for label in (0, 3, 2)]
@@ -109,7 +111,7 @@ def test_the_score_by_hand() -> None:
     assert score == {"total": 3, "correct": 1, "correct_norm": 3, "acc": 1 / 3, "acc_norm": 1.0}
 
 
-def test_limit_takes_the_first_questions(
+def test_limit_uses_the_first_questions(
     tmp_path: Path, train: Callable[..., Any], rekindle: Callable[..., Any], asked: Any
 ) -> None:
     file = tmp_path / "questions.jsonl"

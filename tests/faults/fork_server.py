@@ -1,12 +1,12 @@
-"""Runs commands of rekindle in forked processes, which begin at once because torch is loaded here.
+"""Runs commands of rekindle in forked processes, which start fast because torch is loaded here.
 
-Says when it is ready, reads jobs from stdin and answers each on stdout, one JSON object a line:
+Prints "ready", then reads jobs from stdin and prints results to stdout, one JSON object per line:
 {"arguments": [...], "fault": "...", "signal": 9, "after": 0.3}
 {"arguments": [...], "signal": 15, "until": "run/metrics.jsonl"}
 {"status": 0, "out": "...", "err": ""}
-`fault` and `trace` are for fault.c; `signal` is sent `after` so many seconds, or once the file
-`until` holds anything, and once more `again` so many seconds later. A negative status is a
-signal's. Between attempts to save a checkpoint there are milliseconds here instead of seconds.
+`fault` and `trace` are passed to fault.c. `signal` is sent after `after` seconds, or once the file
+`until` is not empty, and again `again` seconds later. A negative status is the signal that killed
+the process. Saving a checkpoint is retried after milliseconds here instead of seconds.
 """
 
 import json
@@ -28,7 +28,7 @@ def work(job: dict[str, Any]) -> int:
     if pid == 0:
         os.environ["FAULT"] = job.get("fault", "")
         os.environ["TRACE"] = job.get("trace", "")
-        torch.set_num_threads(1)  # makes torch's pool anew before several threads try to
+        torch.set_num_threads(1)  # recreate torch's thread pool before several threads try to
         status = 1
         try:
             status = main(job["arguments"])
@@ -44,19 +44,19 @@ def work(job: dict[str, Any]) -> int:
             if select.select([descriptor], [], [], 0.005)[0]:
                 break
         for pause in filter(None, (job.get("after", 0.001), job.get("again"))):
-            select.select([descriptor], [], [], pause)  # not once it has ended
+            select.select([descriptor], [], [], pause)  # returns early if it has ended
             os.kill(pid, job["signal"])
         os.close(descriptor)
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
 
 
-def nurse() -> None:
-    writer.PAUSES = (0.01, 0.04)
+def serve() -> None:
+    writer.RETRY_DELAYS = (0.01, 0.04)
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # which loads the compiler
-    answers = os.fdopen(os.dup(1), "w")
-    print("ready", file=answers, flush=True)  # whoever measures a job's time does not measure this
+    torch.use_deterministic_algorithms(True)  # loads the compiler
+    results = os.fdopen(os.dup(1), "w")
+    print("ready", file=results, flush=True)  # so that times of jobs do not include the start
     for line in sys.stdin:
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             os.dup2(out.fileno(), 1)
@@ -66,9 +66,9 @@ def nurse() -> None:
             for file in (out, err):
                 file.seek(0)
                 printed.append(file.read())
-        answer = {"status": status, "out": printed[0], "err": printed[1]}
-        print(json.dumps(answer), file=answers, flush=True)
+        result = {"status": status, "out": printed[0], "err": printed[1]}
+        print(json.dumps(result), file=results, flush=True)
 
 
 if __name__ == "__main__":
-    nurse()
+    serve()

@@ -1,9 +1,9 @@
-"""Runs torchrun in forked processes, whose ranks are forked too: torch is loaded once, here.
+"""Runs torchrun in forked processes, whose ranks are forked too, so that torch is loaded only once.
 
-Reads jobs from stdin and answers each on stdout, one JSON object a line:
+Reads jobs from stdin and prints results to stdout, one JSON object per line:
 {"hosts": [{"torchrun": [...], "rank": [arguments of rank.work], "network": ""}], "limit": 120}
 [{"status": 0, "out": "...", "err": "", "seconds": 1.2}]
-All of it but the start of a rank (`Popen`, below) is torchrun's own code.
+Only the start of a rank (`Popen` below) replaces torchrun's own code.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ from tests.distributed.rank import work
 
 
 class Popen:
-    """What torchrun takes for `subprocess.Popen([python, "-u", SCRIPT, *arguments], ...)`."""
+    """Replaces `subprocess.Popen([python, "-u", SCRIPT, *arguments], ...)` in torchrun."""
 
-    patience = 30.0  # seconds between SIGTERM and SIGKILL, as torchrun has it
+    patience = 30.0  # seconds between SIGTERM and SIGKILL; torchrun's default
 
     def __init__(self, args: tuple[str, ...], env: dict[str, str], **_: Any) -> None:
         self.returncode: int | None = None
@@ -38,7 +38,7 @@ class Popen:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not torchrun's handlers
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ.update(env)
-            torch.set_num_threads(1)  # makes torch's pool anew before several threads try to
+            torch.set_num_threads(1)  # recreate torch's thread pool before several threads try to
             return work(*args[3:])
 
         self.pid = fork(begin)
@@ -59,7 +59,7 @@ class Popen:
 
 
 def fork(begin: Callable[[], int]) -> int:
-    """The number of a process, leader of its own group, that ends with the status of `begin`."""
+    """Fork a process with its own group that exits with the status of `begin`; return its id."""
     if pid := os.fork():
         return pid
     status = 1
@@ -103,7 +103,7 @@ class Host:
         end = self._began + limit
         while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
             if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGTERM)  # which ends its ranks too
+                os.kill(self.pid, signal.SIGTERM)  # ends its ranks too
                 end += 60
             time.sleep(0.02)
         out, err = (file.seek(0) or file.read() for file in self._printed)
@@ -113,16 +113,16 @@ class Host:
         }  # fmt: skip
 
 
-def nurse() -> None:
+def serve() -> None:
     subprocess_handler.Popen = Popen  # type: ignore[attr-defined]
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # which loads the compiler
-    answers = os.fdopen(os.dup(1), "w")
+    torch.use_deterministic_algorithms(True)  # loads the compiler
+    results = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         job = json.loads(line)
         hosts = [Host(**host) for host in job["hosts"]]
-        print(json.dumps([host.wait(job["limit"]) for host in hosts]), file=answers, flush=True)
+        print(json.dumps([host.wait(job["limit"]) for host in hosts]), file=results, flush=True)
 
 
 if __name__ == "__main__":
-    nurse()
+    serve()

@@ -1,4 +1,4 @@
-"""How far, how fast and how long still, while data are prepared."""
+"""The progress, speed and remaining time of a preparation, a download or an evaluation."""
 
 import time
 
@@ -6,22 +6,29 @@ from rekindle.observe.console import Console, duration
 
 
 class Progress:
-    """The progress line of a preparation or a download. The first comes after the usual time."""
+    """A progress line, first shown after the usual interval."""
 
-    def __init__(self, console: Console, unit: str) -> None:
-        self._console, self._unit = console, unit
+    def __init__(self, console: Console, unit: str, label: str = "") -> None:
+        self._console, self._unit, self._label = console, unit, label
         self._start = time.monotonic()
-        self._part_before: float | None = None  # done by earlier runs: it took none of our time
+        self._part_before: float | None = None  # done by earlier runs, so not counted in our time
         self._count = 0
         console.postpone()
 
     def update(self, count: int, part: float) -> None:
-        """`count` units were made by this run so far; `part` (0 to 1) of all input is read."""
+        """Show that this run has processed `count` units so far and that `part` (0 to 1) of all
+        input has been read."""
         self._count = count
         if self._part_before is None:
             self._part_before = part if count == 0 else 0.0
-        line = f"{count:,} {self._unit} · {self._rate()} · {min(part, 1.0):.0%}{self._left(part)}"
-        self._console.progress(line, passing=True)
+        parts = (
+            self._label,
+            f"{min(part, 1.0):.0%}",
+            self._left(part),
+            self._rate(),
+            f"{count:,} {self._unit}",
+        )
+        self._console.progress(*filter(None, parts), passing=True)
 
     def summary(self) -> str:
         return f"{duration(self._elapsed())}, {self._rate()}"
@@ -38,6 +45,6 @@ class Progress:
 
     def _left(self, part: float) -> str:
         done = part - (self._part_before or 0.0)
-        if done <= 0 or part >= 1:  # nothing to judge by, or nothing left
+        if done <= 0 or part >= 1:  # no basis for an estimate, or nothing left
             return ""
-        return f" · {duration(self._elapsed() * (1 - part) / done)} left"
+        return f"{duration(self._elapsed() * (1 - part) / done)} left"
