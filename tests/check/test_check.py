@@ -106,7 +106,7 @@ def test_published_run_passes(write_run: Callable[..., Path], rekindle: Callable
     assert rows["final loss"] == "3.0750"
     assert rows["published curve"].startswith("43 of 43 within")
     assert rows["GPT-2 124M surpassed"] == (
-        "both at step 14,000, 7,340,032,000 tokens, 1.94 h, cost 11.67 at 6 an hour, "
+        "both at step 14,000, 7,340,032,000 tokens, 1.94 h, cost 11.67 at 6 per hour, "
         "loss 3.1211, HellaSwag 0.2999 ± 0.0090"
     )
     printed = rekindle("check", run)
