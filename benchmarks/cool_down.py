@@ -29,7 +29,7 @@ ARMS = {
     "autocast": ["--precision", "autocast"],
     "autocast, again": ["--precision", "autocast"],
     "bf16": ["--precision", "bf16"],
-    "bf16 + kernels": ["--precision", "bf16", "--kernels"],
+    "bf16 + kernels": ["--precision", "bf16", "--kernels", "all"],
 }
 EQUIVALENT = 0.004  # nats: less than the difference between seeds
 SHORTEST, ROWS = 32, 16  # tokens per document; documents per batch

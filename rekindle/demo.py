@@ -37,7 +37,7 @@ def demo(data: Path, out: Path, device: str, steps: int | None) -> None:
     source = from_arguments(embedded=True)
     prepare(source, data, tokenizer=recipe.tokenizer, val_tokens=recipe.eval_tokens)
     console.print(f"\n2. Tokens → a model: the recipe `{name}`, {recipe.about}")
-    steps_before = _steps_of(out)
+    steps_before = recipes.steps_at_start(out)
     if steps is None:
         steps = steps_before or _choose_steps(recipe, data, options, console)
     recipe = recipes.customized(recipe, _numbers_for(steps), steps_before)
@@ -52,13 +52,6 @@ def _numbers_for(steps: int) -> dict[str, Any]:
         "eval_every": max(1, steps // 3),
         "checkpoint_every": max(1, steps // 3),
     }
-
-
-def _steps_of(out: Path) -> int | None:
-    """The number of steps that the run in `out` was started with; None if there is no run."""
-    if not (out / "run.json").is_file():
-        return None
-    return storage.read_json(out / "run.json", {"recipe": {"steps": int}})["recipe"]["steps"]
 
 
 def _choose_steps(recipe: Recipe, data: Path, options: RunOptions, console: Console) -> int:

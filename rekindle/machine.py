@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rekindle.runtime.device import Device
     from rekindle.runtime.distributed import World
 
+KERNELS = ("none", "loss", "all")
 SAME_MEMORY = 0.05  # relative difference in memory up to which two machines count as the same
 
 
@@ -29,8 +30,12 @@ class MachineOptions:
     device: str | None = flag(None, f"{DEVICE} (default: auto)", "NAME")
     precision: str | None = flag(None, f"{PRECISION} (default: auto)", "NAME")
     compile: bool | None = flag(None, "torch.compile the model (default: yes, where possible)")
-    kernels: bool | None = flag(
-        None, "use Triton kernels for head, loss and MLP; needs bf16 on a GPU (default: no)"
+    kernels: str | None = flag(
+        None,
+        "use Triton kernels for head and loss (loss), or for the MLP too (all); needs bf16 on a "
+        "GPU (default: none)",
+        "NAME",
+        choices=KERNELS,
     )
     fp8_head: bool | None = flag(
         None,
@@ -62,6 +67,8 @@ class MachineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, but is {value}")
+        if self.kernels not in (None, *KERNELS):
+            raise UserError(f"--kernels must be none, loss or all, not {self.kernels!r}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Machine:
     device: str  # cpu, cuda or mps
     precision: str
     compile: bool
-    kernels: bool
+    kernels: str  # one of KERNELS
     deterministic: bool
     shard: bool  # no effect with one rank
     threads: int = field(metadata={"schema": range(1, 4096)})  # CPU threads
@@ -143,8 +150,8 @@ def resolve(
     shard = decide("shard", False)
     why = "it is sharded" if shard and ranks > 1 else devices.why_not_compile(device.torch)
     no_kernels = kernels.why_not(device.torch, device.product_dtype)
-    if options.kernels and no_kernels:
-        raise UserError(f"--kernels: {no_kernels}; use --no-kernels")
+    if options.kernels in KERNELS[1:] and no_kernels:
+        raise UserError(f"--kernels {options.kernels}: {no_kernels}; use --kernels none")
     no_fp8 = fp8.why_not(device.torch)
     if options.fp8_head and no_fp8:
         raise UserError(f"--fp8-head: {no_fp8}; leave it out")
@@ -155,7 +162,7 @@ def resolve(
         device=kind,
         precision=device.precision,
         compile=decide("compile", True) and not why,
-        kernels=decide("kernels", False) and not no_kernels,
+        kernels="none" if no_kernels else decide("kernels", "none"),
         fp8_head=decide("fp8_head", False) and not no_fp8,
         deterministic=decide("deterministic", False),
         shard=shard,

@@ -2,11 +2,10 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rekindle.errors import UserError
 from rekindle.machine import Machine
@@ -55,22 +54,19 @@ def choose_memory_use(
         raise UserError(f"--fp8-head: {reason}; leave it out")
     recompute = machine.recompute
     if recompute is None:
-        recompute = must_recompute(model, T, device, world)
+        recompute = must_recompute(model, T, device, world, compiled=machine.compile)
     model.use(dataclasses.replace(compute, recompute=recompute))
-    micro_batch = machine.micro_batch or choose_micro_batch(model, rows, T, device, world)
+    micro_batch = machine.micro_batch or choose_micro_batch(
+        model, rows, T, device, world, compiled=machine.compile
+    )
     return dataclasses.replace(machine, recompute=recompute, micro_batch=micro_batch)
 
 
-def compile_model(
-    model: LanguageModel, machine: Machine
-) -> tuple[Forward, Callable[..., Tensor] | None]:
-    """The compiled model and its compiled `body`; the model and None if `machine.compile` is
-    False. They share their parameters with `model`, whose parameter names do not change."""
+def compile_model(model: LanguageModel, machine: Machine) -> Forward:
+    """The compiled model, or `model` itself if `machine.compile` is False. They share their
+    parameters, and the parameter names of `model` do not change."""
     if not machine.compile:
-        return model, None
+        return model
     # It warns about a CUDA toolkit without a GPU, which is irrelevant on a CPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    return (
-        torch.compile(cast(nn.Module, model), fullgraph=True, dynamic=False),
-        torch.compile(model.body, fullgraph=True, dynamic=False),
-    )
+    return torch.compile(cast(nn.Module, model), fullgraph=True, dynamic=False)

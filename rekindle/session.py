@@ -58,6 +58,7 @@ class Session:
         return self.run.evaluated
 
     def __post_init__(self) -> None:
+        self.trainer.stop_signal = lambda: self.signals.signal
         self.evaluator.stop_requested = self.stop_requested
 
     def __enter__(self) -> "Session":
@@ -120,7 +121,8 @@ class Session:
         """Compile before the first evaluation, and print how long that took."""
         if not self.evaluation_compiled and self.trainer.machine.compile:
             self.console.progress("compiling the evaluation", passing=True)
-            self.console.print(f"compiled the evaluation in {duration(self.evaluator.compile())}")
+            if seconds := self.evaluator.compile():
+                self.console.print(f"compiled the evaluation in {duration(seconds)}")
         self.evaluation_compiled = True
 
     def evaluate_saved(self) -> None:
@@ -151,9 +153,17 @@ class Session:
         validation = self.validation if evaluated else None
         self.saver.save(self.run.describe(t.describe(), evaluated=evaluated, validation=validation))
 
-    def stop_requested(self) -> int:
-        """The number of a stop signal that any rank has received; 0 if there is none."""
-        return self.world.max(self.signals.signal, self.trainer.device.torch)
+    def stop_requested(self, result: StepResult | None = None) -> int:
+        """The number of a stop signal that any rank has received; 0 if there is none.
+
+        `result` is that of the step just taken: the ranks have reduced their signals together with
+        its loss. Without `result` they communicate now.
+        """
+        if self.world.size == 1:
+            return self.signals.signal
+        if result is None:
+            return self.world.max(self.signals.signal, self.trainer.device.torch)
+        return result.stop_signal
 
     def stop(self, number: int) -> NoReturn:
         """Save a checkpoint and raise `Stopped`. `number`: the signal that requested it."""

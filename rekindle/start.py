@@ -146,14 +146,8 @@ def start(
     metrics = _open_metrics(run, trainer, console, parts.loggers)
     keep = Keep(recipe.keep_checkpoints, recipe.keep_best, recipe.keep_every)
     saver = Saver(out / "checkpoints", keep, model, trainer.optimizer, metrics, world)
-    packed = pack(
-        opened.work,
-        model.config.block_size,
-        trainer.device,
-        world,
-        compiled=trainer.machine.compile,
-        sharded=is_sharded(model),
-    )
+    sharded = is_sharded(model)
+    packed = pack(opened.work, model.config.block_size, trainer.device, world, sharded=sharded)
     validation = shards.open_split(data, opened.manifest, "val")
     evaluate = _make_evaluator(trainer, validation, packed, opened.tokenizer, metrics)
     return Session(run, trainer, opened.unchanged, metrics, saver, evaluate, opened.watch, console)
@@ -181,7 +175,6 @@ def _make_evaluator(
     return Evaluator(
         model=trainer.model,
         forward=trainer.compiled,
-        body=trainer.compiled_body,
         recipe=trainer.recipe,
         validation=validation,
         tasks=packed,
@@ -213,7 +206,8 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
     )
     traits = {
         "compiled": machine.compile,
-        "kernels": machine.kernels,
+        "loss kernel": machine.kernels == "loss",
+        "all kernels": machine.kernels == "all",
         "FP8 head": machine.fp8_head,
         "recomputing": machine.recompute,
         "sharded": is_sharded(trainer.model),

@@ -6,7 +6,7 @@ batches that a step needs; `start.train_run` opens the run folder and calls `tra
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from rekindle.optim import Optimizer
 from rekindle.optim.gradients import clip_gradients, grad_norm, zero_gradients
 from rekindle.runtime.device import Device
 from rekindle.runtime.distributed import World, gradient_sync
+from rekindle.runtime.readback import Readback
 
 if TYPE_CHECKING:
     from rekindle.session import Session
@@ -31,10 +32,11 @@ COMPARE_EVERY = 100  # steps between checks that all ranks hold the same weights
 class StepResult:
     """Loss and gradient norm of one optimizer step, over all ranks.
 
-    The numbers stay on the device; the first property that reads them waits for it.
+    They are copied to the host in the background. The first property that reads one waits for that
+    copy, but not for the update of the weights.
     """
 
-    numbers: Tensor  # (3,) float32: loss, grad norm before clipping, 1 if the step was skipped
+    numbers: Readback  # loss, grad norm before clipping, 1 if the step was skipped, stop signal
     lr: float
 
     @cached_property
@@ -54,6 +56,11 @@ class StepResult:
         """Whether the step left weights and optimizer state unchanged."""
         return bool(self._read[2])
 
+    @property
+    def stop_signal(self) -> int:
+        """The number of a stop signal that any rank had received; 0 if there was none."""
+        return int(self._read[3])
+
 
 def train_step(
     forward: Forward,
@@ -67,6 +74,7 @@ def train_step(
     limit: float,  # skip the step if the loss is above this
     device: Device,
     world: World,
+    stop_signal: Callable[[], int] = lambda: 0,  # number of a signal that this rank received
 ) -> StepResult:
     """Take one optimizer step on one global batch.
 
@@ -83,14 +91,17 @@ def train_step(
             (micro_loss / len(x)).backward()  # accumulates gradients over the micro-batches
         loss += micro_loss.detach() / len(x)
     world.mean_(loss)
+    stop = torch.full((), float(stop_signal()), device=x.device)
+    world.max_(stop)
 
     norm = grad_norm(parameters)
     if grad_clip:
         clip_gradients(parameters, grad_clip, norm)
     skip = ~(loss.isfinite() & norm.isfinite()) | (loss > limit)
+    numbers = Readback(torch.stack([loss, norm, skip.float(), stop]))  # while the GPU updates
     optimizer.set_lr(lr)
     optimizer.step(skip)
-    return StepResult(torch.stack([loss, norm, skip.float()]), lr)
+    return StepResult(numbers, lr)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -121,7 +132,7 @@ def train(session: "Session") -> None:
             continue
         if due(step, COMPARE_EVERY, recipe.steps):
             trainer.compare_ranks()
-        if signal := session.stop_requested():
+        if signal := session.stop_requested(result):
             session.stop(signal)
         if evaluated := due(step, recipe.eval_every, recipe.steps):
             session.evaluate()

@@ -46,13 +46,13 @@ class Trainer:
     model: LanguageModel  # not wrapped, so its parameter names are those in a checkpoint
     model_class: type[LanguageModel]
     compiled: Forward  # what evaluation calls: the compiled model, or the model itself
-    compiled_body: Callable[..., Tensor] | None  # the compiled `model.body`; None if not compiled
     forward: Forward  # what training calls: `compiled`, wrapped in DDP if there are several ranks
     optimizer: Optimizer
     guard: Guard  # decides which steps to skip
     batches: Batches
     partition: Partition  # this rank's part of each batch
     check: Callable[[], None] = lambda: None  # called before and after each read of the data
+    stop_signal: Callable[[], int] = lambda: 0  # number of this rank's stop signal; 0: none
     step: int = 0  # optimizer steps taken
     batch: int = 0  # index of the next batch; ahead of `step` after a rollback
     warmed_up: WarmUp | None = None
@@ -102,6 +102,7 @@ class Trainer:
             limit=self.guard.limit(),
             device=self.device,
             world=self.world,
+            stop_signal=self.stop_signal,
         )
         self.guard.observe(result.loss, result.grad_norm)
         self.step, self.batch = self.step + 1, self.batch + 1
@@ -252,7 +253,7 @@ def build(
     machine = placement.choose_memory_use(machine, module, compute, b.rows, b.length, device, world)
     assert machine.micro_batch
     partition = Partition.of(b.rows, machine.micro_batch, world.rank, world.size)
-    compiled, body = placement.compile_model(module, machine)
+    compiled = placement.compile_model(module, machine)
     return Trainer(
         recipe=recipe,
         machine=machine,
@@ -261,7 +262,6 @@ def build(
         model=module,
         model_class=model_class,
         compiled=compiled,
-        compiled_body=body,
         forward=placement.data_parallel(module, compiled, device, world),
         optimizer=optim,
         guard=Guard(recipe.spike),

@@ -287,7 +287,7 @@ def describe(step: int, model: Any) -> Any:
         optimizer_class="adamw",
         data_position={"windows": 0},
         guard={"losses": [], "skipped": 0},
-        machine=Machine("cpu", "fp32", False, False, False, False, 1, False, 1),
+        machine=Machine("cpu", "fp32", False, "none", False, False, 1, False, 1),
         ranks=1,
         versions={},
         data={"path": "data", "fingerprint": ""},

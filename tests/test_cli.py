@@ -607,33 +607,3 @@ def test_control_c_before_the_first_step_prints_one_line(
         signal.signal(signal.SIGINT, before)
     assert outcome.status == 130
     assert outcome.err == "\nrekindle: interrupted; run the same command again to continue\n"
-
-
-def test_demo_from_start_to_finish(
-    tmp_path: Path, tiny: Any, rekindle: Callable, monkeypatch: pytest.MonkeyPatch,
-    write_shards: Callable, one_thread: None,
-) -> None:  # fmt: skip
-    """`rekindle demo`, except for preparing the text, which other tests cover."""
-    from rekindle import demo as module
-
-    # Compiling takes most of a minute; model/test_compile.py tests compiled code.
-    monkeypatch.setattr(
-        "rekindle.runtime.device.why_not_compile", lambda device: "not in this test"
-    )
-
-    def prepare(source: Any, out: Path, *, tokenizer: str, val_tokens: int) -> None:
-        assert (tokenizer, val_tokens) == ("bytes", tiny.eval_tokens)
-        write_shards(out, [700, 520], [201])
-
-    monkeypatch.setattr(module, "from_arguments", lambda *, embedded: None)
-    monkeypatch.setattr(module, "prepare", prepare)
-    monkeypatch.setitem(recipes.RECIPES, "demo-fast", tiny)
-    where = ["--data", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu"]
-    outcome = rekindle("demo", *where, "--steps", 8)
-    assert outcome.status == 0, outcome.err
-    assert "8 steps at" in outcome.out
-    assert re.search(r"validation loss \d\.\d{3} → \d\.\d{3} nats per byte", outcome.out)
-    assert f"rekindle sample {tmp_path / 'run'}" in outcome.out
-    assert str(tmp_path / "run" / "loss.png") in outcome.out
-    assert (tmp_path / "run" / "loss.png").is_file()
-    assert (tmp_path / "run" / "checkpoints" / "step-000008").is_dir()

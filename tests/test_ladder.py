@@ -137,11 +137,62 @@ def test_the_lectures_rungs_come_first_and_levers_exist() -> None:
         assert levers.compile
 
 
-def test_error_in_a_rung_is_one_line(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
-    monkeypatch.setattr(ladder.sys, "executable", "/bin/sh")  # has no -m
-    with pytest.raises(UserError, match=r"the rung with Levers\(.*\) failed: .*") as caught:
+def test_error_in_a_rung_is_one_line_and_its_stderr_is_kept(
+    monkeypatch: pytest.MonkeyPatch, work: Work, tmp_path: Path
+) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho first >&2; echo the reason >&2; exit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(ladder.sys, "executable", str(broken))
+    with pytest.raises(ladder.RungError) as caught:
         ladder.measure_in_fresh_process(work, Levers())
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == "its process ended with status 3: the reason"
+    assert caught.value.stderr == "first\nthe reason\n"
+
+
+def test_failed_rung_does_not_stop_the_others(
+    work: Work,
+    in_this_process: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
+) -> None:
+    """The next rungs build on those that worked."""
+    measure = ladder.measure_in_fresh_process
+
+    def fails(work: Work, levers: Levers) -> dict[str, Any]:
+        if levers.fused_adamw:
+            raise ladder.RungError("no fusion", "a trace\nno fusion\n")
+        if levers.precision != "fp32":
+            return {"out_of_memory": True}
+        return measure(work, levers)
+
+    monkeypatch.setattr(ladder, "measure_in_fresh_process", fails)
+    result = ladder.climb(Path(work.data), tmp_path, "cpu", "tiny", steps=2)
+    assert [rung["rung"] for rung in result["rungs"]] == [
+        "one core", "all cores", "padded vocabulary", "memory kept",
+    ]  # fmt: skip
+    assert not any(rung["levers"]["fused_adamw"] for rung in result["rungs"])
+    assert {rung["levers"]["micro"] for rung in result["rungs"]} == {8}
+    fused, bf16 = result["failed"]
+    assert fused == {"rung": "fused AdamW", "stderr": "a trace\nno fusion\n"}
+    assert (bf16["rung"], bf16["stderr"][:16]) == ("bf16", "not even one row")
+    assert json.loads((tmp_path / "ladder.json").read_text()) == result
+    assert "fused AdamW          failed: no fusion" in capsys.readouterr().out
+    assert "errors in ladder.json): fused AdamW, bf16" in ladder.summary(result, 1.0)
+
+
+def test_error_if_every_rung_fails_names_ladder_json(
+    work: Work, in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(work: Work, levers: Levers) -> dict[str, Any]:
+        raise ladder.RungError("broken")
+
+    monkeypatch.setattr(ladder, "measure_in_fresh_process", fails)
+    with pytest.raises(UserError, match=r"no rung could be measured: .*ladder\.json"):
+        ladder.climb(Path(work.data), tmp_path, "cpu", "tiny", steps=2)
+    assert len(json.loads((tmp_path / "ladder.json").read_text())["failed"]) == 6
 
 
 def test_out_of_memory_is_reported_as_a_result(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:

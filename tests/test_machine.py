@@ -6,16 +6,19 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import traffic
 from rekindle.data.cores import usable_cores
 from rekindle.errors import UserError
 from rekindle.machine import Machine, MachineOptions, changes, resolve
+from rekindle.model.compute import Compute
+from rekindle.model.kernels.common import triton
 from rekindle.runtime import device as devices
 from rekindle.runtime.distributed import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = Machine(
-    device="cpu", precision="autocast", compile=False, kernels=False, deterministic=True,
+    device="cpu", precision="autocast", compile=False, kernels="none", deterministic=True,
     shard=True, threads=1, recompute=True, micro_batch=4, name="CPU",
     memory=devices.memory_of(torch.device("cpu")),
 )  # fmt: skip
@@ -38,7 +41,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "why_not_compile", lambda device: None)
     found = resolve(OPTIONS)
     assert found == Machine(
-        device="cpu", precision=found.precision, compile=True, kernels=False, deterministic=False,
+        device="cpu", precision=found.precision, compile=True, kernels="none", deterministic=False,
         shard=False, threads=1, recompute=False, micro_batch=None, name="CPU", memory=CPU.memory,
     )  # fmt: skip
     assert found.precision in ("fp32", "autocast")
@@ -100,6 +103,22 @@ def test_run_from_a_cpu_resumes_on_a_gpu(gpu: None) -> None:
     assert line.startswith("device cuda instead of cpu")
 
 
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_compute_for_each_precision_and_kernels(gpu: None) -> None:
+    def compute(**options: Any) -> Compute:
+        machine = resolve(MachineOptions(**options))
+        device = devices.get_device(machine.device, machine.precision)
+        return devices.choose_compute(device, 1024, kernels=machine.kernels)
+
+    assert compute() == Compute()
+    bf16 = Compute(dtype=torch.bfloat16)
+    assert compute(precision="bf16") == bf16
+    loss = dataclasses.replace(bf16, loss_kernel=True)
+    assert compute(precision="bf16", kernels="loss") == loss == traffic.WAYS["bf16 + loss kernel"]
+    both = dataclasses.replace(loss, mlp_kernel=True)
+    assert compute(precision="bf16", kernels="all") == both
+
+
 def test_fp8_is_off_by_default(gpu: None) -> None:
     assert not resolve(MachineOptions()).fp8_head
     found = resolve(MachineOptions(fp8_head=True))
@@ -109,22 +128,23 @@ def test_fp8_is_off_by_default(gpu: None) -> None:
 
 def test_run_from_a_gpu_resumes_on_a_cpu() -> None:
     before = Machine(
-        device="cuda", precision="tf32", compile=False, kernels=True, deterministic=False,
+        device="cuda", precision="tf32", compile=False, kernels="all", deterministic=False,
         shard=False, threads=16, recompute=False, micro_batch=64, memory=80 * 2**30, fp8_head=True,
     )  # fmt: skip
     found = resolve(OPTIONS, before)
-    assert (found.kernels, found.micro_batch, found.threads) == (False, None, 1)
+    assert (found.kernels, found.micro_batch, found.threads) == ("none", None, 1)
     assert not found.fp8_head
     assert found.precision == resolve(OPTIONS).precision  # a CPU has no TF32
     line = changes(before, found, OPTIONS)
-    assert "kernels no instead of yes" in line
+    assert "kernels none instead of all" in line
     assert "precision" in line
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kernels": True, "precision": "fp32"}, "--kernels: .*; use --no-kernels"),
+        ({"kernels": "loss", "precision": "fp32"}, "--kernels loss: .*; use --kernels none"),
+        ({"kernels": "mlp"}, "--kernels must be none, loss or all, not 'mlp'"),
         ({"fp8_head": True}, "--fp8-head: FP8 needs an NVIDIA Hopper GPU or newer; leave it out"),
         ({"precision": "tf32"}, "--precision tf32 needs an NVIDIA GPU"),
         ({"precision": "fp64"}, "--precision must be one of"),

@@ -22,8 +22,8 @@ from rekindle.model.shapes import check_shapes, expected_shapes
 from rekindle.optim import Optimizer
 from rekindle.runtime.sharding import shard_like
 
-FORMAT = 4
-READABLE = (2, 3, FORMAT)
+FORMAT = 5
+READABLE = (2, 3, 4, FORMAT)
 DESCRIPTION = "checkpoint.json"
 FILES = ("model.safetensors", "optimizer.safetensors")
 _FILES_SCHEMA = {"files": {name: {"bytes": int, "sha256": str} for name in FILES}}
@@ -173,6 +173,15 @@ def _read_description(file: Path) -> dict[str, Any]:
 
 
 def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
+    """Convert a description of an older format to format 5; `kernels` was a bool before."""
+    new = old if old["format"] == 4 else _from_0_1(old)
+    machine = new.get("machine")
+    if isinstance(machine, dict) and isinstance(kernels := machine.get("kernels"), bool):
+        new = {**new, "machine": {**machine, "kernels": "all" if kernels else "none"}}
+    return new
+
+
+def _from_0_1(old: dict[str, Any]) -> dict[str, Any]:
     """Convert a description from format 2 or 3 (version 0.1) to format 4."""
     new = {**old, "model_class": "gpt2", "optimizer_class": "adamw"}
     new["evaluated"] = new.pop("examined", None)

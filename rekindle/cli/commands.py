@@ -64,7 +64,7 @@ def train(arguments: Namespace) -> None:
     o = options_of(options.Train, arguments)
     recipe, changes = recipes.find_recipe(o.recipe)
     changes |= given(arguments, flags_of(recipe))
-    recipe = recipes.customized(recipe, changes, _steps_at_start(o.out))
+    recipe = recipes.customized(recipe, changes, recipes.steps_at_start(o.out))
     recipes.check(recipe)
     for name, value in (("timeout", o.timeout), ("log-every", o.log_every)):
         if not value >= 0:  # also rejects nan
@@ -83,17 +83,6 @@ def train(arguments: Namespace) -> None:
         log_every=o.log_every,
     )
     (dry_run if o.dry_run else train_run)(recipe, data, o.out, run_options)
-
-
-def _steps_at_start(out: Path) -> int | None:
-    """The steps that a run was started with, on which some of its numbers depend; None for a new
-    run."""
-    from rekindle import storage
-
-    try:
-        return storage.read_json(out / "run.json", {"recipe": {"steps": int}})["recipe"]["steps"]
-    except UserError:  # there is none, or it is damaged, which is reported when the run is opened
-        return None
 
 
 def _data_of(o: options.Train, recipe: recipes.Recipe, sources: dict[str, Any]) -> Path:

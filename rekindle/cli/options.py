@@ -84,7 +84,10 @@ class Train:
 class Eval:
     model: str = argument(MODEL, "RUN_OR_MODEL")
     data: Path | None = flag(None, "shards to score (default: those the run was trained on)", "DIR")
-    tokens: int | None = flag(None, "maximum number of validation tokens to score (default: all)")
+    tokens: int | None = flag(
+        None,
+        "validation tokens to score at most (default: as in training; 10485760 for other models)",
+    )
     limit: int | None = flag(None, "score only the first N questions of each task (default: all)")
     device: str = flag("auto", DEVICE, "NAME")
     precision: str = flag("auto", PRECISION, "NAME")

@@ -60,7 +60,7 @@ COMMANDS = {
         "A step processes --batch.tokens tokens, in micro-batches of --micro-batch rows on each\n"
         "rank; the number of accumulation steps follows from these.\n"
         'A recipe file is TOML: base = "gpt2-124m", then any settings of the recipe.',
-        "RECIPE --data DIR --out DIR",
+        "RECIPE (--data DIR | --text PATH ...) --out DIR",
     ),
     "eval": Command(
         do.evaluate,

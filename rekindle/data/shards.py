@@ -7,6 +7,7 @@ can verify that it reads the tokens that were prepared.
 """
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Iterable
@@ -78,7 +79,8 @@ class Manifest:
         )
 
     def write(self, folder: Path) -> None:
-        storage.write_json(folder / MANIFEST, {"format": 1, **asdict(self)})
+        contents = {"format": 1, **asdict(self)}
+        storage.write_json(folder / MANIFEST, {**contents, "sha256": _own_sha256(contents)})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -92,7 +94,10 @@ def read_manifest(folder: Path) -> Manifest:
             "(for shards made elsewhere: `rekindle prepare --shards`)"
         )
     try:
-        raw = storage.read_json(path, {"format": int})
+        raw = storage.read_json(path, {"format": int, "sha256?": str})
+        own = raw.pop("sha256", None)  # missing in manifests of version 0.1
+        if own is not None and own != _own_sha256(raw):
+            raise ValueError("its contents do not match their SHA-256")
         if raw.pop("format") != 1:
             raise UserError(f"{path} has a newer format: update Rekindle")
         if wrong := mismatch(raw, SCHEMA):
@@ -107,6 +112,11 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} names {shard.name!r}, which is not a shard in this folder: prepare again"
             )
     return manifest
+
+
+def _own_sha256(contents: dict[str, Any]) -> str:
+    """The hash of a manifest's contents, by which a changed one is noticed."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def is_name(name: str) -> bool:

@@ -8,13 +8,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rekindle.data.tokenizer import Tokenizer
 from rekindle.errors import UserError
 from rekindle.evaluate import scoring
 from rekindle.evaluate.loss import validation_loss
-from rekindle.evaluate.scoring import Packed, run_body
+from rekindle.evaluate.scoring import Packed
 from rekindle.evaluate.tasks import Item, Task
 from rekindle.model import LanguageModel
 from rekindle.model.compute import Forward
@@ -43,7 +42,6 @@ class Evaluator:
 
     model: LanguageModel
     forward: Forward  # the model or its compiled form, for the validation loss
-    body: Callable[..., Tensor] | None  # the compiled form of the model's body, if there is one
     recipe: Recipe  # batch.length, eval_tokens, passage and prompt are used
     validation: Sequence[np.ndarray]  # shards; may be empty
     tasks: Sequence[Packed]
@@ -76,20 +74,15 @@ class Evaluator:
         return loss
 
     def compile(self) -> float:
-        """Compile the model for every shape that evaluation uses; return the seconds it took, 0
-        if the model is not compiled."""
-        if self.body is None:
+        """Compile the forward pass of the validation loss; return the seconds it took, 0 if there
+        is nothing to compile. Tasks and samples run the model itself, uncompiled."""
+        if self.forward is self.model or not self.validation:
             return 0.0
-        began, shapes = time.perf_counter(), set()
+        began = time.perf_counter()
+        sizes = self.micro_batch, self.recipe.batch.length
+        ids = torch.zeros(sizes, dtype=torch.long, device=self.device.torch)
         with torch.no_grad(), self.device.autocast():
-            if self.validation:
-                sizes = self.micro_batch, self.recipe.batch.length
-                ids = torch.zeros(sizes, dtype=torch.long, device=self.device.torch)
-                self.forward(ids, ids)
-            for batch in (batch for packed in self.tasks for batch in packed.batches):
-                if batch.idx.shape not in shapes:
-                    shapes.add(batch.idx.shape)
-                    run_body(self.body, batch)
+            self.forward(ids, ids)
         self.device.synchronize()
         return time.perf_counter() - began
 
@@ -154,9 +147,8 @@ class Evaluator:
         # Ranks may have different numbers of batches, so only one alone can stop between them.
         alone = self.world.size == 1
         progress = self._progress("candidates", packed.task.title, can_stop=alone)
-        scores = scoring.evaluate(
-            self.model, packed, self.device, body=self.body, progress=progress
-        )
+        # Eager: compiling for each row length takes longer than it saves in a run.
+        scores = scoring.evaluate(self.model, packed, self.device, progress=progress)
         seconds = time.perf_counter() - began
         task, total = packed.task, len(packed.items)
         metrics = metrics_of(task, scores)

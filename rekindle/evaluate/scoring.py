@@ -232,11 +232,6 @@ def candidate_losses(
     return Losses(sums.split(sizes), counts.split(sizes), greedy)
 
 
-def run_body(body: Callable[..., Tensor], batch: Batch) -> Tensor:
-    """Hidden states (B, T, C) of a batch."""
-    return body(batch.idx, positions=batch.positions, mask=tree_mask(batch.segments))
-
-
 def _score_tokens(
     model: LanguageModel, body: Callable[..., Tensor], batch: Batch, device: Device, *, greedy: bool
 ) -> tuple[Tensor, Tensor]:
@@ -244,7 +239,8 @@ def _score_tokens(
     model's first choice, (N,) bool; all False unless `greedy`."""
     losses, hits = [], []
     with device.autocast():
-        hidden = run_body(body, batch)
+        mask = tree_mask(batch.segments)
+        hidden = body(batch.idx, positions=batch.positions, mask=mask)  # (B, T, C)
         predictors = hidden.flatten(0, 1)[batch.predictors]  # (N, C): only these need the head
         parts = zip(predictors.split(HEAD_TOKENS), batch.targets.split(HEAD_TOKENS), strict=True)
         for x, y in parts:

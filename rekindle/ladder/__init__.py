@@ -23,10 +23,19 @@ from rekindle.observe.console import duration
 from rekindle.runtime.device import Device, cpu_model, get_device, why_not_compile
 
 
+class RungError(UserError):
+    """A rung that could not be measured."""
+
+    def __init__(self, message: str, stderr: str = "") -> None:
+        super().__init__(message)
+        self.stderr = stderr or message  # the full stderr of its process
+
+
 def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) -> dict[str, Any]:
     """Measure all rungs, print each result, and write `out`/ladder.json; return its contents.
 
-    Raises `UserError` if the data cannot be used or a rung fails.
+    A rung that fails is left out, and the next rungs build on those that worked. Raises `UserError`
+    if the data cannot be used, or if every rung fails.
     """
     chosen = get_device(device)
     on_gpu = chosen.torch.type == "cuda"
@@ -52,17 +61,27 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
         "steps": work.warmup + work.steps, **environment(chosen),
     }  # fmt: skip
     measured: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
     for rung in rungs:
-        levers = dataclasses.replace(levers, **rung.change)
+        before, levers = levers, dataclasses.replace(levers, **rung.change)
         if levers.compile and (reason := why_not_compile(chosen.torch)):
             print(f"{rung.name:<20} skipped: {reason}")
             levers = dataclasses.replace(levers, compile=False)
             continue
-        levers, figures = measure_what_fits(work, levers)
-        measured.append({"rung": rung.name, "why": rung.why, **figures})
-        print(_line(measured[-1], measured[0]), flush=True)
-        storage.write_json(out / "ladder.json", {**result, "rungs": measured})
-    return {**result, "rungs": measured}
+        try:
+            levers, figures = measure_what_fits(work, levers)
+        except RungError as error:
+            levers = before
+            failed.append({"rung": rung.name, "stderr": error.stderr})
+            print(f"{rung.name:<20} failed: {error}", flush=True)
+        else:
+            measured.append({"rung": rung.name, "why": rung.why, **figures})
+            print(_line(measured[-1], measured[0]), flush=True)
+        result |= {"rungs": measured, "failed": failed}
+        storage.write_json(out / "ladder.json", result)
+    if not measured:
+        raise UserError(f"no rung could be measured: see the errors in {out / 'ladder.json'}")
+    return result
 
 
 def environment(device: Device) -> dict[str, Any]:
@@ -81,27 +100,32 @@ def environment(device: Device) -> dict[str, Any]:
 def measure_what_fits(work: Work, levers: Levers) -> tuple[Levers, dict[str, Any]]:
     """Measure with the micro-batch size halved until it fits into memory.
 
-    Returns the levers that were used and their figures. Raises `UserError` if one row is too large.
+    Returns the levers that were used and their figures. Raises `RungError` if one row is too large.
     """
     while True:
         figures = measure_in_fresh_process(work, levers)
         if not figures.get("out_of_memory"):
             return levers, figures
         if levers.micro == 1:
-            raise UserError(
+            raise RungError(
                 f"not even one row of {work.recipe} fits into memory: choose a smaller recipe"
             )
         levers = dataclasses.replace(levers, micro=levers.micro // 2)
 
 
 def measure_in_fresh_process(work: Work, levers: Levers) -> dict[str, Any]:
-    """Run `measure.measure` in a process without caches, settings or memory of earlier rungs."""
+    """Run `measure.measure` in a process without caches, settings or memory of earlier rungs.
+
+    Raises `RungError` with the process's stderr.
+    """
     request = json.dumps({"work": asdict(work), "levers": asdict(levers)})
     command = [sys.executable, "-m", "rekindle.ladder.measure", request]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         last = (process.stderr.strip() or "no message").split("\n")[-1]
-        raise UserError(f"the rung with {levers} failed: {last}")
+        raise RungError(
+            f"its process ended with status {process.returncode}: {last}", process.stderr
+        )
     return json.loads(process.stdout.strip().split("\n")[-1])
 
 
@@ -121,7 +145,9 @@ def _line(rung: dict[str, Any], first: dict[str, Any]) -> str:
 def summary(result: dict[str, Any], seconds: float) -> str:
     """The last line that is printed: the total speedup."""
     first, last = result["rungs"][0], result["rungs"][-1]
+    failed = ", ".join(rung["rung"] for rung in result["failed"])
     return (
         f"\n{last['tokens_per_s'] / first['tokens_per_s']:.1f} times faster than `{first['rung']}`,"
         f" measured in {duration(seconds)}"
+        + (f"; failed (see the errors in ladder.json): {failed}" if failed else "")
     )

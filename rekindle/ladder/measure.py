@@ -60,7 +60,7 @@ def make_trainer(work: Work, levers: Levers) -> Trainer:
         device=work.device,
         precision=levers.precision,
         compile=levers.compile,
-        kernels=False,  # each has its own lever
+        kernels="none",  # each has its own lever
         deterministic=False,
         shard=False,
         threads=levers.threads or torch.get_num_threads(),

@@ -23,12 +23,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     return scores.softmax(-1) @ v
 
 
-def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention for a single query, computed as keys times query: (B, H, 1, D) → (B, H, 1, D).
+def prefer_attend_once(q: Tensor) -> bool:
+    """Whether `attend_once` is faster than fused attention for the queries `q`, (B, H, T, D).
 
-    Used for bf16 on a CPU, where the fused kernel is three times slower at batch size 1 and six
-    times slower at 32.
+    With bf16 on a CPU, the fused kernel is three times slower at batch size 1 and six times slower
+    at 32. On a GPU, cuDNN builds a plan for every new length of the cache, about 30 ms each; a
+    compiled step always sees the same length.
     """
+    if q.shape[2] > 1:
+        return False
+    if q.is_cuda:
+        return not torch.compiler.is_compiling()
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention for a single query, computed as keys times query: (B, H, 1, D) → (B, H, 1, D)."""
     scores = (k @ q.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, H, S, 1)
     if mask is not None:
         scores = scores.masked_fill(~mask.transpose(-2, -1), -torch.inf)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rekindle.model import kernels
-from rekindle.model.attention import attend, attend_once
+from rekindle.model.attention import attend, attend_once, prefer_attend_once
 from rekindle.model.cache import KVCache, LayerCache
 from rekindle.model.compute import Compute
 from rekindle.model.gpt2_config import GPT2Config
@@ -54,7 +54,7 @@ class CausalSelfAttention(nn.Module):
         if mask is None and S > T > 1:
             raise ValueError("with a cache, pass the prompt at once, then one token at a time")
         causal = mask is None and T > 1  # a single new position attends to all
-        if T == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        if prefer_attend_once(q):
             y = attend_once(q, k, v, mask)
         elif self.compute.attention == "plain":
             y = attend(q, k, v, mask, causal)

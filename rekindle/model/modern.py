@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rekindle.model import kernels
-from rekindle.model.attention import attend, attend_blocks, attend_once
+from rekindle.model.attention import attend, attend_blocks, attend_once, prefer_attend_once
 from rekindle.model.cache import KVCache, LayerCache
 from rekindle.model.compute import Compute
 from rekindle.model.fp8 import fp8_linear
@@ -95,10 +95,10 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         causal = mask is None and q.shape[2] > 1  # a single new position attends to all
-        if q.shape[2] == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            return attend_once(q, k, v, mask)
         if mask is not None and not torch.is_tensor(mask):  # FlexAttention's block mask
             return attend_blocks(q, k, v, mask)
+        if prefer_attend_once(q):
+            return attend_once(q, k, v, mask)
         if self.compute.attention == "plain":
             return attend(q, k, v, mask, causal)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)

@@ -13,7 +13,7 @@ from rekindle.recipes.base import (
     warnings,
     with_vocabulary,
 )
-from rekindle.recipes.files import find_recipe, named_in
+from rekindle.recipes.files import find_recipe, named_in, steps_at_start
 from rekindle.recipes.named import RECIPES, customized, get_recipe, with_steps
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "get_recipe",
     "named_in",
     "override",
+    "steps_at_start",
     "warnings",
     "with_steps",
     "with_vocabulary",

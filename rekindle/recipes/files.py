@@ -54,6 +54,17 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
     return recipe, {"name": path.stem, "about": about, **changes}
 
 
+def steps_at_start(run: Path) -> int | None:
+    """The steps that a run was started with, on which some of its hyperparameters depend; None for
+    a new run, or if its run.json is damaged, which is reported when the run is opened."""
+    from rekindle import storage  # which imports NumPy: --help does not wait for it
+
+    try:
+        return storage.read_json(run / "run.json", {"recipe": {"steps": int}})["recipe"]["steps"]
+    except UserError:
+        return None
+
+
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as dotted names."""
     flat: dict[str, Any] = {}

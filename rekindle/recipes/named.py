@@ -111,7 +111,7 @@ RECIPES = {
         ),
         Recipe(
             name="gpt2-10m",
-            about="a GPT-2 with 10M parameters that trains in 15 minutes on 2 CPU cores",
+            about="a GPT-2 with 10M parameters that trains in 10 to 15 minutes on 2 CPU cores",
             model=GPT2Config(n_layer=6, n_head=5, n_embd=160, block_size=256),
             batch=Batch(tokens=8_192, length=256),
             optim=AdamWConfig(lr=3e-3),  # [ours]

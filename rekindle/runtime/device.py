@@ -203,15 +203,16 @@ def memory_of(device: torch.device) -> int:
 
 
 def choose_compute(
-    device: Device, T: int, *, kernels: bool = False, fp8_head: bool = False
+    device: Device, T: int, *, kernels: str = "none", fp8_head: bool = False
 ) -> Compute:
-    """The fastest way to compute on `device` with T tokens per sequence."""
+    """The fastest way to compute on `device` with T tokens per sequence. `kernels`: Triton kernels
+    for none, the loss or all."""
     plain = device.torch.type == "cpu" and T <= SHORT
     return Compute(
         dtype=device.dtype,
         attention="plain" if plain else "fused",
-        loss_kernel=kernels and not fp8_head,  # its matmuls of the head are not FP8
-        mlp_kernel=kernels,
+        loss_kernel=kernels != "none" and not fp8_head,  # its matmuls of the head are not FP8
+        mlp_kernel=kernels == "all",
         fp8_head=fp8_head,
     )
 

@@ -75,6 +75,12 @@ class World:
         self.sum_(tensor)
         tensor /= self.size
 
+    def max_(self, tensor: Tensor) -> None:
+        """Reduce `tensor` to its maximum over all ranks, in place. Does not wait for a GPU."""
+        if self.size > 1:
+            with self.collective(done=dist.get_backend() == "gloo"):
+                dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
     def min(self, value: int, device: torch.device) -> int:
         """The smallest `value` of all ranks."""
         return -self.max(-value, device)
@@ -239,18 +245,12 @@ def _open_store(world: World, timeout: timedelta) -> Store:
     """The store for the rendezvous: torchrun's, or else one that rank 0 opens. Does not wait for
     the other ranks: `rendezvous` does, and names the missing ones."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    opens = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        return TCPStore(
-            host,
-            port,
-            is_master=world.is_main and not is_torchruns,
-            timeout=timeout,
-            wait_for_workers=False,
-        )
+        return TCPStore(host, port, is_master=opens, timeout=timeout, wait_for_workers=False)
     except RuntimeError as error:
         where = f"MASTER_ADDR {host}, MASTER_PORT {port}"
-        if world.is_main and not is_torchruns:
+        if opens:
             raise UserError(
                 f"rank 0 cannot listen at {where} ({reason(error)}): if the port is in use, give "
                 "all ranks another MASTER_PORT"
@@ -285,9 +285,8 @@ def rendezvous(store: Store, rank: int, size: int, limit: float) -> str:
         if limit and time.monotonic() - start_time > limit:
             missing = [str(r) for r, key in enumerate(arrivals) if not store.check([key])]
             raise UserError(
-                f"waited {limit:.0f} s for all {size} ranks, but these did not connect: "
-                f"{', '.join(missing)}; check that they were started, then run the same command "
-                "again"
+                f"waited {limit:.0f} s for all {size} ranks to connect: {', '.join(missing)} did "
+                "not come; check that they were started, then run the same command again"
             )
         time.sleep(0.05)
 

@@ -139,6 +139,16 @@ def test_amend_changes_the_description(saved: Path) -> None:
     assert (again.description.evaluated, again.description.validation_loss) == (True, 1.25)
 
 
+@pytest.mark.parametrize(("old_value", "expected"), [(False, "none"), (True, "all")])
+def test_kernels_of_format_4_are_converted(saved: Path, old_value: bool, expected: str) -> None:
+    file = saved / format.DESCRIPTION
+    old = storage.read_json(file)
+    del old["sha256"]
+    old["format"], old["machine"]["kernels"] = 4, old_value
+    storage.write_json(file, {**old, "sha256": format.description_sha256(old)})
+    assert checkpoint.load(saved).description.machine.kernels == expected
+
+
 def test_smallest_valid_values_are_accepted(saved: Path) -> None:
     """A sequence length of one, and one thread."""
     loaded = checkpoint.load(saved)
@@ -209,7 +219,7 @@ def test_folder_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     newer = {"format": 99}
     sha256 = format.description_sha256(newer)
     storage.write_json(tmp_path / "checkpoint.json", {**newer, "sha256": sha256})
-    with pytest.raises(UserError, match="does not have checkpoint format 4"):
+    with pytest.raises(UserError, match="does not have checkpoint format 5"):
         checkpoint.load(tmp_path)
 
 

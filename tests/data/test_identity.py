@@ -247,7 +247,7 @@ def without_identities(path: Path) -> None:
     """Turn a manifest or a saved state into one written by an earlier version."""
     content = json.loads(path.read_text())
     content["source"].pop("files", None)
-    for key in ("history", "fraction"):
+    for key in ("history", "fraction", "sha256"):
         content.pop(key, None)
     storage.write_json(path, content)
 

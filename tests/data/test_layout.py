@@ -301,6 +301,7 @@ def test_folders_from_before_layouts_existed(
     record = json.loads(path.read_text())
     del record["source"]["settings"]["layout"]
     record.pop("offset", None)
+    record.pop("sha256", None)
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="was prepared with layout documents, not lecture"):
         run(made, out, layout="lecture", shard_tokens=2000)

@@ -124,12 +124,25 @@ def test_manifest_without_crc32s_is_accepted(folder: Path) -> None:
     raw = json.loads((folder / "manifest.json").read_text())
     for entry in raw["shards"]:
         del entry["crc32"]
+    del raw["sha256"]
     (folder / "manifest.json").write_text(json.dumps(raw))
     manifest = shards.read_manifest(folder)
     shards.verify(folder, manifest)
     damage(folder / "train_000000.bin", 1026, b"\x09")
     with pytest.raises(UserError, match=r"its SHA-256 differs\)"):
         shards.verify(folder, manifest)
+
+
+@pytest.mark.parametrize("key", ["sha256", "crc32", "tokens", "name"])
+def test_changed_character_of_a_manifest_is_detected(folder: Path, key: str) -> None:
+    """Whichever key it is in; otherwise the shard, or the run's data, would be blamed."""
+    path = folder / "manifest.json"
+    text = path.read_text()
+    start = text.index(f'"{key}": ') + len(key) + 4
+    at = next(i for i in range(start, len(text)) if text[i].isalnum())
+    path.write_text(f"{text[:at]}{'1' if text[at] != '1' else '2'}{text[at + 1 :]}")
+    with pytest.raises(UserError, match=r"manifest\.json .*do not match their SHA-256"):
+        shards.read_manifest(folder)
 
 
 @pytest.mark.parametrize("length", [0, 10, 1023, 1024, 1035])
@@ -183,6 +196,7 @@ def test_a_damaged_manifest(folder: Path, text: str) -> None:
 def test_manifest_may_only_list_files_in_its_folder(folder: Path, name: str) -> None:
     raw = json.loads((folder / "manifest.json").read_text())
     raw["shards"][0]["name"] = name
+    del raw["sha256"]
     (folder / "manifest.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="not a shard in this folder"):
         shards.read_manifest(folder)

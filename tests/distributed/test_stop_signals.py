@@ -3,8 +3,15 @@
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+from rekindle.runtime.distributed import World
+from rekindle.runtime.readback import Readback
+from rekindle.session import Session
+from rekindle.train import StepResult
 from tests.distributed.conftest import End, read_notes, same_bits, saved
 
 Ranks = Callable[..., End]
@@ -13,6 +20,31 @@ STOPPED = (
     "rekindle: stopped by {} after step {}; a checkpoint was saved: run the same command to resume"
 )
 KINDS = ("train", "validation", "samples")
+
+
+def test_several_ranks_stop_only_once_all_know_of_the_signal() -> None:
+    """A signal received after the ranks exchanged theirs waits for the next step's exchange. A
+    single process stops immediately."""
+    step = StepResult(Readback(torch.tensor([2.5, 1.0, 0.0, 0.0])), lr=0.1)
+    session = SimpleNamespace(signals=SimpleNamespace(signal=signal.SIGTERM), world=World())
+    assert Session.stop_requested(session, step) == signal.SIGTERM  # type: ignore[arg-type]
+    session.world = World(size=2)
+    assert Session.stop_requested(session, step) == 0  # type: ignore[arg-type]
+    step = StepResult(Readback(torch.tensor([2.5, 1.0, 0.0, 2.0])), lr=0.1)
+    assert Session.stop_requested(session, step) == signal.SIGINT  # type: ignore[arg-type]
+
+
+def test_between_validation_batches_ranks_exchange_their_signals() -> None:
+    """There is no training step that could carry them."""
+    asked: list[int] = []
+    world = SimpleNamespace(size=2, max=lambda number, _: asked.append(number) or signal.SIGTERM)
+    session = SimpleNamespace(
+        signals=SimpleNamespace(signal=0),
+        world=world,
+        trainer=SimpleNamespace(device=SimpleNamespace(torch=torch.device("cpu"))),
+    )
+    assert Session.stop_requested(session) == signal.SIGTERM  # type: ignore[arg-type]
+    assert asked == [0]
 
 
 def test_stop_signal_to_one_rank_or_all_ranks(

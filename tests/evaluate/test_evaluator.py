@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from rekindle import recipes
 from rekindle.data.tokenizer import ByteTokenizer, Tokenizer
@@ -111,6 +113,31 @@ def test_ranks_compare_more_than_the_number_of_items(
     assert len(set(checksums)) == 5
 
 
+def test_only_the_validation_loss_is_compiled(model: GPT2, colours: Task, cpu: Device) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def compiled(x: Tensor, y: Tensor) -> tuple[None, None]:
+        shapes.extend((tuple(x.shape), tuple(y.shape)))
+        return None, None
+
+    recipe: Any = SimpleNamespace(batch=SimpleNamespace(length=16))
+    logger: Any = SimpleNamespace()
+    tasks = pack([(colours, [ITEM] * 4)], model.config.block_size, cpu)
+
+    def compile(forward: Any, validation: list[np.ndarray]) -> float:
+        return Evaluator(
+            model, forward, recipe, validation, tasks, ByteTokenizer(), 2, cpu, World(),
+            logger, Console(stream=io.StringIO()),
+        ).compile()  # fmt: skip
+
+    shard = np.zeros(64, np.uint16)
+    assert compile(model, [shard]) == 0.0
+    assert compile(compiled, []) == 0.0
+    assert not shapes
+    assert compile(compiled, [shard]) > 0.0
+    assert shapes == [(2, 16), (2, 16)]
+
+
 def test_task_results_are_logged_and_printed(
     model: GPT2, colours: Task, cpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +151,7 @@ def test_task_results_are_logged_and_printed(
     )
     tasks = pack([(colours, [ITEM] * 4)], model.config.block_size, cpu)
     evaluate = Evaluator(
-        model, model, None, recipe, [], tasks, ByteTokenizer(), 2, cpu, World(), logger,
+        model, model, recipe, [], tasks, ByteTokenizer(), 2, cpu, World(), logger,
         Console(stream=screen),
     )  # fmt: skip
     assert evaluate(0) is None

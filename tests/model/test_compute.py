@@ -52,9 +52,18 @@ def loss_and_gradients(model: GPT2, batch: tuple[Tensor, Tensor]) -> tuple[float
         (Compute(recompute=True), 1e-5),
         (Compute(loss_kernel=True, mlp_kernel=True), 1e-5),  # on a CPU: their PyTorch reference
         (Compute(dtype=torch.bfloat16), 4e-2),
+        (Compute(dtype=torch.bfloat16, loss_kernel=True), 4e-2),
         (Compute(dtype=torch.bfloat16, attention="plain", separate_qkv=True), 4e-2),
     ],
-    ids=["fused attention", "separate qkv", "recompute", "kernels", "bf16", "bf16 plain"],
+    ids=[
+        "fused attention",
+        "separate qkv",
+        "recompute",
+        "kernels",
+        "bf16",
+        "bf16 loss kernel",
+        "bf16 plain",
+    ],
 )
 def test_all_compute_settings_agree(
     model: GPT2, batch: tuple[Tensor, Tensor], compute: Compute, tolerance: float

@@ -24,6 +24,9 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from rekindle.model import kernels
+from rekindle.model.compute import Compute
+from rekindle.model.gpt2 import GPT2
+from rekindle.model.gpt2_config import GPT2Config
 from rekindle.model.kernels import common, cross_entropy, fused_mlp, linear_cross_entropy, mlp
 from rekindle.model.kernels.mlp import _matmul_gelu
 
@@ -485,6 +488,27 @@ def test_compiled_into_one_graph(autocast: bool) -> None:
     called = " ".join(str(node.target) for node in graphs[0].graph.nodes)
     assert "rekindle.mlp" in called
     assert "rekindle.linear_cross_entropy" in called
+
+
+def test_loss_kernel_in_a_bf16_model() -> None:
+    """Loss and gradients of `--precision bf16 --kernels loss` match those of bf16 alone."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=257, padded_vocab_size=384
+    )
+    model, idx = GPT2(config).to(DEVICE), torch.randint(257, (3, 9), device=DEVICE)
+
+    def loss_and_gradients(loss_kernel: bool) -> list[Tensor]:
+        compute = Compute(dtype=BF16, loss_kernel=loss_kernel)
+        _, loss = model.use(compute)(idx[:, :-1], idx[:, 1:])
+        assert loss is not None
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    ours, plain = loss_and_gradients(loss_kernel=True), loss_and_gradients(loss_kernel=False)
+    for a, b in zip(ours, plain, strict=True):
+        assert a.dtype == FP32
+        assert (a - b).norm() <= 0.02 * b.norm()
+    assert not torch.equal(ours[-1], plain[-1])  # equal: the kernel did not run
 
 
 def test_autocast_decides_the_dtype() -> None:

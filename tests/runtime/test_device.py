@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rekindle.errors import UserError
+from rekindle.machine import KERNELS
 from rekindle.runtime import device as devices
 from rekindle.runtime.device import Device, get_device, gpu_on_machine, why_not_compile
 
@@ -311,8 +312,10 @@ def test_plain_attention_is_chosen_for_short_windows_on_a_cpu() -> None:
     assert devices.choose_compute(gpu, 16).attention == "fused"
     assert devices.choose_compute(gpu, 16).dtype == torch.bfloat16
     assert not devices.choose_compute(gpu, 16).loss_kernel
-    assert devices.choose_compute(gpu, 16, kernels=True).loss_kernel
-    fp8 = devices.choose_compute(gpu, 16, kernels=True, fp8_head=True)
+    found = [devices.choose_compute(gpu, 16, kernels=kernels) for kernels in KERNELS]
+    assert [c.loss_kernel for c in found] == [False, True, True]
+    assert [c.mlp_kernel for c in found] == [False, False, True]
+    fp8 = devices.choose_compute(gpu, 16, kernels="all", fp8_head=True)
     assert (fp8.loss_kernel, fp8.mlp_kernel, fp8.fp8_head) == (False, True, True)
 
 

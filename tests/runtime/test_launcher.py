@@ -98,7 +98,7 @@ def start(
 
 
 @pytest.mark.parametrize(
-    ("rank", "words"), [(0, "waited 3 s for all 2 ranks, but these did not connect: 1;"),
+    ("rank", "words"), [(0, "waited 3 s for all 2 ranks to connect: 1 did not come;"),
                         (1, "could not reach rank 0 at MASTER_ADDR 127.0.0.1, MASTER_PORT")]
 )  # fmt: skip
 def test_missing_rank_is_an_error_after_the_timeout(

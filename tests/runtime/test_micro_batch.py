@@ -44,17 +44,18 @@ def test_largest_micro_batch_that_fits_and_divides(
 ) -> None:
     monkeypatch.setattr(micro_batch, "rows_for", lambda config, T, device: max_rows)
     monkeypatch.setattr(World, "min", lambda self, value, device: value)
-    assert micro_batch.choose_micro_batch(model, rows, 16, CPU, World(size=ranks)) == expected
+    found = micro_batch.choose_micro_batch(model, rows, 16, CPU, World(size=ranks), compiled=False)
+    assert found == expected
 
 
 def test_smallest_gpu_decides(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
     monkeypatch.setattr(World, "min", lambda self, value, device: min(value, 4))
-    assert micro_batch.choose_micro_batch(model, 64, 16, CPU, World(size=2)) == 4
+    assert micro_batch.choose_micro_batch(model, 64, 16, CPU, World(size=2), compiled=False) == 4
 
 
 def test_batch_must_divide_over_the_ranks(model: GPT2) -> None:
     with pytest.raises(UserError, match="10 rows does not divide over 4 ranks"):
-        micro_batch.choose_micro_batch(model, 10, 16, CPU, World(size=4))
+        micro_batch.choose_micro_batch(model, 10, 16, CPU, World(size=4), compiled=False)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: remaining.pop(0))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, total))
         # Tensors stay on the CPU; only the decision is tested here.
-        fake = SimpleNamespace(torch=torch.device("cpu"), name="GPU", autocast=CPU.autocast)
+        fake = SimpleNamespace(
+            torch=torch.device("cpu"), name="GPU", autocast=CPU.autocast,
+            product_dtype=torch.bfloat16,
+        )  # fmt: skip
         return fake  # type: ignore[return-value]
 
     return pretend
@@ -94,8 +98,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 def test_rows_are_extrapolated_from_two_measurements(gpu, model: GPT2) -> None:
     device = gpu([1000.0, 1100.0], (1000 + 550) / 0.9)
     assert (
-        micro_batch._rows_in_gpu_memory(model, 16, device) == 1 + 5
+        micro_batch._rows_in_gpu_memory(model, 16, device, False) == 1 + 5
     )  # 550 bytes left, 100 per row
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_model_to_be_compiled_is_measured_without_its_head(
+    monkeypatch: pytest.MonkeyPatch, gpu, model: GPT2
+) -> None:
+    """16 tokens × 64 logits × 2 (logits and gradient) × 2 bytes: 4,096 bytes per row."""
+    monkeypatch.setattr(model, "head", None)  # must not be called
+    device = gpu([10_000.0, 10_100.0], (10_000 + 4_096 + 5.5 * (100 + 4_096)) / 0.9)
+    assert micro_batch._rows_in_gpu_memory(model, 16, device, True) == 1 + 5
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -112,13 +126,13 @@ def test_out_of_memory_limits_the_rows(monkeypatch: pytest.MonkeyPatch, gpu, mod
 
     device = gpu([1000.0, 1100.0], 1e9)
     monkeypatch.setattr(model, "forward", out_of_memory(1))
-    assert micro_batch._rows_in_gpu_memory(model, 16, device) == 1
+    assert micro_batch._rows_in_gpu_memory(model, 16, device, False) == 1
     assert all(p.grad is None for p in model.parameters())
     monkeypatch.setattr(model, "forward", out_of_memory(0))
-    assert micro_batch._rows_in_gpu_memory(model, 16, device) == 0
+    assert micro_batch._rows_in_gpu_memory(model, 16, device, False) == 0
     monkeypatch.setattr(micro_batch, "_rows_in_gpu_memory", lambda *arguments: 0)
     with pytest.raises(UserError, match="one row of 16 tokens does not fit in the memory"):
-        micro_batch.choose_micro_batch(model, 8, 16, GPU, World())
+        micro_batch.choose_micro_batch(model, 8, 16, GPU, World(), compiled=False)
 
 
 @pytest.mark.parametrize(("rows", "recompute"), [(0, True), (3, True), (4, False), (64, False)])
@@ -126,13 +140,13 @@ def test_activations_are_recomputed_if_few_rows_fit(
     monkeypatch: pytest.MonkeyPatch, model: GPT2, rows: int, recompute: bool
 ) -> None:
     monkeypatch.setattr(micro_batch, "_rows_in_gpu_memory", lambda *arguments: rows)
-    assert micro_batch.must_recompute(model, 16, GPU, World()) == recompute
-    assert not micro_batch.must_recompute(model, 16, CPU, World())
+    assert micro_batch.must_recompute(model, 16, GPU, World(), compiled=False) == recompute
+    assert not micro_batch.must_recompute(model, 16, CPU, World(), compiled=False)
 
 
 def test_sharded_model_is_not_measured(monkeypatch: pytest.MonkeyPatch, model: GPT2) -> None:
     monkeypatch.setattr(micro_batch, "is_sharded", lambda model: True)
-    assert not micro_batch.must_recompute(model, 16, GPU, World())
+    assert not micro_batch.must_recompute(model, 16, GPU, World(), compiled=False)
     with pytest.raises(UserError, match=r"--shard: .*: give --micro-batch"):
-        micro_batch.choose_micro_batch(model, 8, 16, GPU, World())
-    assert micro_batch.choose_micro_batch(model, 8, 16, CPU, World()) == 8
+        micro_batch.choose_micro_batch(model, 8, 16, GPU, World(), compiled=False)
+    assert micro_batch.choose_micro_batch(model, 8, 16, CPU, World(), compiled=False) == 8

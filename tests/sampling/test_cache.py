@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from rekindle.model.attention import attend, attend_once
+from rekindle.model.attention import attend, attend_once, prefer_attend_once
 from rekindle.model.compute import Compute
 from rekindle.model.gpt2 import GPT2
 from rekindle.model.gpt2_config import GPT2Config
+from rekindle.model.modern import Modern
+from rekindle.model.modern_config import ModernConfig
 from rekindle.runtime.device import why_not_compile
 from rekindle.sampling import decoding as sampling
 from rekindle.sampling import generate, predict
@@ -106,6 +109,60 @@ def test_single_query_attention_computes_softmax_in_float32() -> None:
     v = torch.eye(16).expand(1, 2, 16, 16)
     seen = attend_once(q.bfloat16(), k.bfloat16(), v.bfloat16(), None).squeeze(-2)
     torch.testing.assert_close(seen.double(), scores.softmax(-1), rtol=2**-8, atol=1e-30)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "T", "once"),
+    [
+        ("cpu", torch.bfloat16, 1, True),
+        ("cpu", torch.bfloat16, 2, False),
+        ("cpu", torch.float32, 1, False),
+        ("cuda", torch.bfloat16, 1, True),
+        ("cuda", torch.float32, 1, True),
+        ("cuda", torch.bfloat16, 2, False),
+    ],
+)
+def test_when_one_query_uses_explicit_attention(
+    device: str, dtype: torch.dtype, T: int, once: bool
+) -> None:
+    """On a GPU, cuDNN would build a plan for every length of a growing cache."""
+    with FakeTensorMode():
+        assert prefer_attend_once(torch.empty(2, 3, T, 8, dtype=dtype, device=device)) == once
+
+
+def test_compiled_decoding_keeps_fused_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with FakeTensorMode():
+        assert not prefer_attend_once(torch.empty(2, 3, 1, 8, device="cuda"))
+
+
+MODERN = ModernConfig(
+    n_layer=3, head_size=16, n_embd=48, block_size=64, vocab_size=257, padded_vocab_size=384,
+    value_embeddings=1, window=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "config"), [(GPT2, CONFIG), (Modern, MODERN)])
+def test_on_a_gpu_only_the_prompt_uses_fused_attention(
+    kind: Any, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        lengths.append(q.shape[2])
+        return v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        model = kind(config)
+        cache = model.new_cache(2, 16)
+        for T in (5, 1, 1):
+            logits = predict(model, torch.zeros(2, T, dtype=torch.long), cache)
+            cache.advance(T)
+            assert logits.shape == (2, 257)
+    assert lengths == [5] * config.n_layer
 
 
 def test_unfilled_slots_contain_zeros(model: GPT2) -> None:

@@ -210,7 +210,7 @@ def test_machine_settings_are_reused_on_resume(
     assert machine["memory"] > 2**29
     assert machine == {
         "micro_batch": 2, "threads": 1, "device": "cpu", "precision": "autocast",
-        "compile": False, "kernels": False, "recompute": False, "shard": False,
+        "compile": False, "kernels": "none", "recompute": False, "shard": False,
         "deterministic": False, "keep_memory": True, "name": "CPU", "memory": machine["memory"],
     }  # fmt: skip
     first = storage.read_json(out / "checkpoints" / "step-000004" / "checkpoint.json")["machine"]
@@ -225,7 +225,7 @@ def test_run_started_without_compilation_resumes_without(
     arguments = [a for a in command(tmp_path / "run") if a != "--no-compile"]
     outcome = rekindle(*arguments)
     assert outcome.status == 0
-    assert "running without torch.compile: as the run was started" in outcome.out
+    assert "not compiled: as when the run was started" in outcome.out
 
 
 def test_checkpoint_description(uninterrupted: Path, shard_set: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rekindle import train
 from rekindle.data.batches import Batches, Partition, Windows
 from rekindle.data.shards import open_split, read_manifest
 from rekindle.model.gpt2 import GPT2
@@ -134,6 +135,9 @@ class Alone(World):
     def mean_(self, tensor: Tensor) -> None:
         self.losses.append(tensor.item())
 
+    def max_(self, tensor: Tensor) -> None:
+        pass
+
 
 @pytest.mark.parametrize(
     ("micro_batch", "ranks"),
@@ -159,6 +163,21 @@ def test_every_partition_gives_the_same_gradient_and_loss(
     assert np.mean(losses) == pytest.approx(expected_loss.item(), rel=1e-6)
     for mean, like in zip(gradients, expected, strict=True):
         torch.testing.assert_close(mean, like, rtol=1e-4, atol=1e-7)
+
+
+def test_loss_is_copied_to_the_host_before_the_weights_are_updated(
+    model: GPT2, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, the host then prepares the next step while the update runs."""
+    training, calls = Training(model), []
+    update = training.optimizer.step
+    readback = train.Readback
+    monkeypatch.setattr(train, "Readback", lambda t: calls.append("copy") or readback(t))
+    monkeypatch.setattr(
+        training.optimizer, "step", lambda skip: calls.append("step") or update(skip)
+    )
+    training.step(batches.batch(0, Partition.of(8, 8)))
+    assert calls == ["copy", "step"]
 
 
 Spoil = Callable[[GPT2, int, Tensor], Tensor]

@@ -25,15 +25,15 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
         "parquet.ParquetSource",
         _PATHS
         | {
-            "metavar": "DIR",
+            "metavar": "PATH",
             "help": "Parquet files, or folders of them, with a `text` column",
         },
     ),
     "jsonl": (
         "jsonl.JsonLinesSource",
-        _PATHS | {"metavar": "FILE", "help": "JSON Lines files with a `text` field"},
+        _PATHS | {"metavar": "PATH", "help": "JSON Lines files with a `text` field"},
     ),
-    "text": ("text.TextSource", _PATHS | {"metavar": "FILE", "help": "plain text files"}),
+    "text": ("text.TextSource", _PATHS | {"metavar": "PATH", "help": "plain text files"}),
     "shards": (
         "ready_made.ShardFolder",
         {"type": Path, "metavar": "DIR", "help": "ready-made shards (llm.c, modded-nanogpt)"},

@@ -56,7 +56,8 @@ def _bend(x, CAP: tl.constexpr):
 @jit
 def _cross_entropy_kernel(
     logits, row_stride, targets, losses, count, V,
-    IGNORED: tl.constexpr, WRITE_GRAD: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+    IGNORED: tl.constexpr, WRITE_GRAD: tl.constexpr, CAP: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss, and if asked for, its gradient over its logits."""
     row = tl.program_id(0).to(tl.int64)  # N × V passes 2^31
@@ -68,23 +69,27 @@ def _cross_entropy_kernel(
     if CAP > 0:
         at_target *= _bend(at_target, CAP)
 
-    highest = -float("inf")
-    total = 0.0  # sum of exp(logit - highest)
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    # Each lane (a thread) keeps its own maximum and its sum of exp(logit - maximum): threads wait
+    # for each other only once per row. The maximum starts finite, as a lane may have no column.
+    block = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    highest = tl.full((LANES,), -3e38, tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for start in range(0, V, LANES * WIDTH):
+        columns = start + block
         x = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
         if CAP > 0:
             x = tl.where(columns < V, x * _bend(x, CAP), -float("inf"))
-        higher = tl.maximum(highest, tl.max(x, 0))
-        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), 0)
+        higher = tl.maximum(highest, tl.max(x, 1))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher[:, None]), 1)
         highest = higher
-    log_total = highest + tl.log(total)
+    top = tl.max(highest, 0)
+    log_total = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
     tl.store(losses + row, tl.where(ignored, 0.0, log_total - at_target))
 
     if WRITE_GRAD:
         weight = tl.where(inside, 1.0 / tl.load(count).to(tl.float32), float("nan"))
-        for start in range(0, V, BLOCK):  # the row is still in L2
-            columns = start + tl.arange(0, BLOCK)
+        for start in range(0, V, LANES * WIDTH):  # the row is still in L2
+            columns = start + block
             x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
             onehot = tl.where(columns == target, 1.0, 0.0)
             if CAP > 0:
@@ -103,11 +108,11 @@ def _row_losses(
     logits become their own gradient in a mean over `count` targets."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
-        # 32 warps a row: so few rows are under way at a time that L2 holds them until they are
-        # read again. A block is then one load of 16 bytes per thread.
+        # 32 warps per row, one thread per lane: few rows are in flight at a time, so L2 holds them
+        # until they are read again. Each lane's part of a block is one 16-byte load.
         _cross_entropy_kernel[(logits.shape[0],)](
             logits, logits.stride(0), targets.contiguous(), losses, count, logits.shape[1],
-            IGNORED, write_grad, cap, BLOCK=8192, num_warps=32,
+            IGNORED, write_grad, cap, LANES=1024, WIDTH=8, num_warps=32,
         )  # fmt: skip
     return losses
 
