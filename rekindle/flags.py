@@ -13,7 +13,7 @@ class Flag:
     """One argument. Its name is the field's path: `optim.lr` is given as `--optim.lr`."""
 
     name: str
-    type: Any  # bool, int, float, str or Path; for an optional field, the type of a given value
+    type: Any  # bool, int, float, str, Path or list[str]; of an optional field: of a given value
     default: Any  # MISSING: it is required
     help: str
     metavar: str | None = None

@@ -37,6 +37,11 @@ class MachineOptions:
         "NAME",
         choices=KERNELS,
     )
+    fp8_head: bool | None = flag(
+        None,
+        "compute the head's matmuls in FP8 while training; needs the modern model and an NVIDIA "
+        "Hopper GPU or newer; not measured yet (default: no)",
+    )
     recompute: bool | None = flag(
         None,
         "keep only each block's input for the backward pass (activation checkpointing): less "
@@ -82,6 +87,7 @@ class Machine:
     micro_batch: int | None = field(  # None until `trainer.build` decides
         default=None, metadata={"schema": (None, range(1, 2**31))}
     )
+    fp8_head: bool = False
     keep_memory: bool = True  # on a CPU, reuse freed memory instead of returning it to the system
     name: str = ""  # human-readable name of the device
     memory: int = 0  # memory of the device in bytes; 0: unknown
@@ -123,7 +129,7 @@ def resolve(
     import torch
 
     from rekindle.data.cores import usable_cores
-    from rekindle.model import kernels
+    from rekindle.model import fp8, kernels
     from rekindle.runtime import device as devices
 
     options = options or MachineOptions()
@@ -146,6 +152,9 @@ def resolve(
     no_kernels = kernels.why_not(device.torch, device.product_dtype)
     if options.kernels in KERNELS[1:] and no_kernels:
         raise UserError(f"--kernels {options.kernels}: {no_kernels}; use --kernels none")
+    no_fp8 = fp8.why_not(device.torch)
+    if options.fp8_head and no_fp8:
+        raise UserError(f"--fp8-head: {no_fp8}; leave it out")
     micro_batch = recorded.micro_batch if recorded else None
     divides = bool(micro_batch) and not (rows and rows % (micro_batch * ranks))
     fewer_cores = recorded is not None and recorded.threads > usable_cores()
@@ -154,6 +163,7 @@ def resolve(
         precision=device.precision,
         compile=decide("compile", True) and not why,
         kernels="none" if no_kernels else decide("kernels", "none"),
+        fp8_head=decide("fp8_head", False) and not no_fp8,
         deterministic=decide("deterministic", False),
         shard=shard,
         threads=decide("threads", torch.get_num_threads(), can=same and not fewer_cores),

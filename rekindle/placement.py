@@ -7,8 +7,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from rekindle.errors import UserError
 from rekindle.machine import Machine
-from rekindle.model import LanguageModel
+from rekindle.model import LanguageModel, fp8
 from rekindle.model.compute import Compute, Forward
 from rekindle.runtime import distributed
 from rekindle.runtime.device import Device
@@ -46,8 +47,11 @@ def choose_memory_use(
     """Decide what depends on the device's memory: activation checkpointing and the micro-batch
     size. Returns `machine` with both filled in.
 
-    `rows`: sequences per global batch; `T`: tokens per sequence.
+    `rows`: sequences per global batch; `T`: tokens per sequence. Raises `UserError` if the model's
+    head cannot be computed in FP8, but should be.
     """
+    if compute.fp8_head and (reason := fp8.unsupported(model, T)):
+        raise UserError(f"--fp8-head: {reason}; leave it out")
     recompute = machine.recompute
     if recompute is None:
         recompute = must_recompute(model, T, device, world, compiled=machine.compile)

@@ -208,6 +208,7 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
         "compiled": machine.compile,
         "loss kernel": machine.kernels == "loss",
         "all kernels": machine.kernels == "all",
+        "FP8 head": machine.fp8_head,
         "recomputing": machine.recompute,
         "sharded": is_sharded(trainer.model),
     }

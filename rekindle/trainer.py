@@ -241,7 +241,9 @@ def build(
     windows = Windows(data, b.length, recipe.model.vocab_size, b.unit)
     batches = Batches(windows, b.rows, recipe.seed, b.order)
 
-    compute = compute or choose_compute(device, b.length, kernels=machine.kernels)
+    compute = compute or choose_compute(
+        device, b.length, kernels=machine.kernels, fp8_head=machine.fp8_head
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # initialized on the CPU: the same weights on every rank
         module = (model or lookup.model_for(recipe.model))(recipe.model).use(compute)

@@ -24,7 +24,8 @@ Refuses = Callable[..., str]
 HELP = """
 import sys
 from rekindle.cli import main
-for command in ["", "demo", "prepare", "train", "eval", "sample", "verify", "ladder", "report"]:
+commands = "demo prepare train eval sample verify check ladder report"
+for command in ["", *commands.split()]:
     try:
         main([*command.split(), "--help"])
     except SystemExit as end:
@@ -82,7 +83,7 @@ def test_help_imports_nothing_heavy(python: Callable, tmp_path: Path) -> None:
     done = python("-c", HELP, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("LOADED []\n")
-    assert done.stdout.count("usage: rekindle") == 9
+    assert done.stdout.count("usage: rekindle") == 10
     assert list(tmp_path.iterdir()) == []
 
 

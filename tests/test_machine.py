@@ -119,13 +119,21 @@ def test_compute_for_each_precision_and_kernels(gpu: None) -> None:
     assert compute(precision="bf16", kernels="all") == both
 
 
+def test_fp8_is_off_by_default(gpu: None) -> None:
+    assert not resolve(MachineOptions()).fp8_head
+    found = resolve(MachineOptions(fp8_head=True))
+    assert found.fp8_head
+    assert resolve(MachineOptions(), found).fp8_head
+
+
 def test_run_from_a_gpu_resumes_on_a_cpu() -> None:
     before = Machine(
         device="cuda", precision="tf32", compile=False, kernels="all", deterministic=False,
-        shard=False, threads=16, recompute=False, micro_batch=64, memory=80 * 2**30,
+        shard=False, threads=16, recompute=False, micro_batch=64, memory=80 * 2**30, fp8_head=True,
     )  # fmt: skip
     found = resolve(OPTIONS, before)
     assert (found.kernels, found.micro_batch, found.threads) == ("none", None, 1)
+    assert not found.fp8_head
     assert found.precision == resolve(OPTIONS).precision  # a CPU has no TF32
     line = changes(before, found, OPTIONS)
     assert "kernels none instead of all" in line
@@ -137,6 +145,7 @@ def test_run_from_a_gpu_resumes_on_a_cpu() -> None:
     [
         ({"kernels": "loss", "precision": "fp32"}, "--kernels loss: .*; use --kernels none"),
         ({"kernels": "mlp"}, "--kernels must be none, loss or all, not 'mlp'"),
+        ({"fp8_head": True}, "--fp8-head: FP8 needs an NVIDIA Hopper GPU or newer; leave it out"),
         ({"precision": "tf32"}, "--precision tf32 needs an NVIDIA GPU"),
         ({"precision": "fp64"}, "--precision must be one of"),
         ({"device": "tpu"}, "--device must be"),

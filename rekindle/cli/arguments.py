@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from rekindle.errors import UserError
 from rekindle.flags import Flag, flags_of
@@ -59,6 +59,8 @@ def add_flags(parser: Any, flags: Iterable[Flag]) -> None:
             how["type"] = _CONVERTERS.get(flag.type, flag.type)
             how["metavar"] = flag.metavar or METAVARS.get(flag.type)
             how["choices"] = flag.choices
+        if get_origin(flag.type) is list:  # one or more values
+            (how["type"],), how["nargs"] = get_args(flag.type), "+"
         if flag.positional:
             if flag.default is not MISSING:
                 how["nargs"] = "?"

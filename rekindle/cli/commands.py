@@ -170,6 +170,23 @@ def verify(arguments: Namespace) -> int:
     return 0 if report.passed else 1
 
 
+def check(arguments: Namespace) -> int:
+    from rekindle.check import check
+    from rekindle.observe.console import Console
+
+    o = options_of(options.Check, arguments)
+    report = check(
+        o.runs,
+        data=o.data,
+        hellaswag=o.hellaswag,
+        device=o.device,
+        price=o.price_per_hour,
+        console=Console(quiet=o.json),
+    )
+    _print(json.dumps(report.as_dict(), allow_nan=False) if o.json else report.table())
+    return 0 if report.passed else 1
+
+
 def demo(arguments: Namespace) -> None:
     from rekindle.demo import demo
 

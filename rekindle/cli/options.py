@@ -120,6 +120,23 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Check:
+    runs: list[str] = argument("run folders, or gpt2 for OpenAI's weights", "RUN")
+    data: Path | None = flag(
+        None,
+        "the runs' shards, if they have moved; for gpt2, FineWeb-Edu in the lecture's layout "
+        "(default for gpt2: download its first file)",
+        "DIR",
+    )
+    hellaswag: str = flag("hub", "for gpt2: HellaSwag from this file, or `hub`", "FILE")
+    price_per_hour: float | None = flag(
+        None, "price of an hour on the training machine, to print what the run cost"
+    )
+    device: str = flag("auto", DEVICE, "NAME")
+    json: bool = flag(False, JSON)
+
+
+@dataclass(frozen=True)
 class Ladder:
     data: Path | None = flag(None, "folder with shards (default: Python's documentation)", "DIR")
     out: Path = flag(Path("runs/ladder"), "folder for ladder.json and ladder.png", "DIR")

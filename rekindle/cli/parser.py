@@ -74,6 +74,17 @@ COMMANDS = {
     "verify": Command(
         do.verify, options.Verify, "compare logits, loss, text and gradients with transformers"
     ),
+    "check": Command(
+        do.check,
+        options.Check,
+        "compare runs, or OpenAI's weights, with published results",
+        "The exit status is 0 if every value is within its band, in an unfinished run so far, and\n"
+        "1 otherwise. There are bands for gpt2-124m on FineWeb-Edu, and for gpt2-124m-fast on\n"
+        "FineWeb or FineWeb-Edu.\n\n"
+        "examples:\n"
+        "  rekindle check runs/gpt2 --price-per-hour 24\n"
+        "  rekindle check gpt2",
+    ),
     "ladder": Command(
         do.ladder,
         options.Ladder,

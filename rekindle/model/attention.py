@@ -3,6 +3,8 @@
 Shapes: B sequences, H heads of size D, T queries, S keys.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,13 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask.transpose(-2, -1), -torch.inf)
     return scores.softmax(-2).to(v.dtype).transpose(-2, -1) @ v
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """The same with FlexAttention and its block `mask`. In a compiled model on a GPU it skips fully
+    masked blocks. On a CPU it is slow and has no backward pass."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    y = flex_attention(q, k, v, block_mask=mask)
+    assert isinstance(y, Tensor)
+    return y

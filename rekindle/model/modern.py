@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rekindle.model import kernels
-from rekindle.model.attention import attend, attend_once, prefer_attend_once
+from rekindle.model.attention import attend, attend_blocks, attend_once, prefer_attend_once
 from rekindle.model.cache import KVCache, LayerCache
 from rekindle.model.compute import Compute
+from rekindle.model.fp8 import fp8_linear
 from rekindle.model.linear import Linear, cast_linears, losses_in_pieces
 from rekindle.model.masks import visible_tokens
 from rekindle.model.modern_config import ModernConfig
@@ -93,8 +94,9 @@ class Attention(nn.Module):
         return self.proj(self._attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """FlexAttention could be used here to skip what windows and documents mask."""
         causal = mask is None and q.shape[2] > 1  # a single new position attends to all
+        if mask is not None and not torch.is_tensor(mask):  # FlexAttention's block mask
+            return attend_blocks(q, k, v, mask)
         if prefer_attend_once(q):
             return attend_once(q, k, v, mask)
         if self.compute.attention == "plain":
@@ -138,6 +140,7 @@ class Modern(nn.Module):
     """The modern language model."""
 
     Config: ClassVar = ModernConfig
+    has_fp8_head: ClassVar = True  # supports `Compute(fp8_head=True)`
     compute: Compute = Compute()
 
     def __init__(self, config: ModernConfig) -> None:
@@ -218,7 +221,8 @@ class Modern(nn.Module):
             past = 0 if cache is None else cache.length
             positions = torch.arange(past, past + idx.shape[1], device=idx.device)
         rotation = self._rotation(positions)
-        masks = visible_tokens(self.config, idx, cache, positions, mask)
+        flex = self.compute.attention == "flex"
+        masks = visible_tokens(self.config, idx, cache, positions, mask, flex=flex)
         x = first = norm(self.wte(idx)).to(self.compute.dtype)  # (B, T, C)
         values = [table(idx) for table in self.values]
         for i, block in enumerate(self.h):
@@ -243,7 +247,9 @@ class Modern(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """(..., C) → logits (..., V) in float32, padding rows included."""
-        return kernels.soft_cap(self.lm_head(x).float(), self.config.soft_cap)
+        fp8 = self.compute.fp8_head and torch.is_grad_enabled()
+        logits = fp8_linear(x, self.lm_head.weight) if fp8 else self.lm_head(x)
+        return kernels.soft_cap(logits.float(), self.config.soft_cap)
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """(N, C), (N,) targets → the cross-entropy of each in nats, (N,) float32, 0 where it is

@@ -8,7 +8,9 @@ Shapes in comments: a stack holds K matrices of one shape, with R rows and C col
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from rekindle.errors import UserError
 from rekindle.optim.muon_config import MuonConfig
@@ -30,11 +32,27 @@ def orthogonalize(stack: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def orthogonalize_on_ranks(stack: Tensor) -> Tensor:
+    """`orthogonalize` a stack (K, R, C) that every rank holds. Each rank computes K / ranks of the
+    matrices, padded with zeros to equal shares, and an all-gather gives every rank the same bits.
+    """
+    if not dist.is_initialized():
+        return orthogonalize(stack)
+    ranks, rank, K = dist.get_world_size(), dist.get_rank(), len(stack)
+    share = -(-K // ranks)
+    own = stack[rank * share :][:share]
+    own = F.pad(own, (0, 0, 0, 0, 0, share - len(own)))
+    gathered = stack.new_empty(ranks * share, *stack.shape[1:])
+    dist.all_gather_into_tensor(gathered, orthogonalize(own).contiguous())
+    return gathered[:K]
+
+
 class Muon:
     """Muon for the parameters of a `LanguageModel` with the role "matrix", AdamW for the others.
 
     Matrices of the same shape are stacked, so a step is a few batched matmuls, while
-    `torch.optim.Muon` loops over the tensors. The state is allocated on construction. Raises
+    `torch.optim.Muon` loops over the tensors. The state is allocated on construction. With several
+    ranks, each holds the full state and orthogonalizes its share of the matrices. Raises
     `UserError` if the model is sharded.
     """
 
@@ -70,7 +88,7 @@ class Muon:
         )
         updates = torch.zeros(
             1 + len(others), device=device
-        )  # Muon's count, then one per AdamW parameter
+        )  # Muon's, then one per AdamW parameter
         self._updates = updates[0]
         for name, count in zip(others, updates[1:], strict=True):
             state = {key: torch.zeros_like(named[name]) for key in STATES}
@@ -109,7 +127,7 @@ class Muon:
         buffer.copy_(torch.where(skip, buffer, averaged))
         update = gradient.lerp(averaged, momentum) if self._config.nesterov else averaged
         # bf16 is enough [Jordan] and fast on a GPU.
-        update = orthogonalize(update.bfloat16() if update.is_cuda else update).float()
+        update = orthogonalize_on_ranks(update.bfloat16() if update.is_cuda else update).float()
         # Scale the updates of matrices with more rows than columns, so that one learning rate suits
         # all widths [Bernstein, "Deriving Muon"].
         update *= max(1, update.shape[1] / update.shape[2]) ** 0.5

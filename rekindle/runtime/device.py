@@ -202,15 +202,18 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def choose_compute(device: Device, T: int, *, kernels: str = "none") -> Compute:
+def choose_compute(
+    device: Device, T: int, *, kernels: str = "none", fp8_head: bool = False
+) -> Compute:
     """The fastest way to compute on `device` with T tokens per sequence. `kernels`: Triton kernels
     for none, the loss or all."""
     plain = device.torch.type == "cpu" and T <= SHORT
     return Compute(
         dtype=device.dtype,
         attention="plain" if plain else "fused",
-        loss_kernel=kernels != "none",
+        loss_kernel=kernels != "none" and not fp8_head,  # its matmuls of the head are not FP8
         mlp_kernel=kernels == "all",
+        fp8_head=fp8_head,
     )
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from rekindle.errors import UserError
 from rekindle.evaluate.scoring import tree_mask
 from rekindle.model import kernels, modern
+from rekindle.model.attention import attend_blocks
 from rekindle.model.compute import Compute
 from rekindle.model.modern import Modern
 from rekindle.model.modern_config import ModernConfig
@@ -300,7 +301,7 @@ def test_prompt_in_parts_is_rejected(idx: Tensor) -> None:
         model(torch.zeros(1, 25, dtype=torch.long))
 
 
-@pytest.mark.parametrize("attention", ["plain", "fused"])
+@pytest.mark.parametrize("attention", ["plain", "fused", "flex"])
 def test_packed_rows_match_separate_texts(model: Any, idx: Tensor, attention: str) -> None:
     """A context and two candidates in one row, as evaluation packs them. Windows reach into the
     context, and a document that begins in the first candidate does not affect the second."""
@@ -353,6 +354,34 @@ def test_all_compute_settings_agree(
     expected = gradients(model, model, idx)
     assert len(expected) == len(list(model.parameters())) + 1
     assert_near(gradients(model.use(compute), model, idx), expected, tolerance)
+
+
+@torch.no_grad()  # FlexAttention has no backward on a CPU
+@pytest.mark.parametrize("changes", [{}, {"window": 0}, {"document_token": -1}, PLAIN])
+def test_flex_attention_matches(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several of its blocks of 128. It is used only if windows or documents mask tokens."""
+    calls: list[float] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments[3].sparsity())
+        return attend_blocks(*arguments)
+
+    monkeypatch.setattr(modern, "attend_blocks", counted)
+    model = make_model(TINY, **{"block_size": 300, "window": 40, **changes})
+    idx = torch.randint(8, 50, (2, 300), generator=torch.Generator().manual_seed(1))
+    idx[0, 140] = idx[1, 10] = TINY.document_token
+    expected = model(idx)[0]
+    assert not calls
+    found = model.use(Compute(attention="flex"))(idx)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == (0 if changes is PLAIN else 5)
+    if "window" not in changes:
+        assert calls[0] > calls[3] > 30  # percent of the blocks that are skipped
+    cache = model.new_cache(2, 300)
+    predict(model, idx[:, :299], cache)
+    cache.advance(299)
+    found = predict(model, idx[:, 299:], cache)
+    torch.testing.assert_close(found, expected[:, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_multiplies_in_bf16(model: Any, idx: Tensor) -> None:

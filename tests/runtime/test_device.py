@@ -315,6 +315,8 @@ def test_plain_attention_is_chosen_for_short_windows_on_a_cpu() -> None:
     found = [devices.choose_compute(gpu, 16, kernels=kernels) for kernels in KERNELS]
     assert [c.loss_kernel for c in found] == [False, True, True]
     assert [c.mlp_kernel for c in found] == [False, False, True]
+    fp8 = devices.choose_compute(gpu, 16, kernels="all", fp8_head=True)
+    assert (fp8.loss_kernel, fp8.mlp_kernel, fp8.fp8_head) == (False, True, True)
 
 
 @pytest.mark.parametrize(

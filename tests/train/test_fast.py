@@ -1,5 +1,6 @@
 """The modern model with Muon, through the command line: train, kill, resume, evaluate, sample."""
 
+import filecmp
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from rekindle import checkpoint, get_recipe, recipes, trainer
+from rekindle import checkpoint, get_recipe, recipes, storage, trainer
+from rekindle.data.tokenizer import get_tokenizer
 from rekindle.model.modern import Modern
 from rekindle.optim.muon_config import MuonConfig, warmup_steps
 
@@ -118,15 +120,76 @@ def test_with_steps_recomputes_hyperparameters() -> None:
     assert recipes.with_steps(get_recipe("demo"), 7).optim == get_recipe("demo").optim
 
 
+def started_with(run: Path) -> dict[str, Any]:
+    names = ("steps", "optim.lr", "optim.momentum_warmup", "optim.weight_decay", "schedule.warmup")
+    return {name: storage.read_json(run / "run.json")["recipe"][name] for name in names}
+
+
+def test_steps_flag_recomputes_hyperparameters(fast: Callable, tmp_path: Path) -> None:
+    """Except those that are given. A lengthened run keeps those that it was started with."""
+    assert fast(tmp_path / "a", "--steps", 4).status == 0
+    rules = MuonConfig.by_rule(16, 4)
+    expected = {
+        "steps": 4,
+        "optim.lr": rules.lr,
+        "optim.momentum_warmup": rules.momentum_warmup,
+        "optim.weight_decay": rules.weight_decay,
+        "schedule.warmup": warmup_steps(4),
+    }
+    assert started_with(tmp_path / "a") == expected
+    given = ("--optim.weight-decay", 0.25, "--schedule.warmup", 2)
+    assert fast(tmp_path / "b", "--steps", 4, *given).status == 0
+    changed = {"optim.weight_decay": 0.25, "schedule.warmup": 2}
+    assert started_with(tmp_path / "b") == expected | changed
+    longer = fast(tmp_path / "a", "--steps", 8)
+    assert longer.status == 0, longer.err
+    assert "resumes at step 4 of 8" in longer.out
+    assert fast(tmp_path / "a", "--steps", 8, "--optim.lr", 0.01).status == 2
+
+
+def test_damaged_run_description_is_one_line(fast: Callable, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"recipe": {"optim.lr": "fast"}}')
+    outcome = fast(tmp_path / "run")
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1
+    assert "run.json" in outcome.err
+
+
 @pytest.mark.slow  # 278M parameters
-def test_full_size_model_trains(
+@pytest.mark.timeout(1200)
+def test_full_size_run_resumes_with_the_same_bits(
     rekindle: Callable, records: Callable, write_shards: Callable, tmp_path: Path
 ) -> None:
-    write_shards(tmp_path / "data", [5000], [300])
+    """Three steps in all: two, and the second again from the first checkpoint, as after a kill."""
+    gpt2 = get_tokenizer("gpt2")
+    described = {"tokenizer": gpt2.name, "tokenizer_sha256": gpt2.sha256, "vocab_size": 50257}
+    write_shards(tmp_path / "data", [5000], [300], **described)
     torch.set_num_threads(2)
-    flags = ["--batch.tokens", 128, "--batch.length", 64, "--steps", 3, "--eval-tokens", 64]
-    where = ["--data", tmp_path / "data", "--out", tmp_path / "run", "--device", "cpu"]
-    done = rekindle("train", "gpt2-124m-fast", *where, "--no-compile", *flags)
-    assert done.status == 0, done.err
-    losses = [r["loss"] for r in records(tmp_path / "run", "train")]
+    out = tmp_path / "run"
+    flags = ["--batch.tokens", 64, "--batch.length", 32, "--steps", 2, "--eval-tokens", 64]
+    flags += ["--checkpoint-every", 1, "--keep-checkpoints", 0, "--keep-best", 0]
+    flags += ["--eval-every", 2, "--no-compile"]
+
+    def train() -> Any:
+        where = ["--data", tmp_path / "data", "--out", out, "--device", "cpu"]
+        return rekindle("train", "gpt2-124m-fast", *where, *flags)
+
+    uninterrupted = train()
+    assert uninterrupted.status == 0, uninterrupted.err
+    assert "model: 277,921,992 parameters" in uninterrupted.out
+    kinds = ("train", "validation", "samples")
+    logged = records(out, *kinds)
+    losses = [r["loss"] for r in logged if r["kind"] == "validation"]
     assert losses[-1] < losses[0]
+    last = out / "checkpoints" / "step-000002"
+    last.rename(tmp_path / "expected")
+    assert "resumes at step 1 of 2" in train().out
+    for name in checkpoint.FILES:
+        assert filecmp.cmp(tmp_path / "expected" / name, last / name, shallow=False)
+    assert records(out, *kinds) == logged
+    run = [out, "--device", "cpu", "--json"]
+    evaluated = rekindle("eval", *run)
+    assert json.loads(evaluated.out)["validation"]["loss"] == pytest.approx(losses[-1], rel=1e-4)
+    sampled = rekindle("sample", *run, "--tokens", 4, "--num", 1)
+    assert len(json.loads(sampled.out)["samples"]) == 1, sampled.err
