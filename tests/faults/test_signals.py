@@ -25,11 +25,13 @@ KINDS = ("train", "validation", "samples")
 
 
 @pytest.fixture(autouse=True)
-def receive_ctrl_c() -> Iterator[None]:
-    """Handle SIGINT even if a shell started the tests in the background, where it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def receive_every_signal() -> Iterator[None]:
+    """Undo that a shell started the tests in the background, or `nohup` did: they ignore some."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files")
