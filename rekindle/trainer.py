@@ -240,7 +240,6 @@ def build(
     b = recipe.batch
     windows = Windows(data, b.length, recipe.model.vocab_size, b.unit)
     batches = Batches(windows, b.rows, recipe.seed, b.order)
-
     compute = compute or choose_compute(
         device, b.length, kernels=machine.kernels, fp8_head=machine.fp8_head
     )

@@ -270,6 +270,7 @@ RECIPES["demo"] = dataclasses.replace(
     RECIPES["demo"],
     model=dataclasses.replace(RECIPES["demo"].model, n_layer=2, n_head=2, n_embd=32),
     batch=Batch(tokens=512, length=64),
+    steps=100_000,  # more than the rehearsal has time for
 )
 """
 QUESTIONS = [{"ctx": "a b", "endings": ["c", "d", "e f", "g"], "label": 1}] * 4

@@ -212,6 +212,7 @@ def test_machine_settings_are_reused_on_resume(
         "micro_batch": 2, "threads": 1, "device": "cpu", "precision": "autocast",
         "compile": False, "kernels": "none", "recompute": False, "shard": False,
         "deterministic": False, "keep_memory": True, "name": "CPU", "memory": machine["memory"],
+        "fp8_head": False,
     }  # fmt: skip
     first = storage.read_json(out / "checkpoints" / "step-000004" / "checkpoint.json")["machine"]
     assert first == machine
