@@ -79,6 +79,24 @@ def run(begin: list[str], tmp_path: Path, rekindle: Callable, one_thread: None) 
 # -- help -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_wait_briefly_unless_the_user_chose_otherwise(
+    python: Callable, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    code = (
+        "import os, sys\nfrom rekindle.cli import main\nassert main([]) == 2\n"
+        "assert 'torch' not in sys.modules\nprint(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    assert python("-c", code).stdout == f"{expected}\n"
+
+
 def test_help_imports_nothing_heavy(python: Callable, tmp_path: Path) -> None:
     done = python("-c", HELP, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

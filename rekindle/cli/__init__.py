@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     _keep_compiled()
+    _share_cores()
     try:
         if not arguments:
             make_parser()[0].print_help(sys.stderr)
@@ -81,6 +82,14 @@ def _keep_compiled() -> None:
     if not _can_be_created(folder):  # such as for a user without a home folder
         folder = Path(tempfile.gettempdir(), f"rekindle-compiled-{getattr(os, 'getuid', str)()}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def _share_cores() -> None:
+    """Let CPU threads wait for each other only briefly before they give up their core. By default
+    GNU's OpenMP waits for milliseconds, which makes a step several times slower on a machine with
+    other work (benchmarks/LOG.md). Must run before torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _can_be_created(folder: Path) -> bool:
