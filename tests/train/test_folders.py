@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from rekindle import trainer as rekindle_trainer
+from rekindle.errors import UserError
+from rekindle.resume import _check_same_parent
 
 
 def test_dangling_link_as_the_run_folder(
@@ -84,3 +86,25 @@ def test_failed_preparation_leaves_no_folder(tmp_path: Path, refuses: Callable[.
 def test_shard_on_a_single_rank_is_noted(tmp_path: Path, train: Callable) -> None:
     outcome = train(tmp_path / "run", "--steps", 1, "--shard")
     assert "note: --shard has no effect on a single rank" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("named", "same"),
+    [
+        ("old/parent", True),
+        ("old/parent/checkpoints/step-000004", True),
+        ("new/parent", True),  # moved
+        ("new/parent/checkpoints/step-000004", True),
+        ("new/parent/checkpoints/step-000008", False),
+        ("new/other/checkpoints/step-000004", False),
+        ("new/other", False),
+    ],
+)
+def test_fork_accepts_only_its_own_parent(tmp_path: Path, named: str, same: bool) -> None:
+    """The parent may have been moved; then its name and step must match."""
+    parent = tmp_path / "old" / "parent" / "checkpoints" / "step-000004"
+    if same:
+        _check_same_parent(tmp_path / "fork", parent, tmp_path / named)
+        return
+    with pytest.raises(UserError, match="was forked from"):
+        _check_same_parent(tmp_path / "fork", parent, tmp_path / named)
