@@ -33,24 +33,18 @@ class ModernConfig:
     padded_vocab_size: int = 0  # rows of the embeddings and the head, with padding; 0: vocab_size
     # 2 pi times the base is the longest wavelength [Su 2021; modded]: 0.67
     rotary_base: int = flag(1024, "base of the rotary positions; 0 disables them")
-    # To unit mean square [Henry 2020]: 0.034
-    qk_norm: bool = flag(True, "normalize queries and keys")
+    qk_norm: bool = flag(True, "normalize queries and keys")  # [Henry 2020]: 0.034
     relu_squared: bool = flag(True, "ReLU² instead of GELU")  # [So 2021, Primer]: 0.026
-    # [modded]: 0.080
-    zero_init: bool = flag(True, "initialize output projections and the head to zero")
+    zero_init: bool = flag(True, "output projections and head start at zero")  # [modded]: 0.080
     untied: bool = flag(True, "do not tie the head to the embedding")  # [modded]: 0.09
     soft_cap: float = flag(15.0, "soft cap on the head's logits; 0 disables it")  # [Gemma 2]: 0.000
-    # [modded]: 0.012
-    value_embeddings: int = flag(3, "number of layers at either end with value embeddings")
-    # [nanochat]: 0.016
-    value_gates: bool = flag(True, "gate the value embeddings, one gate per head")
-    # [modded]: 0.002
-    embedding_shortcut: bool = flag(True, "add the embedding to the input of every block")
-    # [nanochat]: -0.011 with 32 of 128
+    value_embeddings: int = flag(3, "layers at either end with value embeddings")  # [modded]: 0.012
+    value_gates: bool = flag(True, "gate the value embeddings, by head")  # [nanochat]: 0.016
+    embedding_shortcut: bool = flag(True, "add the embedding before each block")  # [modded]: 0.002
+    # [nanochat]: -0.011 with 32 of 128; the next -0.001
     window: int = flag(0, "attention window of 3 in 4 layers, in tokens; 0: none")
-    # -0.001
     document_token: int = flag(
-        -1, "token id that begins a document, which attention stays within; -1: none"
+        -1, "token id that begins a document; attention stays in it; -1: none"
     )
 
     def __post_init__(self) -> None:

@@ -128,8 +128,7 @@ class Muon:
         update = gradient.lerp(averaged, momentum) if self._config.nesterov else averaged
         # bf16 is enough [Jordan] and fast on a GPU.
         update = orthogonalize_on_ranks(update.bfloat16() if update.is_cuda else update).float()
-        # Scale the updates of matrices with more rows than columns, so that one learning rate suits
-        # all widths [Bernstein, "Deriving Muon"].
+        # So that one learning rate suits all shapes and widths [Bernstein, "Deriving Muon"].
         update *= max(1, update.shape[1] / update.shape[2]) ** 0.5
         if self._config.weight_decay:
             decay = self._config.weight_decay * torch.stack(matrices)
@@ -140,7 +139,6 @@ class Muon:
         torch._foreach_sub_(matrices, list(change))  # pyright: ignore[reportPrivateImportUsage]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`momentum.NAME` of matrices; `exp_avg.NAME` and `exp_avg_sq.NAME` of the others, shaped
-        like their parameters; and `updates`, the number of steps that were not skipped, once for
-        Muon and once per AdamW parameter."""
+        """`momentum.NAME` of matrices, `exp_avg.NAME` and `exp_avg_sq.NAME` of the others, and
+        `updates`: the steps that were not skipped, for Muon and for each AdamW parameter."""
         return dict(self._state)

@@ -45,27 +45,17 @@ class MuonConfig:
         is the same at all widths and batch sizes, but higher in short runs, so that weights can
         move as far: 0.025 for 3,250 steps [track 3]; 0.055 was best of three for 75, 0.04 no worse
         for 150 [ours]. Momentum rises over the first tenth: 300 of 3,250 steps in modded-nanogpt.
-        Weight decay over a complete run is constant (Wang and Aitchison 2024): 4 e-foldings
+        Weight decay over a complete run is constant (Wang and Aitchison 2024), 4 e-foldings in
         [track 3].
         """
         steps = max(1, steps)
         lr = min(0.06, 0.025 + 2.25 / steps)
-        return cls(
-            lr=lr,
-            head_lr=0.004 * 768 / n_embd,
-            momentum_warmup=steps // 10,
-            weight_decay=4 / (lr * steps),
-        )
+        head_lr, decay = 0.004 * 768 / n_embd, 4 / (lr * steps)
+        return cls(lr=lr, head_lr=head_lr, momentum_warmup=steps // 10, weight_decay=decay)
 
     def adamw_lr(self, role: str) -> float:
         """The learning rate of parameters that are not matrices, by their role."""
-        return {
-            "embedding": self.embedding_lr,
-            "value_embedding": self.value_lr,
-            "head": self.head_lr,
-            "vector": self.vector_lr,
-            "scalar": self.scalar_lr,
-        }[role]
+        return getattr(self, f"{'value' if role == 'value_embedding' else role}_lr")
 
 
 def warmup_steps(steps: int) -> int:
