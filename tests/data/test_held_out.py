@@ -88,3 +88,14 @@ def test_a_document_of_several_shards_gives_its_tail(
     assert len([shard for shard in manifest.shards if shard.split == "train"]) > 3
     assert manifest.tokens("val") == 200
     assert splits["train"] + splits["val"] == text.encode()
+
+
+def test_too_much_validation_text_goes_back_to_training(
+    prepared: Callable[..., Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the hash picks several long documents; here it is made to pick five times as much."""
+    monkeypatch.setattr(layout, "VAL_MARGIN", 5)
+    texts = [f"document {i} " + words(5, i) for i in range(3000)]
+    manifest, splits = prepared(texts, 6000)
+    assert 6000 / layout.TOLERANCE < manifest.tokens("val") < 6000 * layout.TOLERANCE
+    assert sorted(splits["train"] + splits["val"]) == sorted("".join(texts).encode())
