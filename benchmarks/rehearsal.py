@@ -74,7 +74,7 @@ def _figures(
         kind: [r["seconds"] for r in records if r["kind"] == kind and r["step"]]
         for kind in ("validation", "hellaswag")
     }
-    stalls = [r["stall_s"] for r in records if r["kind"] == "checkpoint"]
+    stalls = [r["stall_s"] for r in records if "stall_s" in r]  # a kill can lose some
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "wall_s": round(wall, 1),

@@ -153,3 +153,22 @@ def test_forecast_adds_up_steps_and_pauses() -> None:
     assert found["hours"]["median"] == pytest.approx((2000 + extra) / 3600, abs=1e-3)
     assert found["hours"]["p90"] == pytest.approx((3000 + extra) / 3600, abs=1e-3)
     assert found["dollars"]["median"] == pytest.approx(3 * (2000 + extra) / 3600, abs=0.01)
+
+
+def test_rehearsal_reads_a_log_whose_checkpoint_was_killed_before_it_was_logged(
+    tmp_path: Path,
+) -> None:
+    """The resumed run adds the record without durations (docs/formats.md)."""
+    records: list[dict[str, Any]] = [
+        {"kind": "train", "step": step, "seconds": 0.5, "time": 0.0} for step in range(8)
+    ]
+    records += [
+        {"kind": "checkpoint", "step": 4, "time": 0.0},
+        {"kind": "checkpoint", "step": 8, "time": 0.0, "seconds": 1.0, "stall_s": 0.25},
+    ]
+    log = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(log)
+    recipe = recipes.get_recipe("demo")
+    found = rehearsal._figures(recipe, tmp_path, 10.0, 4.0, 5, [1.0, None], None)
+    assert (found["steps"], found["checkpoint_stall_s"]) == (8, [0.25])
+    assert found["forecast"]["steps"] == recipe.steps
