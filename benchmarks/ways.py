@@ -19,11 +19,13 @@ KERNELS = dataclasses.replace(LOSS_KERNEL, mlp_kernel=True)
 ARMS = {
     "lecture, eager": dataclasses.replace(LECTURE, compile=False),
     "lecture": LECTURE,
+    "autocast + kernels": dataclasses.replace(LECTURE, loss_kernel=True, mlp_kernel=True),
     "bf16": BF16,
     "bf16 + loss kernel": LOSS_KERNEL,
     "bf16 + MLP kernel": dataclasses.replace(BF16, mlp_kernel=True),
     "bf16 + separate qkv": dataclasses.replace(BF16, separate_qkv=True),
     "bf16 + kernels": KERNELS,
+    "bf16 + kernels, 128 rows": dataclasses.replace(KERNELS, micro=128),
     "all": dataclasses.replace(KERNELS, separate_qkv=True),
 }
 # Flags of `rekindle train`, for comparing losses after a full schedule.

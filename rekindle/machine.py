@@ -32,8 +32,8 @@ class MachineOptions:
     compile: bool | None = flag(None, "torch.compile the model (default: yes, where possible)")
     kernels: str | None = flag(
         None,
-        "use Triton kernels for head and loss (loss), or for the MLP too (all); needs bf16 on a "
-        "GPU (default: none)",
+        "use Triton kernels for head and loss (loss), or for the MLP too (all, on a Hopper GPU); "
+        "needs autocast or bf16 (default: loss for bf16 on a Hopper GPU, else none)",
         "NAME",
         choices=KERNELS,
     )
@@ -150,8 +150,13 @@ def resolve(
     shard = decide("shard", False)
     why = "it is sharded" if shard and ranks > 1 else devices.why_not_compile(device.torch)
     no_kernels = kernels.why_not(device.torch, device.product_dtype)
-    if options.kernels in KERNELS[1:] and no_kernels:
-        raise UserError(f"--kernels {options.kernels}: {no_kernels}; use --kernels none")
+    no_mlp = no_kernels or kernels.why_not_mlp(device.torch)
+    if reason := {"loss": no_kernels, "all": no_mlp}.get(options.kernels or "none"):
+        instead = "none" if no_kernels else "loss"
+        raise UserError(f"--kernels {options.kernels}: {reason}; use --kernels {instead}")
+    is_measured = device.precision == "bf16" and not no_mlp and not shard  # on an H200
+    best = "loss" if is_measured else "none"
+    usable_kernels = "none" if no_kernels else decide("kernels", best)
     no_fp8 = fp8.why_not(device.torch)
     if options.fp8_head and no_fp8:
         raise UserError(f"--fp8-head: {no_fp8}; leave it out")
@@ -162,7 +167,7 @@ def resolve(
         device=kind,
         precision=device.precision,
         compile=decide("compile", True) and not why,
-        kernels="none" if no_kernels else decide("kernels", "none"),
+        kernels="loss" if no_mlp and usable_kernels == "all" else usable_kernels,
         fp8_head=decide("fp8_head", False) and not no_fp8,
         deterministic=decide("deterministic", False),
         shard=shard,

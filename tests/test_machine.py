@@ -110,13 +110,28 @@ def test_compute_for_each_precision_and_kernels(gpu: None) -> None:
         device = devices.get_device(machine.device, machine.precision)
         return devices.choose_compute(device, 1024, kernels=machine.kernels)
 
-    assert compute() == Compute()
+    assert compute() == compute(kernels="none") == Compute()
+    assert compute(precision="fp32") == compute(precision="tf32") == Compute()
     bf16 = Compute(dtype=torch.bfloat16)
-    assert compute(precision="bf16") == bf16
+    assert compute(precision="bf16", kernels="none") == bf16
+    assert compute(precision="bf16", shard=True) == bf16
     loss = dataclasses.replace(bf16, loss_kernel=True)
-    assert compute(precision="bf16", kernels="loss") == loss == traffic.WAYS["bf16 + loss kernel"]
+    assert compute(precision="bf16") == loss == traffic.WAYS["bf16 + loss kernel"]
+    assert compute(kernels="loss") == Compute(loss_kernel=True)
     both = dataclasses.replace(loss, mlp_kernel=True)
-    assert compute(precision="bf16", kernels="all") == both
+    assert compute(precision="bf16", kernels="all") == both == traffic.WAYS["bf16 + kernels"]
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_kernels_on_a_gpu_before_hopper(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_hopper = resolve(MachineOptions(kernels="all"))
+    assert on_hopper.kernels == "all"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert resolve(MachineOptions(precision="bf16")).kernels == "none"  # not measured there
+    assert resolve(MachineOptions(kernels="loss")).kernels == "loss"
+    assert resolve(MachineOptions(), on_hopper).kernels == "loss"
+    with pytest.raises(UserError, match="--kernels all: .*Hopper.*use --kernels loss"):
+        resolve(MachineOptions(kernels="all"))
 
 
 def test_fp8_is_off_by_default(gpu: None) -> None:

@@ -1,8 +1,8 @@
-"""Two Triton kernels for bf16 training on GPUs of Hopper's class, each beside the plain PyTorch
-that defines it. They save memory traffic; every other matmul stays cuBLAS's.
+"""Two Triton kernels for bf16 training on NVIDIA GPUs, each next to the plain PyTorch that defines
+it. They save memory traffic; all other matmuls are cuBLAS's.
 """
 
-from rekindle.model.kernels.common import why_not
+from rekindle.model.kernels.common import tag_compiled_code, why_not, why_not_mlp
 from rekindle.model.kernels.cross_entropy import (
     linear_cross_entropy,
     plain_linear_cross_entropy,
@@ -17,4 +17,7 @@ __all__ = [
     "plain_mlp",
     "soft_cap",
     "why_not",
+    "why_not_mlp",
 ]
+
+tag_compiled_code()

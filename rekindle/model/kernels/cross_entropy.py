@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rekindle.model.kernels.common import in_autocast_dtype, jit, tl, why_not
+from rekindle.model.kernels.common import in_autocast_dtype, jit, tl, triton, why_not
 
 IGNORED = -100  # the target that counts in no loss, as in F.cross_entropy
 
@@ -47,10 +47,42 @@ def linear_cross_entropy(
     return _linear_cross_entropy(hidden, weight, targets, want_grad, cap)[0]
 
 
+LOG2_E: Any = tl.constexpr(1.4426950408889634) if triton else 0.0
+
+
 @jit
 def _bend(x, CAP: tl.constexpr):
     """`soft_cap` is x times this, and its slope is this cubed."""
     return CAP / tl.sqrt(x * x + CAP * CAP)
+
+
+@jit
+def _add_block(highest, total, logits, columns, V, CAP: tl.constexpr, FULL: tl.constexpr):
+    """Each lane's maximum and sum of exp(logit - maximum), after one more block of the row."""
+    if FULL:
+        x = tl.load(logits + columns).to(tl.float32)
+    else:
+        x = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+    if CAP > 0:
+        x = tl.where(FULL | (columns < V), x * _bend(x, CAP), -float("inf"))
+    higher = tl.maximum(highest, tl.max(x, 1))
+    exps = tl.exp2(tl.fma(x, LOG2_E, (-higher * LOG2_E)[:, None]))
+    return higher, total * tl.exp2((highest - higher) * LOG2_E) + tl.sum(exps, 1)
+
+
+@jit
+def _differentiate_block(logits, columns, V, offset, CAP: tl.constexpr, FULL: tl.constexpr):
+    """Replace a block of logits by weight · softmax, with `offset` = log2(weight / sum of exp)."""
+    if FULL:
+        x = tl.load(logits + columns).to(tl.float32)
+    else:
+        x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+    slope = 1.0
+    if CAP > 0:
+        bend = _bend(x, CAP)
+        x, slope = x * bend, bend * bend * bend
+    grad = tl.exp2(tl.fma(x, LOG2_E, offset)) * slope
+    tl.store(logits + columns, grad.to(logits.dtype.element_ty), mask=FULL | (columns < V))
 
 
 @jit
@@ -59,46 +91,47 @@ def _cross_entropy_kernel(
     IGNORED: tl.constexpr, WRITE_GRAD: tl.constexpr, CAP: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One row: its loss, and if asked for, its gradient over its logits."""
+    """One row: its loss, and if asked for, its gradient over its logits.
+
+    Instructions, not memory, limit its speed: log2(e) is multiplied in one fused step, the weight
+    is part of the exponent, only the last block is masked, and one thread corrects the target.
+    """
     row = tl.program_id(0).to(tl.int64)  # N × V passes 2^31
     logits += row * row_stride
     target = tl.load(targets + row)
     inside = (target >= 0) & (target < V)
     ignored = target == IGNORED
     at_target = tl.load(logits + target, mask=inside, other=float("nan")).to(tl.float32)
+    target_slope = 1.0
     if CAP > 0:
-        at_target *= _bend(at_target, CAP)
+        bend = _bend(at_target, CAP)
+        at_target, target_slope = at_target * bend, bend * bend * bend
 
     # Each lane (a thread) keeps its own maximum and its sum of exp(logit - maximum): threads wait
     # for each other only once per row. The maximum starts finite, as a lane may have no column.
     block = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    highest = tl.full((LANES,), -3e38, tl.float32)
+    highest = tl.full((LANES,), -1e38, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
-    for start in range(0, V, LANES * WIDTH):
-        columns = start + block
-        x = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
-        if CAP > 0:
-            x = tl.where(columns < V, x * _bend(x, CAP), -float("inf"))
-        higher = tl.maximum(highest, tl.max(x, 1))
-        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher[:, None]), 1)
-        highest = higher
+    full = V // (LANES * WIDTH) * (LANES * WIDTH)
+    for start in range(0, full, LANES * WIDTH):
+        highest, total = _add_block(highest, total, logits, start + block, V, CAP, True)
+    if full < V:
+        highest, total = _add_block(highest, total, logits, full + block, V, CAP, False)
     top = tl.max(highest, 0)
     log_total = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
     tl.store(losses + row, tl.where(ignored, 0.0, log_total - at_target))
 
     if WRITE_GRAD:
-        weight = tl.where(inside, 1.0 / tl.load(count).to(tl.float32), float("nan"))
-        for start in range(0, V, LANES * WIDTH):  # the row is still in L2
-            columns = start + block
-            x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
-            onehot = tl.where(columns == target, 1.0, 0.0)
-            if CAP > 0:
-                bend = _bend(x, CAP)
-                grad = (tl.exp(x * bend - log_total) - onehot) * (bend * bend * bend)
-            else:
-                grad = tl.exp(x - log_total) - onehot
-            grad = tl.where(ignored, 0.0, grad * weight)
-            tl.store(logits + columns, grad.to(logits.dtype.element_ty), mask=columns < V)
+        weight = 1.0 / tl.load(count).to(tl.float32)
+        weight = tl.where(ignored, 0.0, tl.where(inside, weight, float("nan")))
+        offset = tl.log2(weight) - log_total * LOG2_E  # ignored: exp2(-inf) is 0
+        for start in range(0, full, LANES * WIDTH):  # the row is still in L2
+            _differentiate_block(logits, start + block, V, offset, CAP, True)
+        if full < V:
+            _differentiate_block(logits, full + block, V, offset, CAP, False)
+        tl.debug_barrier()  # the target's probability has been written
+        grad = (tl.exp2(tl.fma(at_target, LOG2_E, offset)) - weight) * target_slope
+        tl.store(logits + target, grad.to(logits.dtype.element_ty), mask=inside)
 
 
 def _row_losses(

@@ -1,9 +1,13 @@
 """An MLP whose GELU is computed inside the matmuls around it.
 
+The first matmul also writes GELU's derivative, which the backward pass of the second multiplies by:
+neither GELU nor its derivative needs a pass over memory of its own.
+
 Shapes in comments: N rows, which are all positions of a batch, C channels, F the width inside the
 MLP.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +15,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rekindle.model.kernels.common import INTERPRETED, in_autocast_dtype, jit, tl, triton, why_not
+from rekindle.model.kernels.common import (
+    INTERPRETED,
+    TensorDescriptor,
+    in_autocast_dtype,
+    jit,
+    multiprocessors,
+    tl,
+    why_not,
+)
 
 
 def plain_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -22,16 +34,35 @@ def plain_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tens
 def fused_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """Two linear layers around GELU in its tanh form: `x` (..., C) → (..., C).
 
-    `w1` (F, C), `b1` (F,), `w2` (C, F), `b2` (C,). GELU is computed at the end of the first
-    product, its derivative at the end of the second's backward; neither costs a pass over memory.
-    Raises `ValueError` if the shapes or dtypes do not fit.
+    `w1` (F, C), `b1` (F,), `w2` (C, F), `b2` (C,). GELU and its derivative are computed at the end
+    of the first matmul. Where the kernels cannot run, or a width is not a multiple of `MULTIPLE`,
+    this is `plain_mlp`. Raises `ValueError` if the shapes or dtypes do not fit.
     """
     x, w1, b1, w2, b2 = parameters = in_autocast_dtype(x, w1, b1, w2, b2)
-    if why_not(x.device, x.dtype):
+    if why_not(x.device, x.dtype) or any(side % MULTIPLE for side in (*w1.shape, w2.shape[0])):
         return plain_mlp(x, w1, b1, w2, b2)
     want_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
     y, _, _ = _mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, want_grad)
     return y.view(*x.shape[:-1], w2.shape[0])
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a matmul is divided: programs compute tiles of `m` × `n`, `k` at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int  # steps of `k` that are loaded ahead
+    per_sm: int  # programs on each multiprocessor: one computes while the other one stores
+    ahead: bool  # start to load the next tile before this one is finished
+
+
+# The fastest on an H200 at the sizes of GPT-2 124M (benchmarks/LOG.md).
+FORWARD = Tiles(m=128, n=128, k=64, warps=4, stages=3, per_sm=2, ahead=True)
+BACKWARD = Tiles(m=128, n=128, k=64, warps=4, stages=3, per_sm=2, ahead=False)
+MULTIPLE = 8  # numbers of bf16 in 16 bytes: rows of tensors that are copied by tile start at these
 
 
 @jit
@@ -41,119 +72,102 @@ def _gelu_gate(x):
 
 
 @jit
-def _gelu_store(product, bias, pre, out, M, N, top, left, row_stride, BACKWARD: tl.constexpr):
-    """The end of `_matmul_gelu_kernel`, for the part of its product at (top, left)."""
-    rows = tl.arange(0, product.shape[0])[:, None]
-    columns = left + tl.arange(0, product.shape[1])[None, :]
-    mask = (rows < M - top) & (columns < N)
-    corner = top.to(tl.int64) * row_stride  # M × N passes 2^31, a tile does not
-    offsets = rows * row_stride + columns
+def _finish(product, bias, slope, out, sums, row, column, N, BACKWARD: tl.constexpr):
+    """The end of `_matmul_gelu_kernel`, for the part of its product at (row, column)."""
+    columns = column + tl.arange(0, product.shape[1])
     if BACKWARD:
-        x = tl.load(pre + corner + offsets, mask=mask, other=0.0).to(tl.float32)
-        gate = _gelu_gate(x)
-        slope = 2 * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
-        result = product * gate * (1 + x * (1 - gate) * slope)
+        result = product * slope.load([row, column]).to(tl.float32)
+        tl.store(sums + columns, tl.sum(result, 0), mask=columns < N)
     else:
-        x = product + tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)
-        if pre is not None:
-            tl.store(pre + corner + offsets, x.to(pre.dtype.element_ty), mask=mask)
-        result = x * _gelu_gate(x)
-    tl.store(out + corner + offsets, result.to(out.dtype.element_ty), mask=mask)
+        x = product + tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        gate = _gelu_gate(x)
+        result = x * gate
+        if slope is not None:
+            inner = 2 * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
+            derivative = gate + result * (1 - gate) * inner
+            slope.store([row, column], derivative.to(slope.dtype))
+    out.store([row, column], result.to(out.dtype))
 
 
-@jit(do_not_specialize=["M_bits"])  # else the value 16 compiles again
+@jit
 def _matmul_gelu_kernel(
-    a, b, bias, pre, out, M, N, row_stride, b_stride_k, b_stride_n, M_bits,
+    a, b, bias, slope, out, sums, M, N,
     K: tl.constexpr, BACKWARD: tl.constexpr, FLOAT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out = gelu(a @ b + bias), or of (a @ b) · gelu'(pre), with a (M, K), b (K, N)."""
-    # Tiles go down GROUP rows of tiles before they go right: L2 holds what these share.
-    tile, across = tl.program_id(0), tl.cdiv(N, BLOCK_N)
-    first = tile // (GROUP * across) * GROUP
-    height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)
-    within = tile % (GROUP * across)
-    top = (first + within % height) * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)[:, None]
-    columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    inner = tl.arange(0, BLOCK_K)
-    a += top.to(tl.int64) * K + (rows * K + inner[None, :])
-    b += inner[:, None] * b_stride_k + columns * b_stride_n
-    in_rows, in_columns = rows < M - top, columns < N
-
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            a_tile = tl.load(a, mask=in_rows, other=0.0)
-            b_tile = tl.load(b, mask=in_columns, other=0.0)
-        else:
-            left = K - start
-            a_tile = tl.load(a, mask=in_rows & (inner[None, :] < left), other=0.0)
-            b_tile = tl.load(b, mask=in_columns & (inner[:, None] < left), other=0.0)
-        if FLOAT:
-            a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
-        product = tl.dot(a_tile, b_tile, product)
-        a += BLOCK_K
-        b += BLOCK_K * b_stride_k
-
-    # Half a tile at a time, for a whole one does not fit into registers three times.
-    left, right = product.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-    column = within // height * BLOCK_N
-    _gelu_store(left, bias, pre, out, M, N, top, column, row_stride, BACKWARD)
-    column += BLOCK_N // 2
-    _gelu_store(right, bias, pre, out, M, N, top, column, row_stride, BACKWARD)
+    """out = gelu(a @ bᵀ + bias) and slope = gelu'(a @ bᵀ + bias), with a (M, K) and b (N, K); or
+    out = (a @ b) · slope and its sums over the rows of each tile, with b (K, N)."""
+    across = tl.cdiv(N, BLOCK_N)
+    tiles = tl.cdiv(M, BLOCK_M) * across
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=AHEAD):  # type: ignore
+        row, column = tile // across * BLOCK_M, tile % across * BLOCK_N
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):  # loads beyond the edges are zero
+            a_tile = a.load([row, k])
+            b_tile = b.load([k, column]) if BACKWARD else b.load([column, k]).T
+            if FLOAT:
+                a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
+            product = tl.dot(a_tile, b_tile, product)
+        into = sums + tile // across * N if BACKWARD else sums
+        # Half a tile at a time: an entire one does not fit into registers twice.
+        left, right = product.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        _finish(left, bias, slope, out, into, row, column, N, BACKWARD)
+        _finish(right, bias, slope, out, into, row, column + BLOCK_N // 2, N, BACKWARD)
 
 
-def _candidates(configs: list[Any], named_args: dict[str, Any], **_: Any) -> list[Any]:
-    """Who asked for the same bits in every process gets the first, which fits every GPU."""
-    return configs[:1] if torch.are_deterministic_algorithms_enabled() else configs
-
-
-CONFIGURATIONS: list[Any] = []  # that autotuning chooses from
-if triton:
-    CONFIGURATIONS = [
-        triton.Config(
-            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "GROUP": 8}, num_warps=w, num_stages=s
-        )
-        for m, n, w, s in [(128, 128, 8, 3), (128, 256, 8, 3), (256, 128, 8, 3), (128, 128, 4, 4)]
-    ]
-    _matmul_gelu_kernel = triton.autotune(
-        CONFIGURATIONS[:1] if INTERPRETED else CONFIGURATIONS,
-        key=["M_bits", "N", "K", "BACKWARD"],  # not M: evaluation has many sizes of batches
-        prune_configs_by={"early_config_prune": _candidates},
-    )(_matmul_gelu_kernel)
-
-
-def _matmul_gelu(
-    a: Tensor, b: Tensor, out: Tensor, pre: Tensor | None, bias: Tensor | None = None
-) -> None:
-    """Write gelu(a @ b + bias) into `out` (M, N), and what GELU is taken of into `pre` if given.
-    Without a bias this is the backward: write (a @ b) · gelu'(pre). `a` (M, K), `b` (K, N)."""
-    (M, K), N = a.shape, b.shape[1]
-    if b.shape[0] != K or b.dtype != a.dtype or (bias is not None and bias.shape != (N,)):
-        shapes = [tuple(t.shape) for t in (a, b, bias) if t is not None]
-        raise ValueError(f"shapes or dtypes do not fit: {shapes}, {a.dtype}, {b.dtype}")
-    bias = None if bias is None else bias.contiguous()
+def _launch(
+    a: Tensor, b: Tensor, out: Tensor, slope: Tensor | None, tiles: Tiles, *,
+    bias: Tensor | None = None, sums: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Run the kernel: the forward pass with `bias` (N,), the backward pass with `sums` (tiles of
+    rows, N)."""
+    backward = bias is None
+    half = [tiles.m, tiles.n // 2]
+    (M, K), N = a.shape, out.shape[1]
+    programs = tiles.per_sm * multiprocessors(a.device)
     with torch.cuda.device_of(a):
-        _matmul_gelu_kernel[
-            lambda size: (triton.cdiv(M, size["BLOCK_M"]) * triton.cdiv(N, size["BLOCK_N"]),)
-        ](
-            a.contiguous(), b, bias, pre, out, M, N, out.stride(0), b.stride(0), b.stride(1),
-            M.bit_length(), K=K, BACKWARD=bias is None,
-            FLOAT=INTERPRETED,  # which would multiply the bits of bf16 as integers
+        _matmul_gelu_kernel[(programs,)](
+            TensorDescriptor.from_tensor(a, [tiles.m, tiles.k]),
+            TensorDescriptor.from_tensor(b, [tiles.k, tiles.n] if backward else [tiles.n, tiles.k]),
+            bias,
+            None if slope is None else TensorDescriptor.from_tensor(slope, half),
+            TensorDescriptor.from_tensor(out, half),
+            sums, M, N, K, backward,
+            INTERPRETED,  # the interpreter would multiply the bits of bf16 as integers
+            tiles.m, tiles.n, tiles.k, programs, tiles.ahead,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """The tensor, contiguous and at an address that tensor copies can start from."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _check(**sides: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raises `ValueError` unless each tensor has its shape and all have the same dtype."""
+    (first, _), *_ = sides.values()
+    for name, (t, shape) in sides.items():
+        if t.shape != shape or t.dtype != first.dtype:
+            raise ValueError(
+                f"{name} {tuple(t.shape)} in {t.dtype} does not fit {shape} in {first.dtype}"
+            )
 
 
 @torch.library.custom_op("rekindle::mlp", mutates_args=())
 def _mlp(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, want_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, C) → y (N, C), and for the backward GELU's result and argument (N, F), or empty."""
-    h = x.new_empty(x.shape[0], w1.shape[0])
-    pre = torch.empty_like(h) if want_grad else x.new_empty(0)
-    _matmul_gelu(x, w1.T, out=h, pre=pre if want_grad else None, bias=b1)
-    return F.linear(h, w2, b2), h if want_grad else x.new_empty(0), pre
+    """x (N, C) → y (N, C), and for the backward pass GELU and its derivative (N, F), or empty."""
+    (N, C), width = x.shape, len(w1)
+    _check(x=(x, (N, C)), w1=(w1, (width, C)), b1=(b1, (width,)), w2=(w2, (w2.shape[0], width)))
+    h = x.new_empty(N, width)
+    slope = x.new_empty((N, width) if want_grad else 0)
+    arguments = _aligned(x), _aligned(w1), h, slope if want_grad else None, FORWARD
+    _launch(*arguments, bias=b1.contiguous())
+    return F.linear(h, w2, b2), h if want_grad else x.new_empty(0), slope
 
 
 @_mlp.register_fake
@@ -164,32 +178,35 @@ def _(
     return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty(shape), x.new_empty(shape)
 
 
-@torch.library.custom_op("rekindle::mlp_dpre", mutates_args=())
-def _mlp_dpre(dy: Tensor, w2: Tensor, pre: Tensor) -> Tensor:
-    """The gradient (N, F) of GELU's argument, of dy (N, C)."""
-    dpre = torch.empty_like(pre)
-    _matmul_gelu(dy, w2, out=dpre, pre=pre)
-    return dpre
+@torch.library.custom_op("rekindle::mlp_backward", mutates_args=())
+def _mlp_dpre(dy: Tensor, w2: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """dy (N, C) → the gradient of GELU's argument (N, F), and its sum over N in float32 (F,)."""
+    (N, width), C = slope.shape, len(w2)
+    _check(slope=(slope, (N, width)), dy=(dy, (N, C)), w2=(w2, (C, width)))
+    dpre = torch.empty_like(slope)
+    sums = dy.new_empty(-(-N // BACKWARD.m), width, dtype=torch.float32)  # one row per row of tiles
+    _launch(_aligned(dy), _aligned(w2), dpre, slope, BACKWARD, sums=sums)
+    return dpre, sums.sum(0)
 
 
 @_mlp_dpre.register_fake
-def _(dy: Tensor, w2: Tensor, pre: Tensor) -> Tensor:
-    return torch.empty_like(pre)
+def _(dy: Tensor, w2: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(slope), slope.new_empty(slope.shape[1], dtype=torch.float32)
 
 
 def _save_for_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w1, _, w2, _, _ = inputs
-    _, h, pre = output
-    ctx.mark_non_differentiable(h, pre)
+    _, h, slope = output
+    ctx.mark_non_differentiable(h, slope)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, w1, w2, h, pre)
+    ctx.save_for_backward(x, w1, w2, h, slope)
 
 
 @once_differentiable
 def _mlp_backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    x, w1, w2, h, pre = ctx.saved_tensors
-    dpre = _mlp_dpre(dy, w2, pre)
-    return dpre @ w1, dpre.T @ x, dpre.sum(0), dy.T @ h, dy.sum(0), None
+    x, w1, w2, h, slope = ctx.saved_tensors
+    dpre, db1 = _mlp_dpre(dy, w2, slope)
+    return dpre @ w1, dpre.T @ x, db1.to(dpre.dtype), dy.T @ h, dy.sum(0), None
 
 
 _mlp.register_autograd(_mlp_backward, setup_context=_save_for_mlp)
