@@ -363,7 +363,7 @@ def test_flex_attention_matches(changes: dict[str, Any], monkeypatch: pytest.Mon
     calls: list[float] = []
 
     def counted(*arguments: Any) -> Tensor:
-        calls.append(arguments[3].sparsity())
+        calls.append(1 - arguments[3].to_dense().float().mean().item())
         return attend_blocks(*arguments)
 
     monkeypatch.setattr(modern, "attend_blocks", counted)
@@ -376,7 +376,7 @@ def test_flex_attention_matches(changes: dict[str, Any], monkeypatch: pytest.Mon
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert len(calls) == (0 if changes is PLAIN else 5)
     if "window" not in changes:
-        assert calls[0] > calls[3] > 30  # percent of the blocks that are skipped
+        assert calls[0] > calls[3] > 0.3  # of the blocks are skipped
     cache = model.new_cache(2, 300)
     predict(model, idx[:, :299], cache)
     cache.advance(299)
