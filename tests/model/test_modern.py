@@ -423,6 +423,25 @@ def test_recompute_saves_less_for_the_backward_pass(model: Any, idx: Tensor) -> 
     assert kept(Compute(recompute=True)) < kept(Compute()) / 2
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [
+        Compute(),
+        Compute(attention="plain", recompute=True),
+        Compute(dtype=torch.bfloat16, loss_kernel=True),
+    ],
+    ids=["default", "plain attention, recompute", "bf16, loss kernel"],
+)
+def test_training_is_one_graph(idx: Tensor, compute: Compute) -> None:
+    """Windows and documents included. What can be traced depends on the version of torch: see
+    `make test-oldest`."""
+    model = make_model(TINY, n_layer=2, value_embeddings=1).use(compute)
+    expected = gradients(model, model, idx)
+    torch._dynamo.reset()
+    traced = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    assert_near(gradients(traced, model, idx), expected, 1e-5)
+
+
 @pytest.mark.slow  # half a minute of compiling
 @pytest.mark.timeout(600)
 def test_compiled_matches_eager(idx: Tensor) -> None:
