@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up everything they need: uv (in .uv, if it is not installed) and
 # the locked environment (in .venv). To use your own Python and torch, see docs/install.md.
-.PHONY: demo test test-all gpu-checks lint setup lock clean
+.PHONY: demo test test-all test-oldest gpu-checks lint setup lock clean
 
 # Use the system certificates, or downloads fail behind a proxy that has certificates of its own.
 export UV_SYSTEM_CERTS := 1
@@ -14,7 +14,8 @@ demo: setup
 
 # Two processes with one thread each. All tests of a file run in one process; the longest files
 # start first.
-PYTEST := .venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST_FLAGS := -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := .venv/bin/pytest $(PYTEST_FLAGS)
 
 test: setup
 	$(PYTEST)
@@ -22,6 +23,14 @@ test: setup
 # Includes the slow tests.
 test-all: setup
 	$(PYTEST) -m ''
+
+# On the oldest torch that pyproject.toml accepts, with the NumPy that its Triton needs, in an
+# environment of its own (about 5 GB).
+OLDEST := .cache/oldest
+test-oldest: setup
+	$(UV) venv --quiet --allow-existing --python .venv/bin/python $(OLDEST)
+	$(UV) pip install --quiet --python $(OLDEST) --editable '.[dev]' 'torch==2.11.*' 'numpy<2.4'
+	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(OLDEST)/compiled $(OLDEST)/bin/pytest $(PYTEST_FLAGS)
 
 # Checks of the GPU code on a machine without a GPU: the machine code of the Triton kernels, the
 # code that Inductor generates for a training step, and the predictions based on it.
@@ -55,4 +64,4 @@ lock: pyproject.toml
 	    --generate-hashes --no-emit-index-url --no-header --output-file $(LOCK) pyproject.toml
 
 clean:
-	rm -rf .venv .uv
+	rm -rf .venv .uv $(OLDEST)

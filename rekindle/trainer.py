@@ -221,6 +221,7 @@ def build(
 ) -> Trainer:
     """A `Trainer` at step 0 of `recipe`.
 
+    - `recipe`: its model needs the vocabulary of the data, padded: see `recipes.with_vocabulary`.
     - `data`: the training tokens, one 1-D array of token ids per shard.
     - `machine`: the result of `resolve`; by default the best available device.
     - `ranks`: by default, as set by torchrun.

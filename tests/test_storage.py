@@ -183,6 +183,20 @@ def test_hash_covers_everything_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert digest == sha256(b"abcdefghi").hexdigest()
 
 
+def test_file_is_hashed_without_a_thread_while_the_process_exits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python 3.12 on, no thread can be started then; a checkpoint may still be in progress."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    digest = write_file(tmp_path / "file", [b"abc", b"def"])
+    assert digest == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
+    assert (tmp_path / "file").read_bytes() == b"abcdef"
+
+
 def test_hash_thread_has_ended_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,10 @@ def unsupported(model: Any, T: int) -> str | None:
     if not getattr(model, "has_fp8_head", False):
         return f"{type(model).__name__} does not support it"
     c = model.config
-    sides = {"n_embd": c.n_embd, "padded_vocab_size": c.padded_vocab_size, "batch.length": T}
+    if c.padded_vocab_size % MULTIPLE:  # from Python only: the command line pads it
+        size = f"padded_vocab_size {c.padded_vocab_size}"
+        return f"{size} is not a multiple of {MULTIPLE} (recipes.with_vocabulary pads it)"
+    sides = {"n_embd": c.n_embd, "batch.length": T}
     wrong = [f"{name} {side}" for name, side in sides.items() if side % MULTIPLE]
     return f"{wrong[0]} is not a multiple of {MULTIPLE}" if wrong else None
 

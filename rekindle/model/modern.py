@@ -222,12 +222,13 @@ class Modern(nn.Module):
             positions = torch.arange(past, past + idx.shape[1], device=idx.device)
         rotation = self._rotation(positions)
         flex = self.compute.attention == "flex"
-        masks = visible_tokens(self.config, idx, cache, positions, mask, flex=flex)
+        full, near = visible_tokens(self.config, idx, cache, positions, mask, flex=flex)
         x = first = norm(self.wte(idx)).to(self.compute.dtype)  # (B, T, C)
         values = [table(idx) for table in self.values]
         for i, block in enumerate(self.h):
             value = None if (table := self._table(i)) is None else values[table]
-            inputs = (x, first, value, rotation, masks[self.config.is_windowed(i)])
+            visible = near if self.config.is_windowed(i) else full
+            inputs = (x, first, value, rotation, visible)
             if self.compute.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:

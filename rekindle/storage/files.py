@@ -40,14 +40,18 @@ def write_file(path: Path, chunks: Iterable[Any]) -> str:
             digest.update(view)
 
     hashing = threading.Thread(target=hash_all)
-    hashing.start()
+    finish_hash = hashing.join
+    try:
+        hashing.start()
+    except RuntimeError:  # from Python 3.12 on, no thread can be started while the process exits
+        finish_hash = hash_all
     try:
         with open(temporary, "wb") as file:
             for view in views:
                 file.write(view)
             _flush(file)
     finally:
-        hashing.join()
+        finish_hash()
     os.replace(temporary, path)
     _flush_folder(path.parent)
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from rekindle.model.compute import Compute
 from rekindle.model.fp8 import E4M3, E5M2, fp8_linear, matmul, quantize
 from rekindle.model.modern import Modern
 from rekindle.model.modern_config import ModernConfig
-from rekindle.recipes import Recipe
+from rekindle.recipes import Recipe, with_vocabulary
 from rekindle.trainer import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,6 +132,17 @@ def test_unsupported_model_is_rejected(model: Any, tiny: Recipe) -> None:
                           value_embeddings=0).for_training()  # fmt: skip
     with pytest.raises(UserError, match="n_embd 24 is not a multiple of 16"):
         build(dataclasses.replace(tiny, model=config), tokens, machine)
+
+
+def test_with_vocabulary_pads_for_fp8(tiny: Recipe, model: Any) -> None:
+    config = dataclasses.replace(model.config, vocab_size=50, padded_vocab_size=50)
+    recipe, tokens = dataclasses.replace(tiny, model=config), [np.zeros(700, np.uint16)]
+    machine = dataclasses.replace(resolve(MachineOptions(device="cpu")), fp8_head=True)
+    message = r"padded_vocab_size 50 is not a multiple of 16 \(recipes.with_vocabulary pads it\)"
+    with pytest.raises(UserError, match=message):
+        build(recipe, tokens, machine)
+    with build(with_vocabulary(recipe, 50), tokens, machine) as trainer:
+        assert trainer.recipe.model == dataclasses.replace(config, padded_vocab_size=128)
 
 
 def test_trainer_uses_fp8(tiny: Recipe, model: Any) -> None:

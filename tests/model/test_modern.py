@@ -363,7 +363,7 @@ def test_flex_attention_matches(changes: dict[str, Any], monkeypatch: pytest.Mon
     calls: list[float] = []
 
     def counted(*arguments: Any) -> Tensor:
-        calls.append(arguments[3].sparsity())
+        calls.append(1 - arguments[3].to_dense().float().mean().item())
         return attend_blocks(*arguments)
 
     monkeypatch.setattr(modern, "attend_blocks", counted)
@@ -376,7 +376,7 @@ def test_flex_attention_matches(changes: dict[str, Any], monkeypatch: pytest.Mon
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert len(calls) == (0 if changes is PLAIN else 5)
     if "window" not in changes:
-        assert calls[0] > calls[3] > 30  # percent of the blocks that are skipped
+        assert calls[0] > calls[3] > 0.3  # of the blocks are skipped
     cache = model.new_cache(2, 300)
     predict(model, idx[:, :299], cache)
     cache.advance(299)
@@ -421,6 +421,25 @@ def test_recompute_saves_less_for_the_backward_pass(model: Any, idx: Tensor) -> 
         return sum(sizes.values())
 
     assert kept(Compute(recompute=True)) < kept(Compute()) / 2
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        Compute(),
+        Compute(attention="plain", recompute=True),
+        Compute(dtype=torch.bfloat16, loss_kernel=True),
+    ],
+    ids=["default", "plain attention, recompute", "bf16, loss kernel"],
+)
+def test_training_is_one_graph(idx: Tensor, compute: Compute) -> None:
+    """Windows and documents included. What can be traced depends on the version of torch: see
+    `make test-oldest`."""
+    model = make_model(TINY, n_layer=2, value_embeddings=1).use(compute)
+    expected = gradients(model, model, idx)
+    torch._dynamo.reset()
+    traced = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    assert_near(gradients(traced, model, idx), expected, 1e-5)
 
 
 @pytest.mark.slow  # half a minute of compiling

@@ -73,10 +73,16 @@ def test_orthogonalize_matches_pytorch(dtype: torch.dtype, monkeypatch: pytest.M
         seen = orthogonalize(stack.to(dtype))
         assert seen.dtype == dtype
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "bfloat16", dtype)
+            pytorchs_muon_in(dtype, patch)
             expected = torch.stack([pytorchs_orthogonalize(m) for m in stack])
         error = (seen.float() - expected.float()).norm() / expected.float().norm()
         assert error < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+def pytorchs_muon_in(dtype: torch.dtype, patch: pytest.MonkeyPatch) -> None:
+    """Make PyTorch's Muon compute in `dtype`: torch 2.11 calls the method, newer ones `to`."""
+    patch.setattr(torch, "bfloat16", dtype)
+    patch.setattr(Tensor, "bfloat16", lambda tensor: tensor.to(dtype, copy=True))
 
 
 def pytorchs_orthogonalize(matrix: Tensor) -> Tensor:
@@ -115,7 +121,7 @@ def test_without_extras_it_matches_pytorchs_muon_and_adamw(
         ours.set_lr(0.02 * factor)
         ours.step(NO)
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "bfloat16", torch.float32)
+            pytorchs_muon_in(torch.float32, patch)
             for optimizer, lrs in zip(theirs, peaks, strict=True):
                 for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                     group["lr"] = lr * factor
