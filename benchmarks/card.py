@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from rekindle.runtime.device import Device, get_device
 
 FIELDS = ("driver_version", "clocks.max.sm", "clocks.sm", "power.limit", "temperature.gpu")
 UNDER_LOAD = ("clocks.sm", "power.draw", "temperature.gpu", "utilization.gpu")
+RELEVANT = r"(torch|triton|numpy|safetensors|tiktoken|nvidia-.*)$"  # installed packages to record
 BUSY = 50.0  # percent utilization; below that, the GPU waits or a model is being compiled
 
 
@@ -97,7 +99,11 @@ def versions(o: argparse.Namespace, save: Callable[..., None]) -> None:
     device = get_device(o.device)
     kernels, table = attention_kernels(device)
     found: dict[str, Any] = {
-        "packages": {d.metadata["Name"]: d.version for d in distributions()},
+        "packages": {
+            d.metadata["Name"]: d.version
+            for d in distributions()
+            if re.match(RELEVANT, d.metadata["Name"])
+        },
         "attention_kernels": kernels,
         "loaded": loaded("cudnn", "cublas", "nccl"),
         "library_path": bool(os.environ.get("LD_LIBRARY_PATH")),

@@ -67,7 +67,7 @@ MERGED: dict[str, tuple[tuple[str, ...], Callable[[Entries], dict[str, Any]]]] =
     "versions": (("versions",), _only),
     "kernels": (("kernels",), _only),
     "train": (("train",), _only),
-    "step": (("bf16", "lecture"), _steps),
+    "step": (("bf16", "lecture", "autocast"), _steps),
     "gate": (("gate", "cool-down"), _gate),
     "hellaswag": (("hellaswag",), _only),
     "generate": (("generate",), _only),

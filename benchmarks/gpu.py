@@ -74,7 +74,8 @@ def step(o: argparse.Namespace, save: Save) -> None:
 
 
 def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean rate of each arm, the spread of its repeats, and its rate relative to `lecture`."""
+    """The mean rate of each arm, the spread of its repeats (None for a single run), and its rate
+    relative to `lecture`."""
     rates: dict[str, list[float]] = {}
     for run in runs:
         rates.setdefault(run["arm"], []).append(run["tokens_per_s"])
@@ -82,7 +83,7 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         name: {
             "tokens_per_s": round(middle[name]),
-            "spread": round((max(found) - min(found)) / middle[name], 4),
+            "spread": round((max(found) - min(found)) / middle[name], 4) if found[1:] else None,
             "times_lecture": round(middle[name] / middle["lecture"], 3)
             if "lecture" in middle
             else None,
@@ -119,6 +120,7 @@ def run_gate(o: argparse.Namespace, save: Save) -> None:
 
     result: dict[str, Any] = {"updates": gate.check(trial, EXACT_WAYS, device, compiled)}
     print(f"updates: passed {result['updates']['passed']}", flush=True)
+    save(result)
     result["bf16"] = _bf16_errors(trial, device, compiled)
     save(result)
     if o.cool_down_steps:

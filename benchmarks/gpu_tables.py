@@ -69,7 +69,12 @@ def _prediction(predicted: dict[str, Any] | None) -> str:
 def step(r: dict[str, Any]) -> list[list[str]]:
     header = ["arm", "tokens/s", "spread of repeats", "relative to `lecture`"]
     rows = [
-        [name, f"{x['tokens_per_s']:,}", f"{x['spread']:.1%}", f"{x['times_lecture'] or 0:.3f} ×"]
+        [
+            name,
+            f"{x['tokens_per_s']:,}",
+            "one run" if x["spread"] is None else f"{x['spread']:.1%}",
+            f"{x['times_lecture'] or 0:.3f} ×",
+        ]
         for name, x in r["arms"].items()
     ]
     return [header, *rows]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.card import Load
+from benchmarks.parts import by_part
 from rekindle.ladder import Levers, Work
 from rekindle.ladder.measure import make_trainer, time_steps
 from rekindle.trainer import Trainer
@@ -22,17 +23,18 @@ KERNELS = 40  # rows of the profiler's table
 
 
 def measure(work: Work, levers: Levers) -> dict[str, Any]:
-    """What `rekindle.ladder.measure` returns, and in addition `card` (clocks and power under load)
-    and `kernel_table` (the kernels of one more step, sorted by time)."""
+    """What `rekindle.ladder.measure` returns, and in addition `card` (clocks and power under load),
+    `kernel_table` (the kernels of one more step, sorted by time) and, on a GPU, `parts_ms` (their
+    milliseconds per micro-batch, by part)."""
     one_more = dataclasses.replace(work, steps=work.steps + 1)
     with make_trainer(one_more, levers) as trainer:
         with Load(trainer.device) as load:
             figures = time_steps(trainer, work, levers)
-        return {**figures, "card": load.medians(), "kernel_table": kernel_table(trainer)}
+        return {**figures, "card": load.medians(), **profiled(trainer)}
 
 
-def kernel_table(trainer: Trainer) -> str:
-    """The kernels of a step (on a CPU its operators), sorted by time."""
+def profiled(trainer: Trainer) -> dict[str, Any]:
+    """Take a step; return `kernel_table` and `parts_ms`. On a CPU these are its operators."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = trainer.device.torch.type == "cuda"
@@ -40,7 +42,13 @@ def kernel_table(trainer: Trainer) -> str:
         trainer.train_step()
         trainer.device.synchronize()
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    return seen.key_averages().table(order, row_limit=KERNELS, max_name_column_width=90)
+    rows = seen.key_averages()
+    table = rows.table(order, row_limit=KERNELS, max_name_column_width=90)
+    if not on_gpu:
+        return {"kernel_table": table}
+    micro_batches = trainer.partition.accumulation
+    kernels = ((r.key, r.self_device_time_total / 1e3 / micro_batches) for r in rows)
+    return {"kernel_table": table, "parts_ms": by_part(kernels)}
 
 
 def measure_what_fits(work: Work, levers: Levers, *, here: bool) -> dict[str, Any]:

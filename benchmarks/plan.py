@@ -21,7 +21,10 @@ from benchmarks.visit import Arm, in_order, visit
 from benchmarks.ways import FLAGS, NEED_A_GPU
 from rekindle.errors import UserError
 
-STEPS = ("bf16 + loss kernel", "lecture", "bf16 + kernels", "bf16")
+STEPS = (
+    "bf16 + kernels", "lecture", "bf16 + loss kernel", "autocast + kernels",
+    "bf16 + kernels, 128 rows", "bf16",
+)  # fmt: skip
 REPEATED = STEPS[:2]  # the repeats show the noise of the comparison that decides the defaults
 FORWARDED = ("device", "recipe", "data", "file", "kill_seed", "dollars_per_hour", "limit")
 

@@ -35,6 +35,22 @@ def steps(r: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def parts(r: dict[str, Any]) -> list[list[str]]:
+    """Milliseconds per micro-batch of each part of a step: measured, next to the prediction."""
+    runs = {x["arm"]: x for x in r["runs"] if "parts_ms" in x and x["predicted"]}
+    names = dict.fromkeys(name for x in runs.values() for name in x["parts_ms"])
+    rows = [["arm", *names]]
+    for arm, x in runs.items():
+        expected = x["predicted"]["ms"]
+        expected["gradient sums, optimizer"] = (
+            expected["gradient sums, gaps"] + expected["optimizer / 8"]
+        )
+        measured = [f"{x['parts_ms'][name]:.1f}" for name in names]
+        rows.append([arm, *measured])
+        rows.append([f"{arm}, predicted", *(f"{expected[name]:.1f}" for name in names)])
+    return rows
+
+
 def levers(r: dict[str, Any]) -> list[list[str]]:
     """Optimizations that are not built yet, and the time they are expected to save."""
     return [

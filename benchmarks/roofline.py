@@ -40,11 +40,12 @@ class Rates:
 
 # H200: a single bf16 matmul of 8192³ reaches 770-798 TFLOP/s (assumed: 740 within a step, at the
 # power limit), and real kernels 3.65 of the data sheet's 4.8 TB/s. H100 SXM: the same chip and
-# power, and the same fraction of its 3.35 TB/s. Also assumed: the rate of cuDNN's attention, and
-# that of the MLP kernel, which is not persistent, at between 475 and 540.
+# power, and the same fraction of its 3.35 TB/s. Also assumed: the rate of cuDNN's attention. The
+# MLP kernel's rate was measured on an H200, outside of a step: 309 GFLOP in 0.74 ms forward and
+# 0.65 ms backward.
 CARDS = {
-    "H200": Rates(memory=3.65e12, matmul=740e12, attention=280e12, mlp_kernel=510e12),
-    "H100": Rates(memory=2.55e12, matmul=740e12, attention=280e12, mlp_kernel=510e12),
+    "H200": Rates(memory=3.65e12, matmul=740e12, attention=280e12, mlp_kernel=445e12),
+    "H100": Rates(memory=2.55e12, matmul=740e12, attention=280e12, mlp_kernel=445e12),
 }
 SPREAD = {"memory": 0.07, "matmul": 0.05, "attention": 0.1, "mlp_kernel": 0.06}  # of the rates
 FILL = 128  # assumed: the first loads and last stores of a matmul cost as much as 128 more of K
@@ -57,13 +58,16 @@ OPTIMIZER_BYTES = 4 * (4 + 3 + 1 + 1)
 # The gradient of a micro-batch is added to the sum: two reads and a write.
 ACCUMULATE_BYTES = 12
 
-# Hand estimates of optimizations that are not built yet, in ms per micro-batch on an H200. A
-# profile on a card will decide on their order.
+# Hand estimates of optimizations that are not built yet, in ms per micro-batch of 64 rows on an
+# H200, from the kernels and gaps of a profiled step (results/gpu-step.json, bf16 + loss kernel).
 LEVERS = {
-    "persistent MLP kernel with TMA loads": "4.8",
-    "matmul kernel selected per shape": "0 to 4",
-    "one bf16 copy of the weights per step": "1.4",
-    "LayerNorm backward fused with the bias sums next to it": "0.65",
+    "MLP kernel: its loads and GELU's hyperbolic tangent in hardware": "0.5 to 1.5",
+    "bias gradient of queries, keys and values summed while they are concatenated": "0.9",
+    "micro-batches of 128 rows: half as many sums of gradients and casts of weights": "0.8",
+    "one bf16 copy of the weights per step": "0.7",
+    "bias gradients of the projections summed by the kernel before": "0.8",
+    "sums of LayerNorm's gradients in one kernel": "0.6",
+    "matmul kernel selected per shape": "0 to 3",
 }
 
 

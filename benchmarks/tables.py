@@ -223,8 +223,8 @@ TABLES = (
           "measurement.", predicted.steps),
     Table("Predicted gains of optimizations that are not built", "predictions.json",
           "python -m benchmarks.roofline",
-          "**Hand estimates** for an H200, made before any measurement. A profile on a card will "
-          "decide what is built.", predicted.levers),
+          "**Hand estimates** for an H200, from the profile of a step (`bf16 + loss kernel`).",
+          predicted.levers),
     Table("Kernels on a GPU", "gpu-kernels.json", f"{GPU} kernels",
           "The Triton kernels and the plain PyTorch that defines them, both compared with float64: "
           "the largest error of a value or gradient, and milliseconds of a forward and backward "
@@ -235,6 +235,10 @@ TABLES = (
     Table("Training step on a GPU", "gpu-step.json", f"{GPU} step --data DIR",
           "GPT-2 124M, 524,288 tokens per step, compared with the lecture's final configuration "
           "(targets on one H200: 600,000 tokens/s and 1.06 × `lecture`).", gpu_tables.step),
+    Table("Parts of a training step on a GPU", "gpu-step.json", f"{GPU} step --data DIR",
+          "Milliseconds of the kernels of one micro-batch of 65,536 tokens, from a profile of one "
+          "step, and the predictions. Gaps between kernels are only in the predictions.",
+          predicted.parts),
     Table("Correctness gate on a GPU", "gpu-gate.json", f"{GPU} gate --data DIR",
           "Ten steps compared with float64, and with ten planted bugs; losses after full "
           "schedules, compared document by document (equivalent: within 0.004).",

@@ -129,7 +129,7 @@ def resolve(
     import torch
 
     from rekindle.data.cores import usable_cores
-    from rekindle.model import fp8, kernels
+    from rekindle.model import fp8
     from rekindle.runtime import device as devices
 
     options = options or MachineOptions()
@@ -149,14 +149,6 @@ def resolve(
     device = devices.get_device(kind, decide("precision", "auto", can=usable), rank)
     shard = decide("shard", False)
     why = "it is sharded" if shard and ranks > 1 else devices.why_not_compile(device.torch)
-    no_kernels = kernels.why_not(device.torch, device.product_dtype)
-    no_mlp = no_kernels or kernels.why_not_mlp(device.torch)
-    if reason := {"loss": no_kernels, "all": no_mlp}.get(options.kernels or "none"):
-        instead = "none" if no_kernels else "loss"
-        raise UserError(f"--kernels {options.kernels}: {reason}; use --kernels {instead}")
-    is_measured = device.precision == "bf16" and not no_mlp and not shard  # on an H200
-    best = "loss" if is_measured else "none"
-    usable_kernels = "none" if no_kernels else decide("kernels", best)
     no_fp8 = fp8.why_not(device.torch)
     if options.fp8_head and no_fp8:
         raise UserError(f"--fp8-head: {no_fp8}; leave it out")
@@ -167,7 +159,7 @@ def resolve(
         device=kind,
         precision=device.precision,
         compile=decide("compile", True) and not why,
-        kernels="loss" if no_mlp and usable_kernels == "all" else usable_kernels,
+        kernels=_kernels(device, options.kernels, recorded and recorded.kernels, shard),
         fp8_head=decide("fp8_head", False) and not no_fp8,
         deterministic=decide("deterministic", False),
         shard=shard,
@@ -177,6 +169,23 @@ def resolve(
         name="CPU" if kind == "cpu" else device.name,
         memory=memory,
     )
+
+
+def _kernels(device: "Device", wanted: str | None, recorded: str | None, shard: bool) -> str:
+    """The kernels to use: those `wanted`, else the recorded ones, as far as the device runs them,
+    else those that are faster than PyTorch according to benchmarks/README.md."""
+    from rekindle.model import kernels
+
+    no_kernels = kernels.why_not(device.torch, device.product_dtype)
+    no_mlp = no_kernels or kernels.why_not_mlp(device.torch)
+    if reason := {"loss": no_kernels, "all": no_mlp}.get(wanted or "none"):
+        instead = "none" if no_kernels else "loss"
+        raise UserError(f"--kernels {wanted}: {reason}; use --kernels {instead}")
+    if no_kernels:
+        return "none"
+    is_measured = device.precision == "bf16" and not no_mlp and not shard  # on Hopper
+    chosen = wanted or recorded or ("loss" if is_measured else "none")
+    return "loss" if chosen == "all" and no_mlp else chosen
 
 
 def _same_device(recorded: Machine, kind: str, memory: int) -> bool:

@@ -225,8 +225,7 @@ def build(
     - `data`: the training tokens, one 1-D array of token ids per shard.
     - `machine`: the result of `resolve`; by default the best available device.
     - `ranks`: by default, as set by torchrun.
-    - `model`, `optimizer`: classes for the recipe's configurations, if these are not in `MODELS`
-      and `OPTIMIZERS`.
+    - `model`, `optimizer`: classes, if the recipe's are not in `MODELS` and `OPTIMIZERS`.
     - `compute`: overrides how the model computes; by default it follows from `machine`.
     - `check`: called before and after each read of the data; may raise.
 

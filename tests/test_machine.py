@@ -130,7 +130,7 @@ def test_kernels_on_a_gpu_before_hopper(gpu: None, monkeypatch: pytest.MonkeyPat
     assert resolve(MachineOptions(precision="bf16")).kernels == "none"  # not measured there
     assert resolve(MachineOptions(kernels="loss")).kernels == "loss"
     assert resolve(MachineOptions(), on_hopper).kernels == "loss"
-    with pytest.raises(UserError, match="--kernels all: .*Hopper.*use --kernels loss"):
+    with pytest.raises(UserError, match=r"--kernels all: .*Hopper.*use --kernels loss"):
         resolve(MachineOptions(kernels="all"))
 
 
