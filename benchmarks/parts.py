@@ -8,7 +8,7 @@ PATTERNS = {
     "matmuls": r"nvjet|gemm|cutlass|splitK|_matmul_gelu",
     "attention": r"cudnn|flash|fmha|sdpa",
     "cross-entropy": r"cross_entropy|log_softmax|nll_loss_backward",
-    "gradient sums, optimizer": r"CUDAFunctor_add|CUDAFunctorOnSelf_add|multi_tensor_apply|Mem(set|cpy)",
+    "gradient sums, optimizer": r"CUDAFunctor(OnSelf)?_add|multi_tensor_apply|Mem(set|cpy)",
 }
 MEMORY = "memory-bound"
 
