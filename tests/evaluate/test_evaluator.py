@@ -138,6 +138,29 @@ def test_only_the_validation_loss_is_compiled(model: GPT2, colours: Task, cpu: D
     assert shapes == [(2, 16), (2, 16)]
 
 
+def test_nothing_is_left_to_compile_for_the_first_evaluation(model: GPT2, cpu: Device) -> None:
+    """Otherwise the compilation is counted as part of the validation."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend=count, fullgraph=True, dynamic=False)
+    batch = SimpleNamespace(length=16)
+    recipe: Any = SimpleNamespace(batch=batch, eval_tokens=64, passage="")
+    logger: Any = SimpleNamespace(record=lambda *_, **__: None)
+    evaluate = Evaluator(
+        model, forward, recipe, [np.zeros(64, np.uint16)], [], ByteTokenizer(), 2, cpu, World(),
+        logger, Console(stream=io.StringIO()),
+    )  # fmt: skip
+    evaluate.compile()
+    evaluate.validate(0)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
 def test_task_results_are_logged_and_printed(
     model: GPT2, colours: Task, cpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
