@@ -484,25 +484,32 @@ def test_compiled_into_one_graph(autocast: bool) -> None:
     assert "rekindle.linear_cross_entropy" in called
 
 
-def test_loss_kernel_in_a_bf16_model() -> None:
-    """Loss and gradients of `--precision bf16 --kernels loss` match those of bf16 alone."""
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("all_kernels", [False, True])
+def test_kernels_in_a_model(all_kernels: bool, autocast: bool) -> None:
+    """Loss and gradients match those without kernels, with the residual stream in bf16 or not, and
+    with recomputed activations."""
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=257, padded_vocab_size=384
+        n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=257, padded_vocab_size=384
     )
-    model, idx = GPT2(config).to(DEVICE), torch.randint(257, (3, 9), device=DEVICE)
+    model, idx = GPT2(config).to(DEVICE), torch.randint(257, (16, 9), device=DEVICE)
 
-    def loss_and_gradients(loss_kernel: bool) -> list[Tensor]:
-        compute = Compute(dtype=BF16, loss_kernel=loss_kernel)
-        _, loss = model.use(compute)(idx[:, :-1], idx[:, 1:])
+    def loss_and_gradients(**options: Any) -> list[Tensor]:
+        compute = Compute(dtype=FP32 if autocast else BF16, **options)
+        with torch.autocast(DEVICE, dtype=BF16, enabled=autocast):
+            _, loss = model.use(compute)(idx[:, :-1], idx[:, 1:])
         assert loss is not None
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
-    ours, plain = loss_and_gradients(loss_kernel=True), loss_and_gradients(loss_kernel=False)
+    plain = loss_and_gradients()
+    ours = loss_and_gradients(loss_kernel=True, mlp_kernel=all_kernels)
     for a, b in zip(ours, plain, strict=True):
         assert a.dtype == FP32
         assert (a - b).norm() <= 0.02 * b.norm()
-    assert not torch.equal(ours[-1], plain[-1])  # equal: the kernel did not run
+    assert not all(map(torch.equal, ours, plain))  # equal: the kernels did not run
+    again = loss_and_gradients(loss_kernel=True, mlp_kernel=all_kernels, recompute=True)
+    assert all(map(torch.equal, again, ours))
 
 
 def test_autocast_decides_the_dtype() -> None:
