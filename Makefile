@@ -24,8 +24,8 @@ test: setup
 test-all: setup
 	$(PYTEST) -m ''
 
-# On the oldest torch that pyproject.toml accepts, with the NumPy that its Triton needs, in an
-# environment of its own (about 5 GB).
+# On the oldest torch that pyproject.toml accepts, with the newest NumPy that the interpreter of its
+# Triton supports, in an environment of its own (about 5 GB).
 OLDEST := .cache/oldest
 test-oldest: setup
 	$(UV) venv --quiet --allow-existing --python .venv/bin/python $(OLDEST)

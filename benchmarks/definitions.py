@@ -43,7 +43,7 @@ def check(o: argparse.Namespace, save: Callable[..., None]) -> None:
     why = kernels.why_not(device.torch, dtype)
     found: dict[str, Any] = {"kernels": why or ("interpreted" if common.INTERPRETED else "run")}
     cases: dict[str, Any] = {}
-    tiles = {"forward": asdict(mlp.FORWARD), "backward": asdict(mlp.BACKWARD)}
+    tiles = {"forward": asdict(mlp.FORWARD_TILES), "backward": asdict(mlp.BACKWARD_TILES)}
     for name, (ours, plain, exact, inputs) in _cases(on_gpu).items():
         placed = [t.to(device.torch, dtype if t.is_floating_point() else None) for t in inputs]
         cases[name] = _errors(ours, plain, exact, placed)

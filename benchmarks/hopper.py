@@ -34,7 +34,7 @@ Figures = dict[str, int]
 # Instructions counted in the machine code. Wide: 16 bytes per thread, the most one can move.
 TENSOR_CORES = {80: r"\bHMMA", 89: r"\bHMMA", 90: r"\bHGMMA"}
 COUNTED = {
-    "tensor_copies": r"\bUTMALDG",  # what sm_90 loads tiles with, instead of wide loads
+    "tma_loads": r"\bUTMALDG",  # what the MLP kernel uses instead of wide loads
     "wide_loads": r"\bLDG(?:STS)?\.\S*128",
     "wide_stores": r"\bSTG\.\S*128",
     "spills": r"\b(?:LDL|STL)\b",
@@ -55,14 +55,14 @@ def forward(N: int, C: int, width: int, keep: bool = True) -> None:
     """The first matmul of an MLP with GELU, launched as in `fused_mlp`."""
     slope = empty(N, width) if keep else None
     arguments = empty(N, C), empty(width, C), empty(N, width), slope
-    mlp._launch(*arguments, mlp.FORWARD, bias=empty(width))
+    mlp._launch(*arguments, mlp.FORWARD_TILES, bias=empty(width))
 
 
 def backward(N: int, C: int, width: int) -> None:
     """The gradient of the second matmul times the derivative of GELU, and its sums."""
-    sums = empty(-(-N // mlp.BACKWARD.m), width, dtype=torch.float32)
+    sums = empty(-(-N // mlp.BACKWARD_TILES.m), width, dtype=torch.float32)
     arguments = empty(N, C), empty(C, width), empty(N, width), empty(N, width)
-    mlp._launch(*arguments, mlp.BACKWARD, sums=sums)
+    mlp._launch(*arguments, mlp.BACKWARD_TILES, sums=sums)
 
 
 ROWS = 64 * 1024  # tokens of a micro-batch in training
@@ -145,15 +145,17 @@ def _figures(compiled: Any, card: Card) -> Figures:
 def violations(case: str, card: Card, x: Figures) -> list[str]:
     """The rules that a case breaks, one per line. The rules hold for any version of Triton."""
     is_mlp = "MLP" in case
-    blocks = (mlp.BACKWARD if "backward" in case else mlp.FORWARD).per_sm if is_mlp else 1
+    blocks = (
+        (mlp.BACKWARD_TILES if "backward" in case else mlp.FORWARD_TILES).per_sm if is_mlp else 1
+    )
     rules = {
         "uses no stack": x["stack"] == 0,
         "spills no register": x["spills"] == 0,
-        f"fits {blocks} x in {card.sm_shared:,} bytes of shared memory": (
+        f"{blocks} blocks fit in {card.sm_shared:,} bytes of shared memory": (
             x["shared"] <= card.block_shared and blocks * (x["shared"] + RESERVED) <= card.sm_shared
         ),
         "uses tensor cores": x["tensor_cores"] > 0 or not is_mlp,
-        "loads tiles by tensor copies": x["tensor_copies"] > 0 or not is_mlp,
+        "loads tiles by TMA": x["tma_loads"] > 0 or not is_mlp,
         "loads 16 bytes at a time": x["wide_loads"] > 0 or is_mlp or case in ODD,
         "stores 16 bytes at a time": (
             x["wide_stores"] > 0 or is_mlp or case in (*ODD, "cross-entropy, no gradient")

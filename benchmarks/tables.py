@@ -220,11 +220,12 @@ TABLES = (
           "kernel is not included.", predicted.traffic),
     Table("Predicted training step", "predictions.json", "python -m benchmarks.roofline",
           "**Predictions**, computed from the table above and assumed rates before any "
-          "measurement.", predicted.steps),
+          "measurement. Only the rate of the MLP kernel was then measured, on an H200.",
+          predicted.steps),
     Table("Predicted gains of optimizations that are not built", "predictions.json",
           "python -m benchmarks.roofline",
-          "**Hand estimates** for an H200, from the profile of a step (`bf16 + loss kernel`).",
-          predicted.levers),
+          "**Hand estimates** for an H200, from the profile of a step ([LOG](LOG.md)). The second "
+          "and the third overlap.", predicted.levers),
     Table("Kernels on a GPU", "gpu-kernels.json", f"{GPU} kernels",
           "The Triton kernels and the plain PyTorch that defines them, both compared with float64: "
           "the largest error of a value or gradient, and milliseconds of a forward and backward "
@@ -234,7 +235,8 @@ TABLES = (
           gpu_tables.train),
     Table("Training step on a GPU", "gpu-step.json", f"{GPU} step --data DIR",
           "GPT-2 124M, 524,288 tokens per step, compared with the lecture's final configuration "
-          "(targets on one H200: 600,000 tokens/s and 1.06 × `lecture`).", gpu_tables.step),
+          "(targets on one H200: 600,000 tokens/s and 1.06 × `lecture`). Measured before the loss "
+          "kernel became faster ([LOG](LOG.md)).", gpu_tables.step),
     Table("Parts of a training step on a GPU", "gpu-step.json", f"{GPU} step --data DIR",
           "Milliseconds of the kernels of one micro-batch of 65,536 tokens, from a profile of one "
           "step, and the predictions. Gaps between kernels are only in the predictions.",

@@ -47,7 +47,7 @@ WAYS = {
 # Matmuls inside our own operators, as (M, K, N), and whether GELU is fused into them.
 INSIDE = {
     "rekindle.mlp.default": [((N, C, 4 * C), True), ((N, 4 * C, C), False)],
-    "rekindle.mlp_backward.default": [((N, C, 4 * C), True)],
+    "rekindle.gelu_backward.default": [((N, C, 4 * C), True)],
     "rekindle.linear_cross_entropy.default": [((N, C, V), False)],
 }
 KINDS = ("memory", "cross_entropy", "matmul", "attention")

@@ -30,10 +30,10 @@ ARMS = {
 }
 # Flags of `rekindle train`, for comparing losses after a full schedule.
 FLAGS = {
-    "autocast": ["--precision", "autocast"],
-    "autocast, again": ["--precision", "autocast"],
+    "autocast": ["--precision", "autocast", "--kernels", "none"],
+    "autocast, again": ["--precision", "autocast", "--kernels", "none"],
     "bf16 + loss kernel": ["--precision", "bf16", "--kernels", "loss"],
-    "bf16": ["--precision", "bf16"],
+    "bf16": ["--precision", "bf16", "--kernels", "none"],
     "bf16 + kernels": ["--precision", "bf16", "--kernels", "all"],
 }
 NEED_A_GPU = ("bf16 + loss kernel", "bf16 + kernels")

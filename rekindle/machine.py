@@ -33,7 +33,8 @@ class MachineOptions:
     kernels: str | None = flag(
         None,
         "use Triton kernels for head and loss (loss), or for the MLP too (all, on a Hopper GPU); "
-        "needs autocast or bf16 (default: loss for bf16 on a Hopper GPU, else none)",
+        "needs autocast or bf16 on an NVIDIA GPU (default: loss for bf16 on Hopper GPUs unless "
+        "sharded, else none)",
         "NAME",
         choices=KERNELS,
     )
@@ -173,7 +174,7 @@ def resolve(
 
 def _kernels(device: "Device", wanted: str | None, recorded: str | None, shard: bool) -> str:
     """The kernels to use: those `wanted`, else the recorded ones, as far as the device runs them,
-    else those that are faster than PyTorch according to benchmarks/README.md."""
+    else those that made steps of GPT-2 124M faster on an H200 (benchmarks/README.md)."""
     from rekindle.model import kernels
 
     no_kernels = kernels.why_not(device.torch, device.product_dtype)
@@ -183,7 +184,7 @@ def _kernels(device: "Device", wanted: str | None, recorded: str | None, shard: 
         raise UserError(f"--kernels {wanted}: {reason}; use --kernels {instead}")
     if no_kernels:
         return "none"
-    is_measured = device.precision == "bf16" and not no_mlp and not shard  # on Hopper
+    is_measured = device.precision == "bf16" and kernels.is_hopper(device.torch) and not shard
     chosen = wanted or recorded or ("loss" if is_measured else "none")
     return "loss" if chosen == "all" and no_mlp else chosen
 

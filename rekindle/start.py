@@ -206,7 +206,7 @@ def _introduce(run: Run, trainer: Trainer, console: Console) -> None:
     )
     traits = {
         "compiled": machine.compile,
-        "loss kernel": machine.kernels == "loss",
+        "loss kernel": machine.kernels == "loss" and not machine.fp8_head,
         "all kernels": machine.kernels == "all",
         "FP8 head": machine.fp8_head,
         "recomputing": machine.recompute,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cool_down, gpu, measured, rehearsal, tables, ways
+from benchmarks import cool_down, gpu, measured, parts, predicted, rehearsal, tables, ways
 from rekindle import recipes
 from rekindle.ladder import Levers, Work
 from rekindle.recipes import Recipe
@@ -172,3 +172,42 @@ def test_rehearsal_reads_a_log_whose_checkpoint_was_killed_before_it_was_logged(
     found = rehearsal._figures(recipe, tmp_path, 10.0, 4.0, 5, [1.0, None], None)
     assert (found["steps"], found["checkpoint_stall_s"]) == (8, [0.25])
     assert found["forecast"]["steps"] == recipe.steps
+
+
+def test_kernels_are_divided_among_the_predicted_parts() -> None:
+    """The names are from profiles of an H200."""
+    kernels = {
+        "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "matmuls",
+        "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "matmuls",
+        "_matmul_gelu_kernel": "matmuls",
+        "triton_red_fused__log_softmax__to_copy_prepare_softmax_online_18": "cross-entropy",
+        "_cross_entropy_kernel": "cross-entropy",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>": (
+            "gradient sums, optimizer"
+        ),
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native": (
+            "gradient sums, optimizer"
+        ),
+        "Memset (Device)": "gradient sums, optimizer",
+        "triton_poi_fused_gelu_gelu_backward_view_4": "memory-bound",
+        "triton_per_fused__to_copy_add_native_layer_norm_view_9": "memory-bound",
+    }
+    versions = json.loads((tables.RESULTS / "gpu-versions.json").read_text())
+    kernels |= dict.fromkeys(versions["attention_kernels"], "attention")
+    assert {name: parts.part_of(name) for name in kernels} == kernels
+    found = parts.by_part((name, 1.0) for name in kernels)
+    assert found == {
+        "matmuls": 3, "attention": 4, "cross-entropy": 2, "gradient sums, optimizer": 3,
+        "memory-bound": 2,
+    }  # fmt: skip
+
+
+def test_parts_of_a_step_stand_next_to_their_predictions() -> None:
+    result = json.loads((tables.RESULTS / "gpu-step.json").read_text())
+    before = json.dumps(result)
+    header, *rows = predicted.parts(result)
+    assert json.dumps(result) == before
+    for measured_row, predicted_row in zip(rows[::2], rows[1::2], strict=True):
+        assert predicted_row[0] == f"{measured_row[0]}, predicted"
+        matmuls = header.index("matmuls")
+        assert float(measured_row[matmuls]) == pytest.approx(float(predicted_row[matmuls]), rel=0.1)

@@ -373,7 +373,7 @@ def test_every_arm_runs_and_a_second_call_has_nothing_left(
     for name, result in results.items():
         (tmp_path / "results" / f"gpu-{name}.json").write_text(json.dumps(result))
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
-    assert tables.page().count(f"`{tables.GPU} all`: ") == 8
+    assert tables.page().count(f"`{tables.GPU} all`: ") == 9
 
     command = ["-m", "benchmarks.gpu", "all", "--done", out, "--out", tmp_path / "more", *SMALL]
     ended = on_a_bare_machine(packed, *command)

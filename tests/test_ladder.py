@@ -14,6 +14,7 @@ from rekindle.errors import UserError
 from rekindle.ladder import CPU_RUNGS, GPU_RUNGS, Levers, Work
 from rekindle.ladder.measure import _handle, measure
 from rekindle.recipes import Recipe
+from rekindle.runtime.device import get_device
 
 
 @pytest.fixture
@@ -27,6 +28,14 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure in this process, where torch is already imported, and without compiling."""
     monkeypatch.setattr(ladder, "measure_in_fresh_process", measure)
     monkeypatch.setattr(ladder, "why_not_compile", lambda device: "not in this test")
+
+
+def test_mlp_kernel_is_skipped_unless_the_gpu_is_a_hopper() -> None:
+    cpu = get_device("cpu")
+    name, reason = ladder._unavailable(Levers(mlp_kernel=True), cpu) or ("", "")
+    assert name == "mlp_kernel"
+    assert "Hopper" in reason
+    assert ladder._unavailable(Levers(loss_kernel=True), cpu) is None
 
 
 @pytest.mark.parametrize(

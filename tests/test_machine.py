@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import traffic
+from benchmarks.ways import FLAGS
 from rekindle.data.cores import usable_cores
 from rekindle.errors import UserError
 from rekindle.machine import Machine, MachineOptions, changes, resolve
@@ -120,6 +121,23 @@ def test_compute_for_each_precision_and_kernels(gpu: None) -> None:
     assert compute(kernels="loss") == Compute(loss_kernel=True)
     both = dataclasses.replace(loss, mlp_kernel=True)
     assert compute(precision="bf16", kernels="all") == both == traffic.WAYS["bf16 + kernels"]
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_run_in_bf16_without_kernels_stays_without(gpu: None) -> None:
+    before = resolve(MachineOptions(precision="bf16", kernels="none"))
+    assert resolve(MachineOptions(), before).kernels == "none"
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_compared_schedules_compute_differently(gpu: None) -> None:
+    """The arms that decide the defaults must not follow the defaults."""
+    found = {}
+    for name, flags in FLAGS.items():
+        options = {flag[2:]: value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+        found[name] = resolve(MachineOptions(**options))
+    assert found.pop("autocast, again") == found["autocast"]
+    assert len({(m.precision, m.kernels) for m in found.values()}) == len(found)
 
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")

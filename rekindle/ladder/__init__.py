@@ -64,9 +64,10 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
     failed: list[dict[str, str]] = []
     for rung in rungs:
         before, levers = levers, dataclasses.replace(levers, **rung.change)
-        if levers.compile and (reason := why_not_compile(chosen.torch)):
+        if unavailable := _unavailable(levers, chosen):
+            lever, reason = unavailable
             print(f"{rung.name:<20} skipped: {reason}")
-            levers = dataclasses.replace(levers, compile=False)
+            levers = dataclasses.replace(levers, **{lever: False})
             continue
         try:
             levers, figures = measure_what_fits(work, levers)
@@ -82,6 +83,17 @@ def climb(data: Path, out: Path, device: str, recipe: str | None, steps: int) ->
     if not measured:
         raise UserError(f"no rung could be measured: see the errors in {out / 'ladder.json'}")
     return result
+
+
+def _unavailable(levers: Levers, device: Device) -> tuple[str, str] | None:
+    """A lever that is on but not available on this device, and why; None if there is none."""
+    from rekindle.model import kernels
+
+    if levers.compile and (reason := why_not_compile(device.torch)):
+        return "compile", reason
+    if levers.mlp_kernel and (reason := kernels.why_not_mlp(device.torch)):
+        return "mlp_kernel", reason
+    return None
 
 
 def environment(device: Device) -> dict[str, Any]:

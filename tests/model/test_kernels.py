@@ -232,8 +232,9 @@ def test_large_logits_do_not_overflow() -> None:
         loss = linear_cross_entropy(hidden, weight, targets)
         plain = kernels.plain_linear_cross_entropy(hidden, weight, targets)
         torch.testing.assert_close(loss, plain, rtol=1e-4, atol=0)
-        if plain < 1e4:
-            assert_same_loss(hidden, weight, targets)
+        ours, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, plain))
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a - b).norm() <= 0.02 * b.norm()
 
 
 def test_cross_entropy_of_views() -> None:
@@ -355,21 +356,23 @@ def assert_same_mlp(*inputs: Tensor) -> None:
     ("N", "C", "width"), [(300, 72, 200), (128, 64, 256), (1, 16, 40), (1157, 16, 136)]
 )
 def test_mlp(dtype: torch.dtype, N: int, C: int, width: int) -> None:
-    """Full and partial tiles, a single row, and more tiles than programs."""
+    """Full and partial tiles, a single row, and (in the interpreter) more tiles than programs."""
     assert_same_mlp(*make_mlp(N, C, width, dtype))
 
 
 def test_mlp_whose_widths_the_kernels_cannot_compute() -> None:
-    """Tensor copies need rows of a multiple of 16 bytes; other widths are computed by PyTorch."""
-    for C, width, out in ((75, 200, None), (72, 201, None), (72, 200, 33)):
-        inputs = make_mlp(10, C, width, EXACT, out)
+    """TMA needs rows of a multiple of 16 bytes, and at least one row."""
+    for N, C, width, out in (
+        (10, 75, 200, None), (10, 72, 201, None), (10, 72, 200, 33), (0, 72, 200, None),
+    ):  # fmt: skip
+        inputs = make_mlp(N, C, width, EXACT, out)
         assert torch.equal(fused_mlp(*inputs), kernels.plain_mlp(*inputs))
 
 
 @pytest.mark.parametrize(("m", "n"), [(256, 128), (128, 256)])
 def test_mlp_in_other_tiles(m: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(mlp, name, dataclasses.replace(mlp.FORWARD, m=m, n=n, per_sm=1))
+    for name in ("FORWARD_TILES", "BACKWARD_TILES"):
+        monkeypatch.setattr(mlp, name, dataclasses.replace(mlp.FORWARD_TILES, m=m, n=n, per_sm=1))
     assert_same_mlp(*make_mlp(600, 72, 520, BF16))
 
 
@@ -386,7 +389,7 @@ def test_gelu_and_its_derivative_are_rounded_to_nearest() -> None:
 def test_gradient_of_gelus_argument_and_its_sum() -> None:
     dy, _, _, w2, _ = (t.detach() for t in make_mlp(300, 64, 520, BF16))
     slope = torch.randn(300, 520, device=DEVICE).to(BF16)
-    dpre, db1 = torch.ops.rekindle.mlp_backward(dy, w2, slope)
+    dpre, db1 = torch.ops.rekindle.gelu_backward(dy, w2, slope)
     exact = (dy.double() @ w2.double()) * slope.double()
     assert_rounded(dpre, exact)
     torch.testing.assert_close(db1.double(), exact.sum(0), rtol=0, atol=1e-4)
@@ -449,7 +452,7 @@ def test_operators_are_what_the_compiler_expects(want_grad: bool) -> None:
     torch.library.opcheck(ops.mlp.default, (*inputs, want_grad))
     _, _, _, w2, _ = (t.detach() for t in inputs)
     slope = torch.randn(20, 24, device=DEVICE).to(BF16)
-    torch.library.opcheck(ops.mlp_backward.default, (inputs[0].detach(), w2, slope))
+    torch.library.opcheck(ops.gelu_backward.default, (inputs[0].detach(), w2, slope))
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -507,7 +510,8 @@ def test_kernels_in_a_model(all_kernels: bool, autocast: bool) -> None:
     for a, b in zip(ours, plain, strict=True):
         assert a.dtype == FP32
         assert (a - b).norm() <= 0.02 * b.norm()
-    assert not all(map(torch.equal, ours, plain))  # equal: the kernels did not run
+    others = loss_and_gradients(loss_kernel=True) if all_kernels else plain
+    assert not all(map(torch.equal, ours, others))  # equal: the kernel did not run
     again = loss_and_gradients(loss_kernel=True, mlp_kernel=all_kernels, recompute=True)
     assert all(map(torch.equal, again, ours))
 

@@ -430,7 +430,7 @@ def test_recompute_saves_less_for_the_backward_pass(model: Any, idx: Tensor) -> 
         Compute(attention="plain", recompute=True),
         Compute(dtype=torch.bfloat16, loss_kernel=True),
     ],
-    ids=["default", "plain attention, recompute", "bf16, loss kernel"],
+    ids=["default", "plain attention, recompute", "bf16, plain form of the loss kernel"],
 )
 def test_training_is_one_graph(idx: Tensor, compute: Compute) -> None:
     """Windows and documents included. What can be traced depends on the version of torch: see

@@ -53,12 +53,14 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def why_not_mlp(device: torch.device) -> str | None:
-    """Why the MLP kernel should not be used on a GPU that runs the others; None if it should.
-    Before Hopper, there are no copies of tiles into shared memory, and registers spill."""
-    if INTERPRETED or torch.cuda.get_device_capability(device) == (9, 0):
-        return None
-    return "the MLP kernel is made for Hopper GPUs"
+    """Why the MLP kernel should not be used on a device that runs the others; None if it should.
+    Before Hopper there is no TMA, and registers spill."""
+    return None if INTERPRETED or is_hopper(device) else "the MLP kernel is made for Hopper GPUs"
 
 
 def multiprocessors(device: torch.device) -> int:

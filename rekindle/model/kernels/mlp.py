@@ -36,10 +36,12 @@ def fused_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tens
 
     `w1` (F, C), `b1` (F,), `w2` (C, F), `b2` (C,). GELU and its derivative are computed at the end
     of the first matmul. Where the kernels cannot run, or a width is not a multiple of `MULTIPLE`,
-    this is `plain_mlp`. Raises `ValueError` if the shapes or dtypes do not fit.
+    this is `plain_mlp`. GPUs other than Hopper run it too, but slowly: see `why_not_mlp`. Raises
+    `ValueError` if the shapes or dtypes do not fit.
     """
     x, w1, b1, w2, b2 = parameters = in_autocast_dtype(x, w1, b1, w2, b2)
-    if why_not(x.device, x.dtype) or any(side % MULTIPLE for side in (*w1.shape, w2.shape[0])):
+    odd = any(side % MULTIPLE for side in (*w1.shape, w2.shape[0]))
+    if why_not(x.device, x.dtype) or odd or not x.numel():
         return plain_mlp(x, w1, b1, w2, b2)
     want_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
     y, _, _ = _mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, want_grad)
@@ -60,9 +62,9 @@ class Tiles:
 
 
 # The fastest on an H200 at the sizes of GPT-2 124M (benchmarks/LOG.md).
-FORWARD = Tiles(m=128, n=128, k=64, warps=4, stages=3, per_sm=2, ahead=True)
-BACKWARD = Tiles(m=128, n=128, k=64, warps=4, stages=3, per_sm=2, ahead=False)
-MULTIPLE = 8  # numbers of bf16 in 16 bytes: rows of tensors that are copied by tile start at these
+FORWARD_TILES = Tiles(m=128, n=128, k=64, warps=4, stages=3, per_sm=2, ahead=True)
+BACKWARD_TILES = Tiles(m=128, n=128, k=64, warps=4, stages=3, per_sm=2, ahead=False)
+MULTIPLE = 8  # TMA needs rows that are a multiple of 16 bytes apart: 8 numbers in bf16
 
 
 @jit
@@ -110,7 +112,7 @@ def _matmul_gelu_kernel(
                 a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
             product = tl.dot(a_tile, b_tile, product)
         into = sums + tile // across * N if BACKWARD else sums
-        # Half a tile at a time: an entire one does not fit into registers twice.
+        # Half a tile at a time: the product and all results do not fit into registers together.
         left, right = product.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         _finish(left, bias, slope, out, into, row, column, N, BACKWARD)
         _finish(right, bias, slope, out, into, row, column + BLOCK_N // 2, N, BACKWARD)
@@ -141,7 +143,7 @@ def _launch(
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """The tensor, contiguous and at an address that tensor copies can start from."""
+    """The tensor, contiguous and at an address that TMA can read from."""
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
@@ -165,7 +167,7 @@ def _mlp(
     _check(x=(x, (N, C)), w1=(w1, (width, C)), b1=(b1, (width,)), w2=(w2, (w2.shape[0], width)))
     h = x.new_empty(N, width)
     slope = x.new_empty((N, width) if want_grad else 0)
-    arguments = _aligned(x), _aligned(w1), h, slope if want_grad else None, FORWARD
+    arguments = _aligned(x), _aligned(w1), h, slope if want_grad else None, FORWARD_TILES
     _launch(*arguments, bias=b1.contiguous())
     return F.linear(h, w2, b2), h if want_grad else x.new_empty(0), slope
 
@@ -178,18 +180,20 @@ def _(
     return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty(shape), x.new_empty(shape)
 
 
-@torch.library.custom_op("rekindle::mlp_backward", mutates_args=())
-def _mlp_dpre(dy: Tensor, w2: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("rekindle::gelu_backward", mutates_args=())
+def _gelu_backward(dy: Tensor, w2: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """dy (N, C) → the gradient of GELU's argument (N, F), and its sum over N in float32 (F,)."""
     (N, width), C = slope.shape, len(w2)
     _check(slope=(slope, (N, width)), dy=(dy, (N, C)), w2=(w2, (C, width)))
     dpre = torch.empty_like(slope)
-    sums = dy.new_empty(-(-N // BACKWARD.m), width, dtype=torch.float32)  # one row per row of tiles
-    _launch(_aligned(dy), _aligned(w2), dpre, slope, BACKWARD, sums=sums)
+    sums = dy.new_empty(
+        -(-N // BACKWARD_TILES.m), width, dtype=torch.float32
+    )  # one row per row of tiles
+    _launch(_aligned(dy), _aligned(w2), dpre, slope, BACKWARD_TILES, sums=sums)
     return dpre, sums.sum(0)
 
 
-@_mlp_dpre.register_fake
+@_gelu_backward.register_fake
 def _(dy: Tensor, w2: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(slope), slope.new_empty(slope.shape[1], dtype=torch.float32)
 
@@ -205,7 +209,7 @@ def _save_for_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 @once_differentiable
 def _mlp_backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     x, w1, w2, h, slope = ctx.saved_tensors
-    dpre, db1 = _mlp_dpre(dy, w2, slope)
+    dpre, db1 = _gelu_backward(dy, w2, slope)
     return dpre @ w1, dpre.T @ x, db1.to(dpre.dtype), dy.T @ h, dy.sum(0), None
 
 
