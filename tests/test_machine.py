@@ -134,7 +134,8 @@ def test_compared_schedules_compute_differently(gpu: None) -> None:
     """The arms that decide the defaults must not follow the defaults."""
     found = {}
     for name, flags in FLAGS.items():
-        options = {flag[2:]: value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+        pairs = zip(flags[::2], flags[1::2], strict=True)
+        options: dict[str, Any] = {flag[2:]: value for flag, value in pairs}
         found[name] = resolve(MachineOptions(**options))
     assert found.pop("autocast, again") == found["autocast"]
     assert len({(m.precision, m.kernels) for m in found.values()}) == len(found)
