@@ -57,9 +57,9 @@ ASLEEP = {"rank": 1, "seconds": 600}
             {"step": 6, "do": "sleep_in_batch", **ASLEEP}, (),
             "rank 1 is stuck at the data of step 6",
         ),
-        (
+        pytest.param(
             {"step": 8, "do": "sleep_in_save", **ASLEEP}, ("--shard",),
-            "rank 1 is stuck at the checkpoint of step 8",
+            "rank 1 is stuck at the checkpoint of step 8", marks=pytest.mark.slow,
         ),
     ],
     ids=["frozen", "asleep", "asleep while a checkpoint is gathered"],
@@ -119,6 +119,7 @@ def test_ranks_with_different_recipes_are_rejected(tmp_path: Path, ranks: Ranks)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # 10 s, most of them waiting
 def test_disconnected_host_is_named(
     tmp_path: Path, fork_server: Callable[..., list[End]], command: Callable[[Path], list[str]],
     two_networks: tuple[str, str], uninterrupted: Callable[..., Path],
