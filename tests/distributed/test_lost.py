@@ -53,9 +53,9 @@ ASLEEP = {"rank": 1, "seconds": 600}
             {"rank": 1, "step": 6, "do": "freeze"}, (),
             "rank 1 does not respond (last at the data of step 6)",
         ),
-        (
+        pytest.param(
             {"step": 6, "do": "sleep_in_batch", **ASLEEP}, (),
-            "rank 1 is stuck at the data of step 6",
+            "rank 1 is stuck at the data of step 6", marks=pytest.mark.slow,
         ),
         pytest.param(
             {"step": 8, "do": "sleep_in_save", **ASLEEP}, ("--shard",),

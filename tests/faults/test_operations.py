@@ -103,7 +103,7 @@ def stop_after(number: int, run: Callable[[], Any]) -> None:
         assert run().status == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("which", ["begun", "resumed"])
+@pytest.mark.parametrize("which", [pytest.param("begun", marks=pytest.mark.slow), "resumed"])
 def test_run_killed_at_any_operation_ends_the_same(
     request: pytest.FixtureRequest, tmp_path: Path, train: Callable, records: Records,
     write_disk: Callable, which: str,

@@ -98,8 +98,14 @@ def start(
 
 
 @pytest.mark.parametrize(
-    ("rank", "words"), [(0, "waited 3 s for all 2 ranks to connect: 1 did not come;"),
-                        (1, "could not reach rank 0 at MASTER_ADDR 127.0.0.1, MASTER_PORT")]
+    ("rank", "words"),
+    [
+        (0, "waited 3 s for all 2 ranks to connect: 1 did not come;"),
+        pytest.param(
+            1, "could not reach rank 0 at MASTER_ADDR 127.0.0.1, MASTER_PORT",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )  # fmt: skip
 def test_missing_rank_is_an_error_after_the_timeout(
     python: Callable, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
