@@ -11,7 +11,7 @@ from rekindle.runtime.device import Device, memory_of
 from rekindle.runtime.distributed import World
 from rekindle.runtime.sharding import is_sharded
 
-MAX_ROWS = 64  # as in the lecture; more rows gain less than 1 % on an H200
+MAX_ROWS = 64  # as in the lecture; 128 are predicted to gain less than 1 % on an H200
 MIN_ROWS = 4  # fewer rows cannot keep a GPU busy; recomputing activations then costs less
 # A micro-batch needs the most memory for its float32 logits. On a CPU, more than this gains nothing
 # (benchmarks/LOG.md), and the micro-batch as a whole needs about ten times as much.

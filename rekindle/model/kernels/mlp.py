@@ -186,9 +186,8 @@ def _gelu_backward(dy: Tensor, w2: Tensor, slope: Tensor) -> tuple[Tensor, Tenso
     (N, width), C = slope.shape, len(w2)
     _check(slope=(slope, (N, width)), dy=(dy, (N, C)), w2=(w2, (C, width)))
     dpre = torch.empty_like(slope)
-    sums = dy.new_empty(
-        -(-N // BACKWARD_TILES.m), width, dtype=torch.float32
-    )  # one row per row of tiles
+    rows_of_tiles = -(-N // BACKWARD_TILES.m)
+    sums = dy.new_empty(rows_of_tiles, width, dtype=torch.float32)
     _launch(_aligned(dy), _aligned(w2), dpre, slope, BACKWARD_TILES, sums=sums)
     return dpre, sums.sum(0)
 
